@@ -1,0 +1,1 @@
+"""Run a pretrained CNN on unreliable edge devices, so that answers keep coming while devices fail."""

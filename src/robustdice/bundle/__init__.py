@@ -1,0 +1,1 @@
+"""One self-contained directory per device: written by the workshop, read by the device."""

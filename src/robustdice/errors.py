@@ -1,0 +1,47 @@
+"""Everything that can go wrong, as one tree.
+
+Each message names the value that was found, the one that was expected, and the way out::
+
+    RobustdiceError
+    ├── ModelError      a model cannot be found, loaded, exported or placed
+    ├── DataError       images cannot be found or do not fit the model
+    ├── PlanError       a plan cannot be made, read, or does not fit what it is used with
+    ├── BundleError     a bundle is incomplete, corrupt, foreign, or of another plan
+    ├── ClusterError    devices cannot be reached, started or agree
+    ├── MessageError    bytes from the network are not a message of this cluster
+    └── OutputError     a result cannot be written
+"""
+
+from __future__ import annotations
+
+
+class RobustdiceError(Exception):
+    """Root of the tree: the command line prints its message as one line and exits with status 1."""
+
+
+class ModelError(RobustdiceError):
+    """A model cannot be found, loaded, exported or placed."""
+
+
+class DataError(RobustdiceError):
+    """Images cannot be found or do not fit the model."""
+
+
+class PlanError(RobustdiceError):
+    """A plan cannot be made, read, or does not fit what it is used with."""
+
+
+class BundleError(RobustdiceError):
+    """A bundle is incomplete, corrupt, foreign, or of another plan."""
+
+
+class ClusterError(RobustdiceError):
+    """Devices cannot be reached, started or agree."""
+
+
+class MessageError(RobustdiceError):
+    """Bytes from the network are not a message of this cluster."""
+
+
+class OutputError(RobustdiceError):
+    """A result cannot be written."""

@@ -1,0 +1,1 @@
+"""What accuracy is left under failures (PyTorch)."""

@@ -1,0 +1,1 @@
+"""Model and image sources, and the graph of layers, tails and exchanges (PyTorch)."""

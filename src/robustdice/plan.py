@@ -1,0 +1,279 @@
+"""A plan: for every layer its shards, and who holds them in which order.
+
+Everything else (holders matrix, bytes per device, who publishes under a failure set) follows from
+the shards. NumPy only: the workshop writes plans, the device side reasons with the same functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdice.errors import PlanError
+from robustdice.files import write_atomically
+
+FORMAT_VERSION = 1
+MAX_DEVICES = 16
+BYTES_PER_WEIGHT = {"float32": 4}
+"""Representations a copy can be kept in, and the bytes of one weight."""
+
+FailureSet = frozenset[int]
+"""The devices that are down."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer with its tail, as far as partitioning needs to know it.
+
+    ``group`` neurons that follow each other cannot be separated (1, except in a grouped convolution).
+    ``neuron_weights`` counts the parameters of one neuron: its filter, its bias, and what belongs to
+    it in the tail. ``neuron_macs`` are its multiply-adds for one image, ``neuron_outputs`` the
+    activations that it hands over at the exchange.
+    """
+
+    name: str
+    neurons: int
+    group: int
+    neuron_weights: int
+    neuron_macs: int
+    neuron_outputs: int
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A device that has a shard's weights, and the representation that it keeps them in."""
+
+    device: int
+    representation: str = "float32"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The neurons of one layer that have the same holders in the same order (the first is the primary)."""
+
+    neurons: tuple[int, ...]
+    holders: tuple[Holder, ...]
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The holders' device numbers, in order of preference."""
+        return tuple(holder.device for holder in self.holders)
+
+    def publisher(self, failed: Iterable[int]) -> int | None:
+        """The first holder that is not in ``failed``, or None when nobody is left."""
+        down = frozenset(failed)
+        return next((device for device in self.devices if device not in down), None)
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where a model comes from: enough to load it again and to notice when it has changed."""
+
+    source: str
+    digest: str
+    random_weights_seed: int | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of every layer. ``shared_weights`` counts the parameters outside of all layers,
+    which every device needs. ``settings`` records how the plan was made (thresholds, seeds, ...)."""
+
+    devices: int
+    layers: tuple[Layer, ...]
+    shards: tuple[tuple[Shard, ...], ...]
+    shared_weights: int
+    method: str
+    model: ModelReference
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters of the model in float32."""
+        weights = sum(layer.neurons * layer.neuron_weights for layer in self.layers)
+        return 4 * (weights + self.shared_weights)
+
+    @property
+    def bytes_per_device(self) -> tuple[int, ...]:
+        """Bytes of parameters that each device holds."""
+        held = np.full(self.devices, 4 * self.shared_weights, dtype=np.int64)
+        for layer, shards in zip(self.layers, self.shards, strict=True):
+            for shard in shards:
+                for holder in shard.holders:
+                    width = BYTES_PER_WEIGHT[holder.representation]
+                    held[holder.device] += width * layer.neuron_weights * len(shard.neurons)
+        return tuple(int(b) for b in held)
+
+    @property
+    def memory_share(self) -> float:
+        """The largest device's bytes over the bytes of all parameters in float32."""
+        return max(self.bytes_per_device) / self.total_bytes
+
+    def held_by_all(self, layer: int) -> bool:
+        """Whether every device holds the whole layer: all compute it, and it has no exchange."""
+        return all(len(shard.holders) == self.devices for shard in self.shards[layer])
+
+    @property
+    def healthy_compute_share(self) -> float:
+        """The largest device's share of the model's multiply-adds while every device is up and spares
+        stand by."""
+        work = np.zeros(self.devices)
+        for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
+            if self.held_by_all(index):
+                work += layer.neurons * layer.neuron_macs
+            else:
+                for shard in shards:
+                    work[shard.devices[0]] += len(shard.neurons) * layer.neuron_macs
+        return float(work.max() / sum(layer.neurons * layer.neuron_macs for layer in self.layers))
+
+    def publishers(self, failed: Iterable[int]) -> tuple[tuple[int | None, ...], ...]:
+        """For every layer and shard: the first holder that is up, or None when nobody is left."""
+        down = self.failure_set(failed)
+        return tuple(tuple(shard.publisher(down) for shard in shards) for shards in self.shards)
+
+    def surviving_neurons(self, failed: Iterable[int]) -> tuple[NDArray[np.bool_], ...]:
+        """For every layer: which neurons still have a publisher, bool[neurons]."""
+        masks = []
+        for layer, shards, publishers in zip(self.layers, self.shards, self.publishers(failed), strict=True):
+            mask = np.zeros(layer.neurons, dtype=np.bool_)
+            for shard, publisher in zip(shards, publishers, strict=True):
+                mask[list(shard.neurons)] = publisher is not None
+            mask.flags.writeable = False
+            masks.append(mask)
+        return tuple(masks)
+
+    def failure_set(self, failed: Iterable[int]) -> FailureSet:
+        """``failed`` as a failure set of this plan; PlanError when it names a device that does not exist."""
+        down = frozenset(failed)
+        if unknown := sorted(d for d in down if not 0 <= d < self.devices):
+            raise PlanError(f"device {unknown[0]} does not exist: the plan has devices 0 to {self.devices - 1}")
+        return down
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything the plan says."""
+        return hashlib.sha256(_canonical(self)).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to one file (docs/formats.md); OutputError when that is not possible."""
+        write_atomically(Path(path), _to_bytes(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan; PlanError when the file is missing, damaged or of another version."""
+        return _load(Path(path))
+
+
+def failure_sets(devices: int, size: int) -> list[FailureSet]:
+    """All failure sets of ``size`` devices, in lexicographic order."""
+    return [frozenset(chosen) for chosen in itertools.combinations(range(devices), size)]
+
+
+def _canonical(plan: Plan) -> bytes:
+    return json.dumps(_to_json(plan), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _to_bytes(plan: Plan) -> bytes:
+    document = {"format": "robustdice-plan", "version": FORMAT_VERSION, "digest": plan.digest, "plan": _to_json(plan)}
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "devices": plan.devices,
+        "layers": [asdict(layer) for layer in plan.layers],
+        "shards": [[shard_to_json(shard) for shard in shards] for shards in plan.shards],
+        "shared_weights": plan.shared_weights,
+        "method": plan.method,
+        "model": asdict(plan.model),
+        "settings": dict(plan.settings),
+    }
+
+
+def shard_to_json(shard: Shard) -> dict[str, Any]:
+    """A shard as plans and bundle manifests store it."""
+    return {
+        "neurons": list(shard.neurons),
+        "holders": [[holder.device, holder.representation] for holder in shard.holders],
+    }
+
+
+def shard_from_json(document: Mapping[str, Any]) -> Shard:
+    """The inverse of :func:`shard_to_json`; KeyError, TypeError or ValueError when it is not a shard."""
+    return Shard(
+        neurons=tuple(int(neuron) for neuron in document["neurons"]),
+        holders=tuple(Holder(int(device), str(kind)) for device, kind in document["holders"]),
+    )
+
+
+def _load(path: Path) -> Plan:
+    remedy = "make a new one with 'robustdice plan'"
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
+    except ValueError:
+        raise PlanError(f"{path} is not a plan (it is not JSON); {remedy}") from None
+    if not isinstance(document, dict) or document.get("format") != "robustdice-plan":
+        raise PlanError(f"{path} is not a plan (no robustdice-plan header); {remedy}")
+    if document.get("version") != FORMAT_VERSION:
+        raise PlanError(
+            f"{path} has plan format version {document.get('version')}, this version reads {FORMAT_VERSION}; {remedy}"
+        )
+    try:
+        body = document["plan"]
+        plan = Plan(
+            devices=int(body["devices"]),
+            layers=tuple(Layer(**layer) for layer in body["layers"]),
+            shards=tuple(tuple(shard_from_json(shard) for shard in shards) for shards in body["shards"]),
+            shared_weights=int(body["shared_weights"]),
+            method=str(body["method"]),
+            model=ModelReference(**body["model"]),
+            settings=dict(body["settings"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"{path} is a damaged plan ({error}); {remedy}") from None
+    if plan.digest != document.get("digest"):
+        raise PlanError(f"{path} does not have the digest that it states: it was changed by hand; {remedy}")
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    if not 2 <= plan.devices <= MAX_DEVICES:
+        raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {plan.devices}")
+    if len(plan.layers) != len(plan.shards):
+        raise PlanError(f"{len(plan.layers)} layers, but shards for {len(plan.shards)}")
+    for layer, shards in zip(plan.layers, plan.shards, strict=True):
+        dealt = sorted(neuron for shard in shards for neuron in shard.neurons)
+        if dealt != list(range(layer.neurons)):
+            raise PlanError(f"layer {layer.name}: the shards do not hold each of its {layer.neurons} neurons once")
+        for shard in shards:
+            _check_shard(plan, layer, shard)
+
+
+def _check_shard(plan: Plan, layer: Layer, shard: Shard) -> None:
+    if not shard.neurons or list(shard.neurons) != sorted(shard.neurons):
+        raise PlanError(f"layer {layer.name}: a shard's neurons must be in ascending order, at least one")
+    groups = {neuron // layer.group for neuron in shard.neurons}
+    if len(groups) * layer.group != len(shard.neurons):
+        raise PlanError(f"layer {layer.name}: a shard splits a group of {layer.group} neurons")
+    if not shard.holders or len(set(shard.devices)) != len(shard.devices):
+        raise PlanError(f"layer {layer.name}: a shard needs different holders, at least one; got {shard.devices}")
+    if bad := [device for device in shard.devices if not 0 <= device < plan.devices]:
+        raise PlanError(f"layer {layer.name}: device {bad[0]} does not exist, the plan has {plan.devices} devices")
+    if bad := [h.representation for h in shard.holders if h.representation not in BYTES_PER_WEIGHT]:
+        raise PlanError(f"layer {layer.name}: unknown representation {bad[0]!r}; known: {', '.join(BYTES_PER_WEIGHT)}")

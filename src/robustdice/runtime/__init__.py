@@ -1,0 +1,1 @@
+"""The device side: NumPy, ONNX Runtime and ZeroMQ."""
