@@ -207,12 +207,12 @@ def _check(manifest: Manifest) -> None:
     for stage in manifest.stages:
         seen.extend(stage.exchanges)
         for piece in stage.pieces:
-            exchanges = sorted({exchange for exchange, _ in piece.shards})
-            require(bool(exchanges) and set(exchanges) <= set(stage.exchanges), "a piece of another stage")
-            require(len(exchanges) == len(piece.outputs), "a piece's outputs")
-            for exchange, shard in piece.shards:
-                require(0 <= shard < len(manifest.exchanges[exchange].shards), "a shard number")
-                holders = manifest.exchanges[exchange].shards[shard].devices
+            positions = sorted({position for position, _ in piece.shards})
+            require(bool(positions) and set(positions) <= set(stage.exchanges), "a piece of another stage")
+            require(len(positions) == len(piece.outputs), "a piece's outputs")
+            for position, shard in piece.shards:
+                require(0 <= shard < len(manifest.exchanges[position].shards), "a shard number")
+                holders = manifest.exchanges[position].shards[shard].devices
                 require(manifest.device in holders, "a shard that this device does not hold")
     require(sorted(seen) == list(range(len(manifest.exchanges))), "the exchanges of its stages")
     for exchange in manifest.exchanges:
