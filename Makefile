@@ -1,0 +1,37 @@
+# Everything runs in .venv, which make creates and keeps up to date with pyproject.toml and constraints.txt.
+# PYTHON is the interpreter that creates it: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+env: $(INSTALLED)  ## only create the environment
+
+demo: $(INSTALLED)  ## the whole story on this machine, in about a minute
+	@$(BIN)/robustdice demo
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	@$(BIN)/python -m pytest -m "not slow"
+
+check: $(INSTALLED)  ## what has to pass before a change goes in: style, types, all tests
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## the benchmarks (benchmarks/METHODOLOGY.md says how they measure)
+	@if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py; else echo "There are no benchmarks yet."; fi
+
+# The stamp is written last, so an interrupted installation starts again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % sys.version_info[:2])'
+	@echo "Installing RobustDiCE and its tested dependencies into .venv (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[workshop,dev]"
+	@touch $@
