@@ -11,13 +11,15 @@ import io
 import json
 import math
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from robustdice.demo.network import PREPROCESSING, RECORD_FILE, WEIGHTS_FILE, DigitsCNN
+from robustdice.demo.network import RECORD_FILE, WEIGHTS_FILE, DigitsCNN
 from robustdice.files import write_atomically
+from robustdice.images import normalise_pixels
 from robustdice.model.digits import Split, digits
 
 BATCH = 50
@@ -53,8 +55,8 @@ def main() -> None:
 def load(split: Split) -> tuple[Tensor, Tensor]:
     """Normalised images, float32[images, 1, 32, 32], and their classes."""
     images, classes = digits(split)
-    mean, std = PREPROCESSING["mean"][0], PREPROCESSING["std"][0]
-    return (torch.from_numpy(images).float() / 255 - mean) / std, torch.from_numpy(classes)
+    pixels = images.astype(np.float32) / np.float32(255)
+    return torch.from_numpy(normalise_pixels(pixels, DigitsCNN.preprocessing)), torch.from_numpy(classes)
 
 
 def train(seed: int, epochs: int) -> DigitsCNN:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from robustdice.demo.network import PREPROCESSING, RECORD_FILE, WEIGHTS_FILE, digits_cnn
+from robustdice.demo.network import RECORD_FILE, WEIGHTS_FILE, DigitsCNN, digits_cnn
 from robustdice.errors import DataError
-from robustdice.model.digits import Split, digits
+from robustdice.images import check_preprocessing, normalise_pixels
+from robustdice.model.digits import PREPROCESSING, Split, digits
 
 KIB = 1024
 
@@ -59,6 +60,7 @@ def test_a_caller_cannot_change_the_digits_of_others() -> None:
 
 def test_the_preprocessing_fits_the_training_images() -> None:
     images, _ = digits("train")
+    assert check_preprocessing(PREPROCESSING)["classes"] == list("0123456789")
     assert list(images.shape[1:]) == PREPROCESSING["input_size"]
     assert PREPROCESSING["mean"] == [pytest.approx(images.mean() / 255, abs=1e-3)]
     assert PREPROCESSING["std"] == [pytest.approx(images.std() / 255, abs=1e-3)]
@@ -67,9 +69,9 @@ def test_the_preprocessing_fits_the_training_images() -> None:
 def test_the_weights_have_the_accuracy_that_is_recorded() -> None:
     record = json.loads(RECORD_FILE.read_bytes())
     images, classes = digits("test")
-    normalised = (torch.from_numpy(images).float() / 255 - PREPROCESSING["mean"][0]) / PREPROCESSING["std"][0]
+    inputs = torch.from_numpy(normalise_pixels(images.astype(np.float32) / np.float32(255), DigitsCNN.preprocessing))
     with torch.inference_mode():
-        right = digits_cnn()(normalised).argmax(dim=1) == torch.from_numpy(classes)
+        right = digits_cnn()(inputs).argmax(dim=1) == torch.from_numpy(classes)
     assert record["test_accuracy"] == pytest.approx(int(right.sum()) / len(classes), abs=1e-9)
     assert record["test_accuracy"] >= 0.975
     assert record["test_images"] == len(classes)
@@ -82,3 +84,9 @@ def test_the_network_is_small_and_ready_for_inference() -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     assert parameters == json.loads(RECORD_FILE.read_bytes())["parameters"]
     assert 200 * KIB < WEIGHTS_FILE.stat().st_size < 600 * KIB
+
+
+def test_random_weights_can_be_had_instead() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(1, 1, 32, 32)
+    assert not torch.equal(digits_cnn(random_weights=True)(images), digits_cnn()(images))

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robustdice.model.digits import PREPROCESSING
-
-__all__ = ["PREPROCESSING", "RECORD_FILE", "WEIGHTS_FILE", "DigitsCNN", "digits_cnn"]
 
 WEIGHTS_FILE = Path(__file__).with_name("digits_cnn.pt")
 RECORD_FILE = WEIGHTS_FILE.with_suffix(".json")
@@ -21,6 +21,9 @@ RECORD_FILE = WEIGHTS_FILE.with_suffix(".json")
 
 class DigitsCNN(nn.Module):
     """Three convolutions and two linear layers: float32[batch, 1, 32, 32] -> logits float32[batch, 10]."""
+
+    preprocessing: ClassVar[Mapping[str, Any]] = PREPROCESSING
+    """What load_model takes from a module that says it, as it does from a sidecar."""
 
     def __init__(self) -> None:  # noqa: D107 -- the class says it
         super().__init__()
@@ -47,10 +50,11 @@ class DigitsCNN(nn.Module):
         return logits
 
 
-def digits_cnn() -> DigitsCNN:
-    """The trained network, in eval mode."""
+def digits_cnn(random_weights: bool = False) -> DigitsCNN:
+    """The network in eval mode, trained unless ``random_weights`` are asked for."""
     network = DigitsCNN()
-    network.load_state_dict(torch.load(WEIGHTS_FILE, map_location="cpu", weights_only=True))
+    if not random_weights:
+        network.load_state_dict(torch.load(WEIGHTS_FILE, map_location="cpu", weights_only=True))
     return network.eval()
 
 
