@@ -1,0 +1,438 @@
+"""The protocol of one device as a pure state machine: (event, now) -> actions.
+
+No clock, socket, thread, randomness or arithmetic on arrays. Frames go through the stages; in each the device
+publishes its shards, waits for the others' until all that have a live holder are there, and goes on with what there
+is when a deadline passes. Whoever was silent is suspect, and its shards become the next holders' task at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import Any
+
+from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.events import (
+    Action,
+    Computed,
+    Event,
+    Forget,
+    Note,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunPieces,
+    RunStage,
+    Send,
+    Settings,
+    Task,
+    Tick,
+)
+from robustdice.runtime.inflight import Early, Estimate, InFlight, Phase
+from robustdice.runtime.membership import Membership
+from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
+
+RATE_SECONDS = 5.0
+
+
+class Engine:
+    """Device ``manifest.device``. ``incarnation`` is a text that no earlier run of it has used."""
+
+    def __init__(self, manifest: Manifest, settings: Settings | None = None, incarnation: str = "0") -> None:
+        self.manifest = manifest
+        self.me = manifest.device
+        self.settings = settings or Settings()
+        self.membership = Membership(self.me, manifest.devices, self.settings)
+        self._incarnation = incarnation
+        self._frames: dict[FrameId, InFlight] = {}
+        """In the order of admission. At most ``window`` that are not DONE and ``window`` that are."""
+        self._early: OrderedDict[FrameId, Early] = OrderedDict()
+        """Frames that only peers spoke of; at most 2 ``window``, never one of ``_frames`` or ``_finished``."""
+        self._finished: OrderedDict[FrameId, None] = OrderedDict()
+        """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
+        self._busy: tuple[Task, float] | None = None
+        """What the executor computes, and since when. One at a time."""
+        self._waits = [Estimate() for _ in manifest.stages]
+        self._computes = [Estimate() for _ in manifest.stages]
+        self._answered = 0
+        self._recent: deque[float] = deque(maxlen=512)
+        """When the last frames were answered."""
+        self._last_fault: tuple[int, float, str] | None = None
+        self._actions: list[Action] = []
+        """Of the event being handled; empty between events."""
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What to do about ``event``, in order. ``now`` never goes back."""
+        match event:
+            case Received(Frame() as message):
+                self._on_frame(message, now)
+            case Received(Shards() as message):
+                self._on_shards(message, now)
+            case Received(Want() as message):
+                self._on_want(message)
+            case Received(Pass(sender, frame)):
+                self._on_pass(sender, frame, now)
+            case Received(Hello() as message):
+                self._on_hello(message, now)
+            case PeerUp(device):
+                self.membership.connected(device)
+                self._send(device, Hello(self.me, self._incarnation, reply=True))
+            case PeerDown(device):
+                if self.membership.disconnected(device, now):
+                    self._lost([device], now, "its connection is gone")
+            case Computed():
+                self._on_computed(event, now)
+            case Tick(due):
+                self._on_tick(due, now)
+        self._schedule(now)
+        actions, self._actions = self._actions, []
+        return actions
+
+    def next_due(self) -> float | None:
+        """When a Tick is needed, if no other event comes before."""
+        times = [early.since + self._early_seconds(early) for early in self._early.values()]
+        for frame in self._frames.values():
+            if frame.phase is Phase.WAITING:
+                times.append(min(frame.wait_until, self._hurry_at(frame)))
+                if frame.nudge_at is not None:
+                    times.append(frame.nudge_at)
+            elif frame.phase is Phase.DONE:
+                times.append(frame.deadline)
+        return min(times, default=None)
+
+    @property
+    def buffered(self) -> int:
+        """Arrays held for all frames (bounded by the window; the simulation checks it)."""
+        early = sum(len(early.shards) for early in self._early.values())
+        return early + sum(len(frame.got) + len(frame.own) for frame in self._frames.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Frames admitted and not answered yet."""
+        return sum(frame.phase is not Phase.DONE for frame in self._frames.values())
+
+    def status(self, now: float) -> dict[str, Any]:
+        """For ``robustdice status``: who is up in this device's view, frames per second, the last fault."""
+        recent = sum(now - moment <= RATE_SECONDS for moment in self._recent)
+        fault = self._last_fault
+        return {
+            "up": self.membership.up(now),
+            "in_flight": self.in_flight,
+            "answered": self._answered,
+            "frames_per_second": recent / RATE_SECONDS,
+            "last_fault": fault and {"device": fault[0], "seconds_ago": now - fault[1], "reason": fault[2]},
+        }
+
+    # -- what others say
+
+    def _on_frame(self, message: Frame, now: float) -> None:
+        client = message.frame.client
+        for frame in [f for f in self._frames.values() if f.id.client == client and f.id.number < message.oldest]:
+            self._drop(frame.id)  # the client has its answer, or has given up
+        if message.frame in self._frames or message.frame in self._finished or message.frame.number < message.oldest:
+            return
+        early = self._early.pop(message.frame, None)
+        if self.in_flight >= self.settings.window:
+            reason = f"device {self.me} already works on {self.in_flight} frames, its window; send fewer at once"
+            self._refuse(message.frame, reason)
+            self._remember(message.frame)
+            return
+        live, entering = self.membership.admit(now)
+        for device in entering:
+            self._actions.append(Note(f"device {device} takes part from frame {message.frame.number} on"))
+        deadline = now + message.timeout_seconds
+        frame = InFlight(message.frame, self.manifest, deadline, live, message.array)
+        self._frames[frame.id] = frame
+        if early:
+            frame.live -= early.passed
+            for shard, (array, source) in early.shards.items():
+                frame.offer([(shard, array)], source)
+
+    def _on_shards(self, message: Shards, now: float) -> None:
+        frame = self._frames.get(message.frame)
+        if frame is None:
+            if early := self._know_early(message.frame, now):
+                for shard, array in zip(message.shards, message.arrays, strict=True):
+                    early.shards.setdefault(shard, (array, message.sender))
+            return
+        if frame.phase is Phase.DONE:
+            return
+        self._judge(frame, message, now)
+        if message.stage >= frame.stage:
+            frame.offer(zip(message.shards, message.arrays, strict=True), message.sender)
+            self._complete(frame, now)
+
+    def _judge(self, frame: InFlight, message: Shards, now: float) -> None:
+        """Does this message show that a suspect keeps up? If it is only a little slow, deadlines learn from it."""
+        if message.sender in frame.live:
+            return
+        estimate, since = self._waits[message.stage], frame.since.get(message.stage)
+        if since is not None:
+            estimate.observe(min(now - since, self.settings.maximum_wait))
+        if message.stage >= frame.stage or (since is not None and now - since <= estimate.deadline(self.settings)):
+            self.membership.evidence(message.sender)
+
+    def _on_want(self, message: Want) -> None:
+        frame = self._frames.get(message.frame)
+        if frame is None:
+            self._send(message.sender, Pass(self.me, message.frame))
+            return
+        ready = [shard for shard in message.shards if shard in frame.own]
+        self._publish(frame, message.stage, ready, [message.sender])
+        for shard in set(message.shards) - set(ready):
+            frame.wanted.setdefault(shard, set()).add(message.sender)
+            frame.owes = True
+
+    def _on_pass(self, sender: int, frame_id: FrameId, now: float) -> None:
+        frame = self._frames.get(frame_id)
+        if frame is not None:
+            self._shrink(frame, {sender}, now)
+        elif early := self._know_early(frame_id, now):
+            early.passed.add(sender)
+
+    def _on_hello(self, message: Hello, now: float) -> None:
+        if self.membership.hello(message.sender, message.incarnation, now):
+            self._lost([message.sender], now, "it has restarted")
+        if message.reply:
+            self._send(message.sender, Hello(self.me, self._incarnation, reply=False))
+
+    def _know_early(self, frame_id: FrameId, now: float) -> Early | None:
+        if frame_id in self._finished:
+            return None
+        early = self._early.setdefault(frame_id, Early(now))
+        while len(self._early) > 2 * self.settings.window:
+            self._early.popitem(last=False)
+        return early
+
+    # -- computing
+
+    def _schedule(self, now: float) -> None:
+        """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
+        for frame in list(self._frames.values()):
+            if self._busy is not None:
+                return
+            if frame.id not in self._frames:
+                continue
+            if frame.owes and (task := self._owed(frame)):
+                self._run(task, now)
+            elif frame.phase is Phase.READY and now > frame.deadline:
+                self._give_up(frame, f"device {self.me} did not get to this frame in time")
+            elif frame.phase is Phase.READY:
+                self._enter(frame, now)
+
+    def _owed(self, frame: InFlight) -> RunPieces | None:
+        entered = frame.stage + (frame.phase is not Phase.READY)
+        for stage in range(entered):
+            if pieces := frame.pieces_due(stage, self.me):
+                return RunPieces(frame.id, stage, pieces)
+        frame.owes = False
+        return None
+
+    def _enter(self, frame: InFlight, now: float) -> None:
+        stage = frame.stage
+        gathered = frame.gather(stage - 1, self.me) if stage else {}
+        pieces = set(frame.pieces_due(stage, self.me))
+        if self.manifest.spares == "hot" and self.manifest.stages[stage].pieces:
+            pieces.add(0)
+        task = RunStage(frame.id, stage, frame.array, gathered, tuple(sorted(pieces)))
+        frame.array, frame.phase = None, Phase.COMPUTING
+        self._run(task, now)
+
+    def _run(self, task: Task, now: float) -> None:
+        self._busy = task, now
+        self._actions.append(task)
+
+    def _on_computed(self, event: Computed, now: float) -> None:
+        task, started = event.task, self._busy[1] if self._busy else now
+        self._busy = None
+        frame = self._frames.get(task.frame)
+        if frame is None:
+            return
+        if event.error is not None:
+            self._actions.append(Note(f"frame {task.frame.number} failed in stage {task.stage}: {event.error}"))
+            self._give_up(frame, f"device {self.me} could not compute stage {task.stage}: {event.error}")
+            return
+        frame.own.update(event.shards)
+        self._publish_due(frame, task.stage)
+        if isinstance(task, RunPieces):
+            self._complete(frame, now)
+            return
+        self._computes[task.stage].observe(now - started)
+        if task.stage + 1 == len(self.manifest.stages):
+            self._finish(frame, event.outputs, now)
+            return
+        frame.phase, frame.since[task.stage] = Phase.WAITING, now
+        frame.clean = True
+        self._arm(frame, self._waits[task.stage].deadline(self.settings), now)
+        self._complete(frame, now)
+
+    def _publish_due(self, frame: InFlight, stage: int) -> None:
+        """Publish what is computed, was not published yet, and is this device's task in the frame's view."""
+        mine = [shard for shard in frame.shards_of(stage) if shard in frame.own]
+        due = [shard for shard in mine if shard not in frame.published and frame.publisher(shard) == self.me]
+        self._publish(frame, stage, due, self.membership.reachable)
+        frame.published.update(due)
+        if stage >= frame.stage and frame.phase is not Phase.DONE:
+            frame.offer(((shard, frame.own[shard]) for shard in due), self.me)
+        requests: dict[int, list[ShardId]] = {}
+        for shard in mine:
+            for device in frame.wanted.pop(shard, ()):
+                if shard not in due:
+                    requests.setdefault(device, []).append(shard)
+        for device, shards in requests.items():
+            self._publish(frame, stage, shards, [device])
+
+    def _publish(self, frame: InFlight, stage: int, shards: Iterable[ShardId], to: Iterable[int]) -> None:
+        ordered = tuple(sorted(shards))
+        if ordered:
+            arrays = tuple(frame.own[shard] for shard in ordered)
+            message = Shards(self.me, frame.id, stage, ordered, arrays)
+            for device in to:
+                self._send(device, message)
+
+    # -- waiting
+
+    def _arm(self, frame: InFlight, wait: float, now: float) -> None:
+        """Wait ``wait`` seconds, or less where the frame's own deadline leaves less for what may still follow."""
+        fair = max((self._hurry_at(frame) - now) / 4, self.settings.minimum_wait)
+        wait = min(wait, fair)
+        frame.wait_until, frame.nudge_at, frame.rearmed = now + wait, now + wait / 2, False
+
+    def _hurry_at(self, frame: InFlight) -> float:
+        """From when on a frame waits for nothing, so that its answer leaves in time."""
+        rest = sum(estimate.mean or 0.0 for estimate in self._computes[frame.stage + 1 :])
+        return frame.deadline - self.settings.answer_margin - 1.5 * rest
+
+    def _complete(self, frame: InFlight, now: float) -> None:
+        """Go on to the next stage when everything that has a live holder is there."""
+        if frame.phase is Phase.WAITING and not frame.missing():
+            if frame.clean:
+                self._waits[frame.stage].observe(now - frame.since[frame.stage])
+            self._advance(frame)
+
+    def _advance(self, frame: InFlight) -> None:
+        frame.stage += 1
+        frame.phase, frame.nudge_at = Phase.READY, None
+
+    def _on_tick(self, due: float, now: float) -> None:
+        frozen = now - due > self.settings.late_timer
+        for frame in list(self._frames.values()):
+            if frame.phase is Phase.DONE and now >= frame.deadline:
+                self._drop(frame.id)
+            elif frame.phase is Phase.WAITING:
+                self._on_wait(frame, frozen, now)
+        for frame_id, early in list(self._early.items()):
+            if now >= early.since + self._early_seconds(early):
+                if early.told:
+                    del self._early[frame_id]
+                    self._remember(frame_id)
+                else:
+                    self._tell_all(Pass(self.me, frame_id))
+                    early.told = True
+
+    def _on_wait(self, frame: InFlight, frozen: bool, now: float) -> None:
+        waits = self._waits[frame.stage].deadline(self.settings)
+        if now >= self._hurry_at(frame):
+            since = frame.since[frame.stage]
+            if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
+                self._suspect(frame, now)
+            if frame.phase is Phase.WAITING:
+                self._advance(frame)
+        elif frozen and not frame.rearmed:
+            self._arm(frame, waits, now)
+            frame.rearmed = True
+        elif now >= frame.wait_until:
+            self._suspect(frame, now)
+            if frame.phase is Phase.WAITING and now >= frame.wait_until:  # only own spares are missing
+                self._arm(frame, waits, now)
+        elif frame.nudge_at is not None and now >= frame.nudge_at:
+            frame.nudge_at = None
+            self._ask(frame)
+
+    def _ask(self, frame: InFlight) -> None:
+        wants: dict[int, list[ShardId]] = {}
+        for shard, publisher in frame.missing().items():
+            if publisher != self.me:
+                wants.setdefault(publisher, []).append(shard)
+        for device, shards in wants.items():
+            self._send(device, Want(self.me, frame.id, frame.stage, tuple(sorted(shards))))
+
+    # -- who takes part
+
+    def _suspect(self, frame: InFlight, now: float) -> None:
+        silent = sorted(set(frame.missing().values()) - {self.me})
+        for device in silent:
+            if self.membership.peers[device].admitted:
+                self.membership.fault(device, now)
+        reason = f"frame {frame.id.number} waited {now - frame.since[frame.stage]:.3f} s for it in stage {frame.stage}"
+        self._lost(silent, now, reason)
+
+    def _lost(self, devices: Iterable[int], now: float, reason: str) -> None:
+        """Devices left: no frame in flight counts on them any longer."""
+        gone = set(devices)
+        for device in gone:
+            self._last_fault = device, now, reason
+            self._actions.append(Note(f"device {device} is suspect: {reason}"))
+        for frame in list(self._frames.values()):
+            self._shrink(frame, gone, now)
+
+    def _shrink(self, frame: InFlight, gone: set[int], now: float) -> None:
+        """Take devices out of a frame's view, and take over at once what has become this device's task."""
+        if not frame.live & gone:
+            return
+        frame.live -= gone
+        if frame.phase is Phase.DONE:
+            return
+        frame.owes, frame.clean = True, False
+        for stage in range(frame.stage + (frame.phase is not Phase.READY)):
+            self._publish_due(frame, stage)
+        self._complete(frame, now)
+        if frame.phase is Phase.WAITING:
+            self._ask(frame)
+            self._arm(frame, 2 * self._waits[frame.stage].deadline(self.settings), now)
+
+    # -- the end of a frame
+
+    def _finish(self, frame: InFlight, outputs: Any, now: float) -> None:
+        coverage, from_spares, sources = frame.coverage()
+        down = tuple(sorted(set(range(self.manifest.devices)) - frame.live))
+        answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down)
+        self._send(frame.id.client, answer)
+        self._answered += 1
+        self._recent.append(now)
+        self._retire(frame)
+
+    def _give_up(self, frame: InFlight, reason: str) -> None:
+        self._refuse(frame.id, reason)
+        self._retire(frame)
+
+    def _retire(self, frame: InFlight) -> None:
+        frame.phase = Phase.DONE
+        frame.got.clear()
+        done = [other.id for other in self._frames.values() if other.phase is Phase.DONE]
+        for frame_id in done[: -self.settings.window]:
+            self._drop(frame_id)
+
+    def _refuse(self, frame_id: FrameId, reason: str) -> None:
+        self._send(frame_id.client, Refused(self.me, frame_id, reason))
+        self._tell_all(Pass(self.me, frame_id))
+
+    def _drop(self, frame_id: FrameId) -> None:
+        del self._frames[frame_id]
+        self._remember(frame_id)
+        self._actions.append(Forget(frame_id))
+
+    def _remember(self, frame_id: FrameId) -> None:
+        self._finished[frame_id] = None
+        while len(self._finished) > self.settings.remembered_frames:
+            self._finished.popitem(last=False)
+
+    def _early_seconds(self, early: Early) -> float:
+        return self.settings.maximum_wait if early.told else self.settings.pass_after
+
+    def _tell_all(self, message: Pass) -> None:
+        for device in self.membership.reachable:
+            self._send(device, message)
+
+    def _send(self, to: int | str, message: Any) -> None:
+        self._actions.append(Send(to, message))

@@ -1,0 +1,120 @@
+"""What the engine is told, and what it asks for. All of it is data; arrays are opaque to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from robustdice.runtime.messages import Array, ClientMessage, DeviceMessage, FrameId, Message, ShardId
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a device behaves. Times are seconds.
+
+    A stage's deadline follows the waits observed for it, between ``minimum_wait`` and ``maximum_wait``; it is
+    ``initial_wait`` before the first one. ``window`` is the number of frames that a device works on at once.
+    """
+
+    window: int = 8
+    initial_wait: float = 0.5
+    minimum_wait: float = 0.1
+    maximum_wait: float = 1.0
+    answer_margin: float = 0.02
+    """Kept free before a frame's deadline, beside the time that the remaining stages are known to take."""
+    pass_after: float = 0.05
+    """A frame that only peers speak of is passed after this time."""
+    late_timer: float = 0.02
+    """A timer later than this means that this device stood still, so nobody else is to blame."""
+    first_backoff: float = 0.05
+    longest_backoff: float = 5.0
+    forgiven_after: float = 10.0
+    """A device without a fault for this long starts with the first back-off again."""
+    remembered_frames: int = 1024
+
+
+@dataclass(frozen=True)
+class Received:
+    """A valid message, its sender authenticated."""
+
+    message: DeviceMessage | ClientMessage
+
+
+@dataclass(frozen=True)
+class PeerUp:
+    """The connection to a peer stands."""
+
+    device: int
+
+
+@dataclass(frozen=True)
+class PeerDown:
+    """The connection to a peer is gone."""
+
+    device: int
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """Enter a stage: assemble the previous stage's exchanges from ``gathered`` (stage 0: take ``array`` as the input),
+    run the local part and ``pieces``."""
+
+    frame: FrameId
+    stage: int
+    array: Array | None
+    gathered: Mapping[ShardId, Array]
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunPieces:
+    """Run more pieces of a stage that the frame has already entered, from the values kept for it."""
+
+    frame: FrameId
+    stage: int
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A RunStage or RunPieces is done: the pieces' shards, the network's output after the last stage, or an error."""
+
+    task: RunStage | RunPieces
+    shards: Mapping[ShardId, Array]
+    outputs: Array | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The time ``due``, which the engine had asked for, has come or passed, and no message is waiting to be read."""
+
+    due: float
+
+
+@dataclass(frozen=True)
+class Send:
+    """Hand a message to the transport, for a device (its number) or a client (its name). It may get lost."""
+
+    to: int | str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drop the values kept for a frame."""
+
+    frame: FrameId
+
+
+@dataclass(frozen=True)
+class Note:
+    """For the log: a fault or a recovery."""
+
+    text: str
+
+
+Event: TypeAlias = Received | PeerUp | PeerDown | Computed | Tick
+Task: TypeAlias = RunStage | RunPieces
+Action: TypeAlias = Send | RunStage | RunPieces | Forget | Note

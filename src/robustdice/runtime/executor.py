@@ -1,0 +1,106 @@
+"""Computing a stage: named arrays in, shards and named arrays out, with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from robustdice.bundle.manifest import Exchange
+from robustdice.bundle.read import Bundle
+from robustdice.errors import BundleError
+
+Array = NDArray[Any]
+Values = dict[str, Array]
+ShardId = tuple[int, int]
+"""A shard of a bundle: (position in ``Manifest.exchanges``, position in that exchange's ``shards``)."""
+
+
+class Executor:
+    """The models of one bundle, loaded. Not thread-safe; holds no state of any frame.
+
+    ``threads`` are used inside one computation; BundleError when a model cannot be loaded.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        self.manifest = bundle.manifest
+        self._sessions = {file: _session(bundle, file, threads) for file in bundle.manifest.files}
+        self._places = [
+            [_place(shard.neurons, exchange.features) for shard in exchange.shards]
+            for exchange in bundle.manifest.exchanges
+        ]
+
+    def run_local(self, stage: int, values: Mapping[str, Array]) -> Values:
+        """``values`` together with what the stage's local part makes of them."""
+        local = self.manifest.stages[stage].local
+        if local is None:
+            return dict(values)
+        return {**values, **self._run(local.file, local.inputs, local.outputs, values)}
+
+    def run_piece(self, stage: int, piece: int, values: Mapping[str, Array]) -> dict[ShardId, Array]:
+        """The piece's shards, each [batch, ...] with its neurons along the exchange's axis."""
+        part = self.manifest.stages[stage].pieces[piece]
+        outputs = self._run(part.file, part.inputs, part.outputs, values)
+        shards: dict[ShardId, Array] = {}
+        for position, name in zip(dict.fromkeys(exchange for exchange, _ in part.shards), part.outputs, strict=True):
+            exchange = self.manifest.exchanges[position]
+            mine = [shard for other, shard in part.shards if other == position]
+            widths = [len(exchange.shards[shard].neurons) * exchange.features for shard in mine]
+            arrays = np.split(outputs[name], np.cumsum(widths)[:-1], axis=exchange.axis)
+            shards.update({(position, shard): array for shard, array in zip(mine, arrays, strict=True)})
+        return shards
+
+    def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Array:
+        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number); ``fill`` where one is missing."""
+        spec = self.manifest.exchanges[exchange]
+        places = self._places[exchange]
+        if len(places) == 1 and len(shards) == 1:
+            return shards[0]
+        value: Array = np.empty((batch, *spec.shape), np.float32)
+        for number, place in enumerate(places):
+            at = (slice(None),) * spec.axis + (place,)
+            value[at] = shards.get(number, spec.fill)
+        return value
+
+    def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
+        """Those of ``values`` that the stages after ``stage`` still need."""
+        return {name: values[name] for name in self.manifest.stages[stage].keep if name in values}
+
+    def _run(self, file: str, inputs: tuple[str, ...], outputs: tuple[str, ...], values: Mapping[str, Array]) -> Values:
+        results = self._sessions[file].run(list(outputs), {name: values[name] for name in inputs})
+        return dict(zip(outputs, results, strict=True))
+
+
+def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
+    """The shape of a shard's array, without the batch axis."""
+    width = len(exchange.shards[shard].neurons) * exchange.features
+    return (*exchange.shape[: exchange.axis - 1], width, *exchange.shape[exchange.axis :])
+
+
+def _session(bundle: Bundle, file: str, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(bundle.read(file), options, providers=["CPUExecutionProvider"])
+    except BundleError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BundleError(
+            f"{bundle.directory / file} cannot be loaded: {reason}; build the bundle again for this ONNX Runtime"
+        ) from None
+
+
+def _place(neurons: tuple[int, ...], features: int) -> slice | NDArray[np.intp]:
+    """Where a shard's entries lie along the axis: a slice when its neurons are neighbours."""
+    if neurons == tuple(range(neurons[0], neurons[0] + len(neurons))):
+        return slice(neurons[0] * features, (neurons[0] + len(neurons)) * features)
+    entries: NDArray[np.intp] = (np.array(neurons)[:, None] * features + np.arange(features)).ravel()
+    return entries

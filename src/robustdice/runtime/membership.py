@@ -1,0 +1,95 @@
+"""Who takes part: which devices the next frame will wait for, and when a suspect is let in again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from robustdice.runtime.events import Settings
+
+
+@dataclass
+class Peer:
+    """What this device believes about another one."""
+
+    connected: bool = False
+    """The transport says so; nothing is sent to a peer that is not."""
+    incarnation: str | None = None
+    """From its last Hello; None before the first."""
+    admitted: bool = False
+    """New frames wait for its shards. Implies ``connected``."""
+    ready: bool = False
+    """It has shown since its last fault that it keeps up. Only matters while it is not admitted."""
+    relapses: int = 0
+    """Faults without ``forgiven_after`` seconds of peace between them."""
+    fault_at: float = float("-inf")
+    not_before: float = float("-inf")
+    """It is not admitted again before this time: ``fault_at`` plus a back-off that doubles per relapse."""
+
+
+@dataclass
+class Membership:
+    """The peers of device ``me``. A peer leaves by a fault at any time, and enters only by :meth:`admit`."""
+
+    me: int
+    devices: int
+    settings: Settings
+    peers: dict[int, Peer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peers = {device: Peer() for device in range(self.devices) if device != self.me}
+
+    @property
+    def reachable(self) -> list[int]:
+        """Peers that the transport has a connection to, suspects included: they must be able to catch up."""
+        return [device for device, peer in self.peers.items() if peer.connected]
+
+    def up(self, now: float) -> list[int]:
+        """The devices that a frame admitted now would wait for, this one included."""
+        candidates = [device for device, peer in self.peers.items() if peer.admitted or _admissible(peer, now)]
+        return sorted([self.me, *candidates])
+
+    def admit(self, now: float) -> tuple[set[int], list[int]]:
+        """At a frame's start: the devices that it waits for, and those among them that have just been let in."""
+        entering = [device for device, peer in self.peers.items() if not peer.admitted and _admissible(peer, now)]
+        for device in entering:
+            self.peers[device].admitted = True
+        return {self.me, *(device for device, peer in self.peers.items() if peer.admitted)}, entering
+
+    def connected(self, device: int) -> None:
+        """The connection to a peer stands (again)."""
+        self.peers[device].connected = True
+
+    def disconnected(self, device: int, now: float) -> bool:
+        """The connection is gone: True, and a fault, when the peer was admitted."""
+        peer = self.peers[device]
+        admitted = peer.admitted
+        if admitted:
+            self.fault(device, now)
+        peer.connected = peer.ready = False
+        return admitted
+
+    def hello(self, device: int, incarnation: str, now: float) -> bool:
+        """A peer introduces itself, which is evidence that it is well; True when it has restarted unnoticed."""
+        peer = self.peers[device]
+        restarted = peer.admitted and peer.incarnation not in {None, incarnation}
+        if restarted:
+            self.fault(device, now)
+        peer.incarnation = incarnation
+        peer.ready = True
+        return restarted
+
+    def evidence(self, device: int) -> None:
+        """A peer has shown that it keeps up with frames in flight."""
+        self.peers[device].ready = True
+
+    def fault(self, device: int, now: float) -> None:
+        """A peer has failed to do its part: it is suspect, and has to wait longer each time."""
+        peer, settings = self.peers[device], self.settings
+        peer.relapses = 1 if now - peer.fault_at > settings.forgiven_after else peer.relapses + 1
+        backoff = settings.first_backoff * 2.0 ** min(peer.relapses - 1, 30)
+        peer.fault_at, peer.not_before = now, now + min(backoff, settings.longest_backoff)
+        peer.admitted = peer.ready = False
+
+
+def _admissible(peer: Peer, now: float) -> bool:
+    return peer.connected and peer.ready and now >= peer.not_before

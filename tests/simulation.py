@@ -1,0 +1,370 @@
+"""A deterministic world for engines: virtual time, a seeded network, seeded faults.
+
+Arrays are tokens, so that what a value was assembled from can be read off it. Every answer is checked when it is
+given; :meth:`World.check` judges the whole run.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bundles import make_manifest
+from robustdice.plan import Plan
+from robustdice.runtime.engine import Engine
+from robustdice.runtime.events import (
+    Computed,
+    Event,
+    Forget,
+    Note,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunPieces,
+    RunStage,
+    Send,
+    Settings,
+    Tick,
+)
+from robustdice.runtime.messages import Answer, Frame, FrameId, Refused, ShardId, Want
+
+CLIENT = "c0"
+HEARTBEAT_SECONDS = 0.3
+MARGIN_SECONDS = 0.1
+
+
+@dataclass
+class Network:
+    """What can happen to a message between devices."""
+
+    delay: float = 0.001
+    loss: float = 0.0
+    duplication: float = 0.0
+    slow: float = 0.0
+    """Probability that a message takes up to 50 ms."""
+
+
+@dataclass
+class Node:
+    """A device: its engine while it runs, and the executor's values."""
+
+    device: int
+    engine: Engine | None = None
+    incarnation: int = 0
+    frozen_since: float | None = None
+    inbox: list[Event] = field(default_factory=list)
+    speed: float = 1.0
+    values: dict[FrameId, dict[int, frozenset[ShardId]]] = field(default_factory=dict)
+    tick_at: float | None = None
+    standstills: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass
+class Admission:
+    """A frame that a device took on."""
+
+    device: int
+    incarnation: int
+    at: float
+    deadline: float
+    answered: float | None = None
+
+
+class World:
+    """``run(until)`` moves time; faults are methods, to be scheduled with ``at(time, ...)``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        seed: int,
+        spares: str = "standby",
+        network: Network | None = None,
+        window: int = 3,
+        prune: bool = False,
+        compute_seconds: float = 0.002,
+    ) -> None:
+        self.plan, self.seed, self.spares = plan, seed, spares
+        self.random = random.Random(seed)  # noqa: S311
+        self.network = network or Network()
+        self.now = 0.0
+        self.settings = Settings()
+        self.manifests = [make_manifest(plan, device, spares) for device in range(plan.devices)]
+        self.nodes = [Node(device) for device in range(plan.devices)]
+        self.cut: set[frozenset[int]] = set()
+        self.links: set[tuple[int, int]] = set()
+        self.notes: list[tuple[float, int, str]] = []
+        self.wants = 0
+        self.window, self.prune, self.compute_seconds = window, prune, compute_seconds
+        self.sent: dict[int, float] = {}
+        self.outstanding: set[int] = set()
+        self.answers: dict[int, list[tuple[float, Answer]]] = {}
+        self.refusals: list[Refused] = []
+        self.admissions: dict[tuple[int, FrameId], Admission] = {}
+        self.interval = 0.01
+        self.timeout_seconds = 2.0
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        for node in self.nodes:
+            self.at(0.0, self.restart, node.device)
+
+    # -- time
+
+    def at(self, time: float, call: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._heap, (max(time, self.now), next(self._order), lambda: call(*arguments)))
+
+    def run(self, until: float) -> None:
+        while self._heap and self._heap[0][0] <= until:
+            self.now, _, call = heapq.heappop(self._heap)
+            call()
+        self.now = until
+
+    # -- devices
+
+    def _deliver(self, device: int, incarnation: int, event: Event) -> None:
+        node = self.nodes[device]
+        if node.engine is None or node.incarnation != incarnation:
+            return
+        if node.frozen_since is not None:
+            node.inbox.append(event)
+            return
+        known = set(node.engine._frames)
+        for action in node.engine.handle(event, self.now):
+            self._act(node, action)
+        if isinstance(event, Received) and isinstance(event.message, Frame):
+            for frame in set(node.engine._frames) - known:
+                deadline = self.now + event.message.timeout_seconds
+                self.admissions[device, frame] = Admission(device, incarnation, self.now, deadline)
+        shards = sum(len(e.shards) for e in self.manifests[0].exchanges)
+        assert node.engine.buffered <= 4 * self.settings.window * 2 * shards, f"seed {self.seed}: memory"
+        assert len(node.values) <= 2 * self.settings.window + 1, f"seed {self.seed}: values"
+        due = node.engine.next_due()
+        if due is not None and (node.tick_at is None or due < node.tick_at or node.tick_at <= self.now):
+            node.tick_at = max(due, self.now)
+            self.at(node.tick_at, self._tick, device, incarnation)
+
+    def _tick(self, device: int, incarnation: int) -> None:
+        node = self.nodes[device]
+        if node.engine is None or node.incarnation != incarnation or node.frozen_since is not None:
+            return
+        node.tick_at = None
+        due = node.engine.next_due()
+        if due is not None and due <= self.now:
+            self._deliver(device, incarnation, Tick(due))
+        elif due is not None:
+            node.tick_at = due
+            self.at(due, self._tick, device, incarnation)
+
+    def _act(self, node: Node, action: Any) -> None:
+        if isinstance(action, Send):
+            self.wants += isinstance(action.message, Want)
+            if isinstance(action.to, str):
+                self.at(self.now + self._delay(), self._answered, node.device, action.message)
+            else:
+                self._transmit(node.device, action.to, Received(action.message))
+        elif isinstance(action, RunStage | RunPieces):
+            self._compute(node, action)
+        elif isinstance(action, Forget):
+            node.values.pop(action.frame, None)
+        elif isinstance(action, Note):
+            self.notes.append((self.now, node.device, action.text))
+
+    def _compute(self, node: Node, task: RunStage | RunPieces) -> None:
+        manifest = self.manifests[node.device]
+        stages = node.values.setdefault(task.frame, {})
+        if isinstance(task, RunStage):
+            for shard, token in task.gathered.items():
+                assert token == (task.frame, shard), f"seed {self.seed}: a wrong array"
+            stages[task.stage] = stages.get(task.stage - 1, frozenset()) | set(task.gathered)
+        assert task.stage in stages, f"seed {self.seed}: the values of stage {task.stage} are gone"
+        shards = {
+            shard: (task.frame, shard)
+            for piece in task.pieces
+            for shard in manifest.stages[task.stage].pieces[piece].shards
+        }
+        last = isinstance(task, RunStage) and task.stage + 1 == len(manifest.stages)
+        done = Computed(task, shards, outputs=stages[task.stage] if last else None)
+        seconds = self.compute_seconds * node.speed * (0.5 + self.random.random())
+        self.at(self.now + seconds, self._deliver, node.device, node.incarnation, done)
+
+    # -- network
+
+    def _delay(self) -> float:
+        slow = 0.05 if self.random.random() < self.network.slow else 0.0
+        return self.network.delay * (0.2 + self.random.random()) + slow * self.random.random()
+
+    def _transmit(self, source: int, target: int, event: Received) -> None:
+        network = self.network
+        for _ in range(1 + (self.random.random() < network.duplication)):
+            if (source, target) in self.links and self.random.random() >= network.loss:
+                incarnation = self.nodes[target].incarnation
+                self.at(self.now + self._delay(), self._arrive, source, target, incarnation, event)
+
+    def _arrive(self, source: int, target: int, incarnation: int, event: Event) -> None:
+        if frozenset((source, target)) not in self.cut:
+            self._deliver(target, incarnation, event)
+
+    def _connect(self, source: int, target: int) -> None:
+        """The reconnect loop of one outgoing connection."""
+        a, b = self.nodes[source], self.nodes[target]
+        able = a.engine and b.engine and a.frozen_since is None and b.frozen_since is None
+        if (source, target) in self.links or a.engine is None:
+            return
+        if able and frozenset((source, target)) not in self.cut:
+            self.links.add((source, target))
+            self._deliver(source, a.incarnation, PeerUp(target))
+        else:
+            self.at(self.now + 0.05, self._connect, source, target)
+
+    def _disconnect(self, source: int, target: int) -> None:
+        if (source, target) in self.links:
+            self.links.discard((source, target))
+            node = self.nodes[source]
+            self._deliver(source, node.incarnation, PeerDown(target))
+            self.at(self.now + 0.01 + 0.04 * self.random.random(), self._connect, source, target)
+
+    # -- faults
+
+    def crash(self, device: int, silent: bool = False) -> None:
+        """The process is gone; ``silent`` (power loss): peers learn it from heartbeats only."""
+        node = self.nodes[device]
+        if node.engine is None:
+            return
+        node.engine, node.frozen_since = None, None
+        node.incarnation += 1
+        node.inbox.clear()
+        node.values.clear()
+        for peer in range(self.plan.devices):
+            self.links.discard((device, peer))
+            self.at(self.now + (HEARTBEAT_SECONDS if silent else self._delay()), self._disconnect, peer, device)
+
+    def restart(self, device: int) -> None:
+        node = self.nodes[device]
+        if node.engine is not None:
+            return
+        node.incarnation += 1
+        node.tick_at = None
+        node.engine = Engine(self.manifests[device], self.settings, f"{node.incarnation}")
+        for peer in range(self.plan.devices):
+            if peer != device:
+                self._disconnect(peer, device)
+                for pair in ((peer, device), (device, peer)):
+                    self.at(self.now + 0.01 + 0.04 * self.random.random(), self._connect, *pair)
+
+    def freeze(self, device: int) -> None:
+        node = self.nodes[device]
+        if node.engine is None or node.frozen_since is not None:
+            return
+        node.frozen_since = self.now
+        self.at(self.now + HEARTBEAT_SECONDS, self._notice_freeze, device, self.now)
+
+    def _notice_freeze(self, device: int, since: float) -> None:
+        if self.nodes[device].frozen_since == since:
+            for peer in range(self.plan.devices):
+                self._disconnect(peer, device)
+                self._disconnect(device, peer)
+
+    def thaw(self, device: int) -> None:
+        node = self.nodes[device]
+        if node.engine is None or node.frozen_since is None:
+            return
+        node.standstills.append((node.frozen_since, self.now))
+        node.frozen_since = None
+        inbox, node.inbox = node.inbox, []
+        for event in inbox:
+            self._deliver(device, node.incarnation, event)
+        node.tick_at = None
+        due = node.engine.next_due()
+        if due is not None and due <= self.now:
+            self._deliver(device, node.incarnation, Tick(due))
+        elif due is not None:
+            self.at(due, self._tick, device, node.incarnation)
+
+    def partition(self, a: int, b: int) -> None:
+        pair = frozenset((a, b))
+        self.cut.add(pair)
+
+        def notice() -> None:
+            if pair in self.cut:
+                self._disconnect(a, b)
+                self._disconnect(b, a)
+
+        self.at(self.now + HEARTBEAT_SECONDS, notice)
+
+    def heal(self, a: int, b: int) -> None:
+        self.cut.discard(frozenset((a, b)))
+
+    def slow_down(self, device: int, factor: float) -> None:
+        self.nodes[device].speed = factor
+
+    # -- the client
+
+    def start_client(self, first: float, last: float) -> None:
+        def step() -> None:
+            if self.now > last:
+                return
+            if len(self.outstanding) < self.window:
+                self._send_frame()
+            self.at(self.now + self.interval, step)
+
+        self.at(first, step)
+
+    def _send_frame(self) -> None:
+        number = len(self.sent)
+        self.sent[number] = self.now
+        self.outstanding.add(number)
+        oldest = min(self.outstanding) if self.prune else 0
+        frame = Frame(FrameId(CLIENT, number), oldest, self.timeout_seconds, ("input", number))
+        for node in self.nodes:
+            if node.engine is not None and node.frozen_since is None:
+                self.at(self.now + self._delay(), self._deliver, node.device, node.incarnation, Received(frame))
+        self.at(self.now + self.timeout_seconds, self.outstanding.discard, number)
+
+    def _answered(self, device: int, message: Any) -> None:
+        if isinstance(message, Refused):
+            self.refusals.append(message)
+            return
+        assert isinstance(message, Answer)
+        number = message.frame.number
+        admission = self.admissions[device, message.frame]
+        assert admission.answered is None, f"seed {self.seed}: frame {number} answered twice by device {device}"
+        admission.answered = self.now
+        told = {(e, s) for e, sources in enumerate(message.sources) for s, d in enumerate(sources) if d >= 0}
+        assert told == message.outputs, f"seed {self.seed}: frame {number} was not computed with what its answer says"
+        shares = []
+        for e, exchange in enumerate(self.manifests[0].exchanges):
+            sizes = [len(shard.neurons) for shard in exchange.shards]
+            shares.append(sum(size for s, size in enumerate(sizes) if (e, s) in told) / sum(sizes))
+            for s, source in enumerate(message.sources[e]):
+                assert source == -1 or source in exchange.shards[s].devices
+        assert message.coverage == min(shares), f"seed {self.seed}: coverage"
+        self.answers.setdefault(number, []).append((self.now, message))
+        up = sum(node.engine is not None and node.frozen_since is None for node in self.nodes)
+        if message.coverage == 1.0 or len(self.answers[number]) >= up:
+            self.outstanding.discard(number)
+
+    # -- judging
+
+    def check(self) -> None:
+        """Every admitted frame was answered by its deadline by every device that could."""
+        for (device, frame), admission in self.admissions.items():
+            node = self.nodes[device]
+            end = admission.deadline + MARGIN_SECONDS
+            still = [*node.standstills, *([(node.frozen_since, self.now)] if node.frozen_since is not None else [])]
+            frozen = any(a < end and b > admission.at for a, b in still)
+            same = node.engine is not None and node.incarnation == admission.incarnation
+            if self.prune or frozen or not same or end > self.now:
+                continue
+            assert admission.answered is not None, f"seed {self.seed}: device {device} did not answer {frame.number}"
+            assert admission.answered <= end, f"seed {self.seed}: device {device} answered {frame.number} late"
+
+    def coverage(self, since: float = 0.0) -> list[float]:
+        """Per frame sent from ``since`` on: the best answer's coverage, 0 when there was none."""
+        return [
+            max((answer.coverage for _, answer in self.answers.get(number, [])), default=0.0)
+            for number, sent in self.sent.items()
+            if sent >= since
+        ]

@@ -1,0 +1,160 @@
+"""The engine in a simulated world: thousands of frames, seeded faults, invariants."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bundles import make_plan
+from simulation import Network, World
+
+FAULTS = ("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping")
+
+
+def chaos(seed: int) -> World:
+    """A world with up to five faults in its first seconds, and none after ``world.calm``."""
+    draw = random.Random(seed)  # noqa: S311
+    devices = draw.choice([2, 3, 3, 4, 4, 5])
+    plan = make_plan(devices, holders=draw.choice([1, 2, min(3, devices)]), interleaved=draw.random() < 0.5)
+    network = Network(duplication=0.05, slow=draw.choice([0.0, 0.02]), loss=draw.choice([0.0, 0.0, 0.002]))
+    world = World(plan, seed, draw.choice(["hot", "standby"]), network, draw.choice([1, 3, 6]), draw.random() < 0.3)
+    world.interval = 0.03
+    calm = 1.0
+    for _ in range(draw.randint(1, 5)):
+        kind, start, length = draw.choice(FAULTS), 0.5 + 2 * draw.random(), 1.5 * draw.random()
+        device, other = draw.sample(range(devices), 2)
+        end = start + length
+        if kind in {"crash", "silent crash"}:
+            world.at(start, world.crash, device, kind != "crash")
+            world.at(end, world.restart, device)
+        elif kind == "freeze":
+            world.at(start, world.freeze, device)
+            world.at(end, world.thaw, device)
+        elif kind == "short freeze":
+            end = start + 0.25 * draw.random()
+            world.at(start, world.freeze, device)
+            world.at(end, world.thaw, device)
+        elif kind == "slow":
+            world.at(start, world.slow_down, device, 10 * draw.random())
+            world.at(end, world.slow_down, device, 1.0)
+        elif kind == "partition":
+            world.at(start, world.partition, device, other)
+            world.at(end, world.heal, device, other)
+        elif kind == "loss":
+            world.at(start, setattr, world.network, "loss", 0.2 * draw.random())
+            world.at(end, setattr, world.network, "loss", 0.0)
+        else:
+            for k in range(4):
+                world.at(start + 0.2 * k, world.crash, device)
+                world.at(start + 0.2 * k + 0.1, world.restart, device)
+            end = start + 0.8
+        calm = max(calm, end)
+    world.at(calm, setattr, world.network, "loss", 0.0)
+    world.start_client(0.2, calm + 8.0)
+    world.at(calm, setattr, world, "interval", 0.15)
+    world.run(calm + 11.0)
+    world.check()
+    tail = world.coverage(calm + 7.0)
+    assert tail, f"seed {seed}: no frame was sent at the end"
+    assert min(tail) == 1.0, f"seed {seed}: full coverage did not return: {tail}"
+    last = world.answers[max(world.answers)]
+    assert all(answer.from_spares == 0.0 for _, answer in last), f"seed {seed}: spares are still used at the end"
+    assert len(last) == devices or world.prune, f"seed {seed}: only {len(last)} of {devices} devices answer at the end"
+    return world
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_chaos(first: int) -> None:
+    for seed in range(first, first + 10):
+        chaos(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(1000, 3000, 100))
+def test_chaos_at_length(first: int) -> None:
+    for seed in range(first, first + 100):
+        chaos(seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_without_faults_nothing_is_repaired(seed: int) -> None:
+    spares = ("hot", "standby")[seed % 2]
+    world = World(make_plan(2 + seed % 4), seed, spares, Network(duplication=0.1), window=1 + seed % 5)
+    world.start_client(0.2, 2.0)
+    world.run(5.0)
+    world.check()
+    assert len(world.sent) > 50
+    assert set(world.coverage()) == {1.0}
+    assert all(a.from_spares == 0.0 and not a.down for given in world.answers.values() for _, a in given)
+    assert all(len(given) == world.plan.devices for given in world.answers.values())
+    assert world.wants == 0
+    assert not [note for note in world.notes if "suspect" in note[2]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_crash_loses_no_shard_that_has_a_live_holder(seed: int) -> None:
+    """Two holders each, one crash at any moment: full coverage of every frame, at every survivor."""
+    devices = 2 + seed % 4
+    world = World(make_plan(devices), seed, ("hot", "standby")[seed % 2], Network(slow=0.02), window=4)
+    world.at(0.7 + 0.1 * world.random.random(), world.crash, seed % devices, seed % 3 == 0)
+    world.start_client(0.2, 2.0)
+    world.run(5.0)
+    world.check()
+    assert set(world.coverage()) == {1.0}
+    for number, given in world.answers.items():
+        survivors = [answer for _, answer in given if answer.sender != seed % devices]
+        assert len(survivors) == devices - 1, f"seed {seed}: frame {number}"
+        assert all(answer.coverage == 1.0 for answer in survivors), f"seed {seed}: frame {number}"
+
+
+@pytest.mark.parametrize("spares", ["hot", "standby"])
+def test_a_frozen_device_blames_nobody_and_is_back_soon(spares: str) -> None:
+    world = World(make_plan(4), 5, spares)
+    world.at(1.0, world.freeze, 2)
+    world.at(2.5, world.thaw, 2)
+    world.start_client(0.2, 5.0)
+    world.run(8.0)
+    world.check()
+    blamed = [(at, device, text) for at, device, text in world.notes if "suspect" in text]
+    assert {text[:8] for _, device, text in blamed if device != 2} == {"device 2"}
+    assert not [text for _, device, text in blamed if device == 2 and "waited" in text]
+    assert set(world.coverage()) == {1.0}
+    tail = [a for number, sent in world.sent.items() if sent > 3.0 for _, a in world.answers[number]]
+    assert all(answer.from_spares == 0.0 for answer in tail)
+
+
+def test_without_a_spare_the_answer_says_what_is_missing() -> None:
+    world = World(make_plan(4, holders=1), 1)
+    world.at(1.0, world.crash, 3)
+    world.start_client(0.2, 2.0)
+    world.run(4.0)
+    world.check()
+    _, answer = world.answers[max(world.answers)][0]
+    assert answer.down == (3,)
+    assert answer.coverage == 0.75
+    assert [sources[3] for sources in answer.sources] == [-1, -1, -1]
+
+
+def test_a_device_alone_answers_with_what_it_has() -> None:
+    world = World(make_plan(3), 1)
+    for device in (1, 2):
+        world.at(1.0, world.crash, device)
+    world.start_client(0.2, 2.0)
+    world.run(4.0)
+    world.check()
+    _, answer = world.answers[max(world.answers)][0]
+    assert answer.down == (1, 2)
+    assert 0.5 < answer.coverage < 1.0
+
+
+def test_a_frame_beyond_the_window_is_refused_and_nobody_waits_for_it() -> None:
+    world = World(make_plan(3), 2, window=40, compute_seconds=0.02)
+    world.interval = 0.001
+    world.start_client(0.2, 1.0)
+    world.run(4.0)
+    world.check()
+    assert world.refusals
+    assert "its window" in world.refusals[0].reason
+    assert not [text for _, _, text in world.notes if "suspect" in text]
