@@ -226,7 +226,7 @@ def _load(path: Path) -> Plan:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PlanError(f"{path} is not a plan (it is not JSON); {remedy}") from None
     if not isinstance(document, dict) or document.get("format") != "robustdice-plan":
         raise PlanError(f"{path} is not a plan (no robustdice-plan header); {remedy}")
@@ -245,8 +245,8 @@ def _load(path: Path) -> Plan:
             model=ModelReference(**body["model"]),
             settings=dict(body["settings"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(f"{path} is a damaged plan ({error}); {remedy}") from None
+    except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {remedy}") from None
     if plan.digest != document.get("digest"):
         raise PlanError(f"{path} does not have the digest that it states: it was changed by hand; {remedy}")
     return plan
@@ -255,14 +255,27 @@ def _load(path: Path) -> Plan:
 def _check(plan: Plan) -> None:
     if not 2 <= plan.devices <= MAX_DEVICES:
         raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {plan.devices}")
-    if len(plan.layers) != len(plan.shards):
-        raise PlanError(f"{len(plan.layers)} layers, but shards for {len(plan.shards)}")
+    if not plan.layers or len(plan.layers) != len(plan.shards):
+        raise PlanError(f"{len(plan.layers)} layers (at least one), but shards for {len(plan.shards)}")
+    if len({layer.name for layer in plan.layers}) != len(plan.layers):
+        raise PlanError("two layers have the same name")
+    if plan.shared_weights < 0:
+        raise PlanError(f"the number of shared weights must be 0 or more, got {plan.shared_weights}")
     for layer, shards in zip(plan.layers, plan.shards, strict=True):
+        _check_layer(layer)
         dealt = sorted(neuron for shard in shards for neuron in shard.neurons)
-        if dealt != list(range(layer.neurons)):
+        if len(dealt) != layer.neurons or dealt != list(range(layer.neurons)):
             raise PlanError(f"layer {layer.name}: the shards do not hold each of its {layer.neurons} neurons once")
         for shard in shards:
             _check_shard(plan, layer, shard)
+
+
+def _check_layer(layer: Layer) -> None:
+    for name, value in asdict(layer).items():
+        if name != "name" and not (isinstance(value, int) and value >= 1):
+            raise PlanError(f"layer {layer.name}: {name} must be a whole number of at least 1, got {value!r}")
+    if layer.neurons % layer.group:
+        raise PlanError(f"layer {layer.name}: {layer.neurons} neurons are not a multiple of their group, {layer.group}")
 
 
 def _check_shard(plan: Plan, layer: Layer, shard: Shard) -> None:
@@ -273,7 +286,11 @@ def _check_shard(plan: Plan, layer: Layer, shard: Shard) -> None:
         raise PlanError(f"layer {layer.name}: a shard splits a group of {layer.group} neurons")
     if not shard.holders or len(set(shard.devices)) != len(shard.devices):
         raise PlanError(f"layer {layer.name}: a shard needs different holders, at least one; got {shard.devices}")
-    if bad := [device for device in shard.devices if not 0 <= device < plan.devices]:
-        raise PlanError(f"layer {layer.name}: device {bad[0]} does not exist, the plan has {plan.devices} devices")
-    if bad := [h.representation for h in shard.holders if h.representation not in BYTES_PER_WEIGHT]:
-        raise PlanError(f"layer {layer.name}: unknown representation {bad[0]!r}; known: {', '.join(BYTES_PER_WEIGHT)}")
+    for holder in shard.holders:
+        device, kind = holder.device, holder.representation
+        if not 0 <= device < plan.devices:
+            raise PlanError(f"layer {layer.name}: device {device} does not exist, the plan has {plan.devices} devices")
+        if kind not in BYTES_PER_WEIGHT:
+            raise PlanError(
+                f"layer {layer.name}: unknown representation {kind!r}; known: {', '.join(BYTES_PER_WEIGHT)}"
+            )

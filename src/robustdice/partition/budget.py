@@ -1,0 +1,107 @@
+"""From memory to a threshold: people know how much their devices can hold, not how far apart neurons are."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from robustdice.errors import PlanError
+from robustdice.importance.values import Scores
+from robustdice.partition.cluster import cluster
+from robustdice.partition.distribute import entries_per_device
+from robustdice.plan import Layer
+
+MAX_CLUSTERINGS = 40
+"""How many thresholds are tried at most."""
+PRECISION = 1e-6
+"""The relative width of the interval at which the search ends."""
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_MEMORY = re.compile(r"\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>[KMG]?B)?\s*", re.IGNORECASE)
+
+
+def parse_memory(memory: float | str, total_bytes: int) -> int:
+    """The bytes that ``memory`` allows each device, for a model of ``total_bytes``.
+
+    A number without a unit is a share in (0, 1] of the model's parameters in float32; with one
+    (``"500KB"``, ``"80MB"``, ``"1.5GB"``, decimal) it is an amount. PlanError for anything else.
+    """
+    number, unit = memory, None
+    if isinstance(memory, str):
+        match = _MEMORY.fullmatch(memory)
+        if match is None:
+            raise PlanError(f"memory {memory!r} is not an amount; give a share such as 0.5, or bytes such as '80MB'")
+        number, unit = float(match["number"]), match["unit"]
+    number = float(number)
+    if unit is not None:
+        return math.floor(number * _UNITS[unit.upper()])
+    if not 0 < number <= 1:
+        raise PlanError(
+            f"memory {memory!r} is not a share of the model between 0 and 1; for an amount give its unit, as in '80MB'"
+        )
+    # The product may be rounded either way; what counts is the quotient, which is a plan's memory share.
+    budget = math.floor(number * total_bytes) + 1
+    while budget / total_bytes > number:
+        budget -= 1
+    return budget
+
+
+def solve_threshold(
+    layers: Sequence[Layer], scores: Sequence[Scores], devices: int, budget: int, shared_weights: int
+) -> float:
+    """The threshold whose plan uses as much of ``budget`` (bytes per device) as possible, and not more.
+
+    ``scores`` are the layers' normalised scores, [units, columns] each. What a device holds falls as the threshold
+    grows, in steps and almost but not quite always; so the threshold is bisected to where the budget is first
+    kept, and the best of all that were tried is taken. Deterministic. 0 (everything everywhere) where that
+    fits; PlanError, naming what is needed, where even one group per layer does not.
+    """
+
+    def held(threshold: float) -> int:
+        return _bytes_per_device(layers, scores, devices, threshold, shared_weights)
+
+    full = 4 * (shared_weights + sum(layer.neurons * layer.neuron_weights for layer in layers))
+    if full <= budget:
+        return 0.0
+    # Above the largest distance in any layer, one group per layer is left.
+    high = float(np.nextafter(max(_extent(layer_scores) for layer_scores in scores), math.inf))
+    best, least = high, held(high)
+    if least > budget:
+        raise PlanError(
+            f"a plan for {devices} devices needs {least / full:.4f} of the model on each of them ({least:,} bytes), "
+            f"{budget / full:.4f} ({budget:,} bytes) are allowed; allow more memory, or use more devices"
+        )
+    most, low = least, 0.0
+    # Everything that can be held is a sum of units: what is left open is less than the smallest of them.
+    smallest = min(4 * layer.group * layer.neuron_weights for layer in layers)
+    for _ in range(MAX_CLUSTERINGS - 1):
+        if budget - most < smallest or high - low < PRECISION * high:
+            break
+        middle = (low + high) / 2
+        now = held(middle)
+        if now > budget:
+            low = middle
+            continue
+        high = middle
+        if now > most:
+            best, most = middle, now
+    return best
+
+
+def _bytes_per_device(
+    layers: Sequence[Layer], scores: Sequence[Scores], devices: int, threshold: float, shared_weights: int
+) -> int:
+    weights = shared_weights
+    for layer, layer_scores in zip(layers, scores, strict=True):
+        groups = cluster(layer_scores, threshold)
+        units = sum(entries_per_device(len(group), devices) for group in groups)
+        weights += units * layer.group * layer.neuron_weights
+    return 4 * weights
+
+
+def _extent(scores: Scores) -> float:
+    """The diagonal of the box around the points: no distance, rounded as in clustering, exceeds it."""
+    return float(np.sqrt(((scores.max(axis=0) - scores.min(axis=0)) ** 2).sum()))
