@@ -13,7 +13,7 @@ help:  ## list the targets
 
 env: $(INSTALLED)  ## only create the environment
 
-demo: $(INSTALLED)  ## the whole story on this machine, in about a minute
+demo: $(INSTALLED)  ## the whole story on this machine
 	@$(BIN)/robustdice demo
 
 test: $(INSTALLED)  ## the tests, without the slow ones
