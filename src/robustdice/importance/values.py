@@ -177,9 +177,9 @@ def _load(path: Path) -> Importance:
             settings=dict(header["settings"]),
         )
         digest = header["digest"]
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, MemoryError) as error:
         raise PlanError(f"{path} is damaged ({error}); {remedy}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"{path} is not a file of scores ({type(error).__name__}: {error}); {remedy}") from None
     if importance.digest != digest:
         raise PlanError(f"{path} does not have the digest that it states: it was changed by hand; {remedy}")

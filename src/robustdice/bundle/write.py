@@ -1,0 +1,229 @@
+"""Network and plan -> one directory per device, with only that device's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from robustdice.bundle.manifest import (
+    MANIFEST_NAME,
+    Exchange,
+    FileEntry,
+    Local,
+    Manifest,
+    Piece,
+    Stage,
+)
+from robustdice.bundle.onnx_graph import Cut, OnnxGraph, cut, cut_layer, export_onnx, make_model
+from robustdice.bundle.stages import StageGraph, split_into_stages
+from robustdice.errors import OutputError, PlanError
+from robustdice.model.canonical import arguments
+from robustdice.model.network import Network
+from robustdice.plan import Plan
+
+SPARES = ("standby", "hot")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """An ONNX file to be written, and the bytes of the network's parameters in it."""
+
+    content: bytes
+    weight_bytes: int
+
+
+def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "standby") -> list[Path]:
+    """Write ``directory/device-0 ...``; returns the bundles' directories.
+
+    A build that is there already is replaced once the new one is complete. PlanError when the plan is not of this
+    network; OutputError when the directory holds something else, or cannot be written.
+    """
+    if spares not in SPARES:
+        raise PlanError(f"spares are {' or '.join(SPARES)}, not {spares!r}")
+    check_plan_fits(network, plan)
+    check_replaceable(directory)
+    exchanged = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
+    stages = split_into_stages(network, exchanged)
+    graph = export_onnx(network)
+    locals_ = [_local_model(network, graph, stage, number) for number, stage in enumerate(stages)]
+    names = [f"device-{device}" for device in range(plan.devices)]
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+            for device, name in enumerate(names):
+                target = Path(temporary) / name
+                target.mkdir()
+                _write_device(network, plan, graph, stages, locals_, exchanged, device, spares, target)
+            directory.mkdir(exist_ok=True)
+            for old in directory.glob("device-*"):
+                shutil.rmtree(old)
+            for name in names:
+                shutil.move(Path(temporary) / name, directory / name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the bundles to {directory}: {error.strerror}; choose another place with -o"
+        ) from None
+    return [directory / name for name in names]
+
+
+def check_plan_fits(network: Network, plan: Plan) -> None:
+    """PlanError unless ``plan`` was made for ``network``."""
+    if plan.model.digest != network.reference.digest:
+        raise PlanError(
+            f"the plan was made for {plan.model.source} (digest {plan.model.digest[:12]}), "
+            f"not for {network.reference.source} (digest {network.reference.digest[:12]})"
+        )
+
+
+def check_replaceable(directory: Path) -> None:
+    """OutputError unless a build may be written to ``directory``: it is absent, empty, or a build."""
+    if directory.exists():
+        if not directory.is_dir():
+            raise OutputError(f"{directory} is a file; choose a directory with -o")
+        foreign = [p.name for p in directory.iterdir() if not p.name.startswith("device-")]
+        foreign = [name for name in foreign if name not in {"cluster.toml", "client.key"}]
+        if foreign:
+            raise OutputError(
+                f"{directory} holds other things ({sorted(foreign)[0]}); choose an empty directory with -o"
+            )
+
+
+def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: int) -> tuple[Local, _Model] | None:
+    if not stage.local_outputs:
+        return None
+    outputs = tuple(node.name for node in stage.local_outputs)
+    part = cut(graph, [node.name for node in stage.local_inputs], outputs)
+    inputs = tuple(node.name for node in stage.local_inputs)
+    content, arrays = make_model([part], inputs, outputs, graph.opset)
+    weights = sum(part.arrays[name].nbytes for name in arrays & _parameters(network))
+    return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, weights)
+
+
+def _parameters(network: Network) -> frozenset[str]:
+    return frozenset(str(node.target) for node in network.nodes if node.op == "get_attr")
+
+
+def _write_device(
+    network: Network,
+    plan: Plan,
+    graph: OnnxGraph,
+    stages: Sequence[StageGraph],
+    locals_: Sequence[tuple[Local, _Model] | None],
+    exchanged: Sequence[int],
+    device: int,
+    spares: str,
+    target: Path,
+) -> None:
+    files: dict[str, FileEntry] = {}
+    weight_bytes = 0
+
+    def write(name: str, model: _Model) -> None:
+        nonlocal weight_bytes
+        (target / name).write_bytes(model.content)
+        files[name] = FileEntry(len(model.content), hashlib.sha256(model.content).hexdigest())
+        weight_bytes += model.weight_bytes
+
+    manifest_stages = []
+    for number, (stage, local) in enumerate(zip(stages, locals_, strict=True)):
+        if local is not None:
+            write(local[0].file, local[1])
+        pieces = []
+        for count, shards in enumerate(_piece_shards(plan, stage.layers, device, spares)):
+            piece, model = _piece(network, plan, graph, exchanged, shards, f"stage-{number:03d}-piece-{count}.onnx")
+            write(piece.file, model)
+            pieces.append(piece)
+        manifest_stages.append(
+            Stage(
+                local=None if local is None else local[0],
+                exchanges=tuple(exchanged.index(layer) for layer in stage.layers),
+                pieces=tuple(pieces),
+                keep=tuple(node.name for node in stage.keep),
+            )
+        )
+    promised = plan.bytes_per_device[device]
+    if weight_bytes != promised:
+        raise PlanError(
+            f"device {device} would hold {weight_bytes} bytes of weights, the plan promises {promised}; "
+            "please report this model"
+        )
+    manifest = Manifest(
+        device=device,
+        devices=plan.devices,
+        plan_digest=plan.digest,
+        spares=spares,
+        input=network.input.name,
+        input_shape=network.input_shape,
+        output=network.output.name,
+        outputs=network.outputs,
+        classes=tuple(plan.model.preprocessing.get("classes", ())),
+        preprocessing={key: value for key, value in plan.model.preprocessing.items() if key != "classes"},
+        exchanges=tuple(_exchange(network, plan, layer) for layer in exchanged),
+        stages=tuple(manifest_stages),
+        files=files,
+        weight_bytes=weight_bytes,
+    )
+    (target / MANIFEST_NAME).write_bytes(manifest.to_json())
+
+
+def _exchange(network: Network, plan: Plan, index: int) -> Exchange:
+    layer = network.layers[index]
+    return Exchange(
+        layer=layer.layer.name,
+        value=layer.value.name,
+        shape=layer.shape,
+        axis=layer.axis,
+        features=layer.features,
+        fill=layer.fill,
+        shards=plan.shards[index],
+    )
+
+
+def _piece_shards(plan: Plan, layers: Sequence[int], device: int, spares: str) -> list[list[tuple[int, int]]]:
+    """The (layer, shard) pairs that a device holds in a stage; together those that the same failures make it publish."""
+    pieces: dict[frozenset[int], list[tuple[int, int]]] = {}
+    for layer in layers:
+        for number, shard in enumerate(plan.shards[layer]):
+            if device in shard.devices:
+                before = frozenset(shard.devices[: shard.devices.index(device)])
+                pieces.setdefault(before if spares == "standby" else frozenset(), []).append((layer, number))
+    return [pieces[before] for before in sorted(pieces, key=lambda before: (len(before), sorted(before)))]
+
+
+def _piece(
+    network: Network,
+    plan: Plan,
+    graph: OnnxGraph,
+    exchanged: Sequence[int],
+    shards: Sequence[tuple[int, int]],
+    file: str,
+) -> tuple[Piece, _Model]:
+    cuts: list[Cut] = []
+    outputs: list[str] = []
+    inputs: dict[str, None] = {}
+    parameters = _parameters(network)
+    weights = 0
+    for index in sorted({layer for layer, _ in shards}):
+        layer = network.layers[index]
+        neurons = np.array(
+            [n for which, number in shards if which == index for n in plan.shards[index][number].neurons]
+        )
+        prefix = f"{layer.layer.name}/"
+        part = cut_layer(graph, layer, neurons, prefix)
+        cuts.append(part)
+        outputs.append(prefix + layer.value.name)
+        inputs[arguments(layer.node)[0].name] = None
+        weights += sum(array.nbytes for name, array in part.arrays.items() if name.removeprefix(prefix) in parameters)
+    content, _ = make_model(cuts, list(inputs), outputs, graph.opset)
+    piece = Piece(
+        file=file,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        shards=tuple((exchanged.index(layer), number) for layer, number in shards),
+    )
+    return piece, _Model(content, weights)

@@ -1,0 +1,238 @@
+"""An exported program rewritten into the few forms that the rest of the project reasons about.
+
+Exporters say the same thing in several ways (a linear layer as ``linear`` or as ``addmm`` with a transposed
+weight, flattening as a ``view`` with the batch size spelled out). After :func:`canonicalise` the graph
+is functional, computes any batch size, has one input and one output, and each layer is one node.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from robustdice.errors import ModelError
+
+aten = torch.ops.aten
+
+_IDENTITIES = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.lift_fresh_copy.default,
+    aten._assert_tensor_metadata.default,
+}
+_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_BATCH_NORMS = {
+    aten._native_batch_norm_legit_no_training.default: 5,
+    aten._native_batch_norm_legit.default: 6,
+    aten.native_batch_norm.default: 6,
+}
+"""Decomposed batch norms and the position of their momentum, which epsilon follows."""
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+
+def canonicalise(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph module with parameters as attributes; ModelError naming a node that cannot be placed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates parts of itself that it still uses
+        module = program.run_decompositions({}).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = module.graph
+    _check_signature(graph)
+    batch = _exported_batch(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and "guard" in str(node.target):
+            graph.erase_node(node)
+        elif node.op not in {"placeholder", "get_attr", "call_function", "output"}:
+            raise ModelError(f"node {node.name} ({node.op} {node.target}) cannot be placed: it is control flow")
+        elif node.op == "call_function":
+            _reject_unplaceable(node)
+            _rewrite(graph, node, batch)
+    graph.eliminate_dead_code()
+    _fold_constants(module)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _check_signature(graph: fx.Graph) -> None:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        names = ", ".join(node.name for node in inputs)
+        raise ModelError(f"the model takes {len(inputs)} inputs ({names}); robustdice runs models of one image tensor")
+    output = graph.output_node()
+    results = output.args[0]
+    if isinstance(results, (tuple, list)):
+        if len(results) != 1:
+            raise ModelError(f"the model has {len(results)} outputs; expected one tensor, a score per class")
+        output.args = (results[0],)
+    if not isinstance(output.args[0], fx.Node):
+        raise ModelError("the model does not return a tensor; expected one score per class")
+    graph._codegen = fx.graph.CodeGen()  # the exported calling convention (nested tuples) is gone
+
+
+def _exported_batch(graph: fx.Graph) -> int | torch.SymInt:
+    node = next(node for node in graph.nodes if node.op == "placeholder")
+    batch: int | torch.SymInt = node.meta["val"].shape[0]
+    return batch
+
+
+def _reject_unplaceable(node: fx.Node) -> None:
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        raise ModelError(f"node {node.name} ({target}) cannot be placed: it is control flow; export without")
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        training = any(arg is True for arg in node.args)
+        if target not in _IDENTITIES or training:
+            raise ModelError(f"node {node.name} ({target}) cannot be placed: it is random; export in eval mode")
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
+    target = node.target
+    if target in _IDENTITIES or _is_whole_slice(node):
+        if node.args and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    elif target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in _BATCH_NORMS:
+        _replace(graph, node, aten.batch_norm.default, _batch_norm_arguments(node.args[0]))
+    elif target is aten.convolution.default:
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+        if not transposed:
+            dimensions = len(stride)  # type: ignore[arg-type]
+            _replace(graph, node, _CONVOLUTIONS[dimensions], (x, weight, bias, stride, padding, dilation, groups))
+    elif target is aten.addmm.default and (weight := _transposed(node.args[2])) is not None:
+        _replace(graph, node, aten.linear.default, (node.args[1], weight, node.args[0]))
+    elif target is aten.mm.default and (weight := _transposed(node.args[1])) is not None:
+        _replace(graph, node, aten.linear.default, (node.args[0], weight, None))
+    elif target in {aten.view.default, aten.reshape.default, aten._unsafe_view.default}:
+        _rewrite_view(graph, node, batch)
+    elif target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]
+        _replace(graph, node, aten.mean.dim, (node.args[0], [2, 3], True))
+
+
+def arguments(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
+    """The positional arguments of a node, those that are left out from ``defaults`` (one for every position)."""
+    return (*node.args, *defaults[len(node.args) :])
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, arguments)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, _, start, end, step = arguments(node, None, 0, None, None, 1)
+    return start in {0, None} and end in {None, 2**63 - 1} and bool(step == 1)
+
+
+def _batch_norm_arguments(norm: fx.Node) -> tuple[Any, ...]:
+    momentum = _BATCH_NORMS[norm.target]  # type: ignore[index]
+    if momentum == 6 and norm.args[5]:
+        raise ModelError(f"node {norm.name} cannot be placed: it learns; export the model in eval mode")
+    return (*norm.args[:5], False, norm.args[momentum], norm.args[momentum + 1], False)
+
+
+def _transposed(node: Any) -> fx.Node | None:
+    """The matrix whose transpose ``node`` is, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    swaps = node.target is aten.t.default or (
+        node.target in {aten.permute.default, aten.transpose.int} and list(_flat(node.args[1:])) in ([1, 0], [0, 1])
+    )
+    return node.args[0] if swaps and isinstance(node.args[0], fx.Node) else None
+
+
+def _flat(values: Any) -> Sequence[int]:
+    return [number for value in values for number in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _rewrite_view(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
+    """Say a view without the batch size: as a flatten where it is one, else with -1 for the batch."""
+    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    before, after = source.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    if not before or not after or str(before[0]) != str(batch) or str(after[0]) != str(batch):
+        return
+    kept = len(after) - 1
+    if len(after) < len(before) and tuple(before[:kept]) == tuple(after[:kept]):
+        rest = before[kept:]
+        if all(isinstance(size, int) for size in rest) and math.prod(rest) == after[-1]:
+            _replace(graph, node, aten.flatten.using_ints, (source, kept))
+            return
+    if all(isinstance(size, int) for size in after[1:]):
+        _replace(graph, node, aten.reshape.default, (source, [-1, *map(int, after[1:])]))
+        return
+    raise ModelError(f"node {node.name} (view to {sizes}) cannot be placed: more than the batch size is dynamic")
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Compute what depends on parameters alone (standardised or normalised weights) once and for all."""
+    graph = module.graph
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and node.all_input_nodes and constant.issuperset(node.all_input_nodes)
+        ):
+            constant.add(node)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        execute(module, [node for node in graph.nodes if node in constant], values)
+    for node in graph.nodes:
+        boundary = node in constant and node.op == "call_function" and not constant.issuperset(node.users)
+        if boundary and isinstance(values[node], torch.Tensor):
+            name = f"folded_{node.name}"
+            module.register_buffer(name, values[node].clone())
+            with graph.inserting_before(node):
+                folded = graph.get_attr(name)
+            folded.meta = dict(node.meta)
+            node.replace_all_uses_with(folded)
+    graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+
+
+def attribute(module: fx.GraphModule, name: str) -> torch.Tensor:
+    """The parameter or buffer that a ``get_attr`` node names."""
+    value = operator.attrgetter(name)(module)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def execute(module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
+    """Run ``nodes`` in order. ``values`` has what they need from outside and receives what they compute."""
+    for node in nodes:
+        if node.op == "get_attr":
+            values[node] = attribute(module, str(node.target))
+        elif node.op == "call_function":
+            arguments = fx.map_arg(node.args, values.__getitem__)
+            keywords = fx.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+
+
+def measure_shapes(module: fx.GraphModule, example: torch.Tensor) -> tuple[torch.Tensor, Shapes]:
+    """Run the module on ``example``; its output, and the shape of every tensor on the way."""
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = example
+    with torch.no_grad():
+        execute(module, list(module.graph.nodes), values)
+    shapes = {node: tuple(value.shape) for node, value in values.items() if isinstance(value, torch.Tensor)}
+    output = module.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    return values[output], shapes

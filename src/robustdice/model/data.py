@@ -1,0 +1,122 @@
+"""Image sources: a folder or zip file in ImageFolder form, or ``digits``."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdice.errors import DataError
+from robustdice.images import class_of, normalise_pixels, read_image
+from robustdice.model.digits import Split, digits
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images in a fixed order. ``read(index)`` gives one as a model's input, float32 [channels, height, width]."""
+
+    name: str
+    labels: NDArray[np.int64]
+    read: Callable[[int], NDArray[np.float32]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Images ``start`` to ``stop``: float32 [n, channels, height, width]."""
+        return np.stack([self.read(index) for index in range(start, len(self) if stop is None else stop)])
+
+    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Images and labels, ``size`` at a time, in order."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield self.images(start, stop), self.labels[start:stop]
+
+    def sample(self, count: int | None, seed: int = 0) -> Dataset:
+        """A class-balanced subset: from every class as many, as far as it has them, in the original order."""
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise DataError(f"--samples must be at least 1, not {count}")
+        generator = np.random.default_rng(seed)
+        shuffled = generator.permutation(len(self))
+        position = np.empty(len(self), dtype=np.int64)  # how many of its class come before it in the shuffled order
+        seen: dict[int, int] = {}
+        for index in shuffled:
+            label = int(self.labels[index])
+            position[index] = seen.get(label, 0)
+            seen[label] = position[index] + 1
+        order = shuffled[np.argsort(position[shuffled], kind="stable")]
+        chosen = np.sort(order[:count])
+        read = self.read
+        return Dataset(self.name, self.labels[chosen], lambda index: read(int(chosen[index])))
+
+
+def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, split: Split = "test") -> Dataset:
+    """The images of ``source``, prepared as a model with this preprocessing and number of ``outputs`` needs them.
+
+    The parent folder's name is an image's class. DataError when there is nothing, or a folder is no class.
+    ``split`` is for ``digits``: ``train`` or ``test``.
+    """
+    if "input_size" not in preprocessing:
+        raise DataError("how images become inputs is not known for this model; say it with --size, --mean and --std")
+    if source == "digits":
+        return _digits(preprocessing, split)
+    path = Path(source)
+    if path.is_dir():
+        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        contents: Callable[[str], Path | bytes] = lambda name: path / name  # noqa: E731
+    elif path.is_file():
+        names, contents = _open_zip(path)
+    else:
+        raise DataError(f"there is no image folder or zip file {path}; DATA is such a path, or 'digits'")
+    if not names:
+        raise DataError(f"{path} holds no images ({', '.join(sorted(_SUFFIXES))}) in class folders")
+    folders = [PurePosixPath(name).parent.name for name in names]
+    if not all(folders):
+        raise DataError(f"{path}: the image {names[folders.index('')]} is in no class folder")
+    classes = _classes(preprocessing, sorted(set(folders)), outputs, path)
+    indices = {folder: class_of(folder, classes, str(path)) for folder in sorted(set(folders))}
+    labels = np.array([indices[folder] for folder in folders])
+    return Dataset(path.name, labels, lambda i: read_image(contents(names[i]), preprocessing, f"{path}/{names[i]}"))
+
+
+def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"cannot read {path} as a zip file: {error}") from None
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise DataError(f"cannot read {name} in {path}: {error}") from None
+
+    return sorted(name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in _SUFFIXES), read
+
+
+def _classes(preprocessing: Mapping[str, Any], folders: list[str], outputs: int, path: Path) -> list[str]:
+    if named := preprocessing.get("classes"):
+        return list(named)
+    if len(folders) == outputs:
+        return folders
+    raise DataError(
+        f"{path} has {len(folders)} class folders, the model {outputs} outputs, and nothing says which is which; "
+        "name the classes in the order of the outputs with --classes FILE (a class a line)"
+    )
+
+
+def _digits(preprocessing: Mapping[str, Any], split: Split) -> Dataset:
+    pixels, labels = digits(split)
+    if list(preprocessing["input_size"]) != list(pixels.shape[1:]):
+        raise DataError(f"digits are {list(pixels.shape[1:])}, the model takes {preprocessing['input_size']}")
+    images = normalise_pixels(pixels.astype(np.float32) / np.float32(255), preprocessing)
+    return Dataset(f"digits ({split})", labels, lambda index: images[index])

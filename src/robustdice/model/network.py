@@ -1,0 +1,315 @@
+"""A model as robustdice sees it: layers with their tails, and what is computed between them.
+
+This is the one place that reads a model's graph; nothing here knows any architecture by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from robustdice.errors import ModelError
+from robustdice.model.canonical import arguments, aten, attribute, canonicalise, execute, measure_shapes
+from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
+from robustdice.plan import Layer, ModelReference
+
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default}
+
+Survivors = Sequence[torch.Tensor]
+"""For every layer, which neurons are there: bool[neurons]."""
+
+
+@dataclass(frozen=True)
+class NetworkLayer:
+    """A layer, and where it lies in the graph.
+
+    ``node`` is the convolution or linear node, ``value`` the end of its tail: what is exchanged. The value's shape
+    (without the batch axis) is ``shape``; neurons lie along ``axis`` (counted with the batch axis), ``features``
+    entries each. ``fill`` stands in for a lost neuron. ``parameters`` hold one slice per neuron,
+    ``filters`` names those that count in the scores. ``input_channels`` is 0 when every
+    neuron reads the whole input, else the number of input channels that each group of neurons reads.
+    """
+
+    layer: Layer
+    node: fx.Node
+    value: fx.Node
+    shape: tuple[int, ...]
+    axis: int
+    features: int
+    fill: float
+    parameters: tuple[ParameterSlice, ...]
+    filters: tuple[str, ...]
+    input_channels: int
+
+    def broadcast(self, per_neuron: torch.Tensor) -> torch.Tensor:
+        """A tensor [..., neurons] in the shape that combines with the exchanged value [..., batch, ...]."""
+        wide = per_neuron.repeat_interleave(self.features, dim=-1)
+        behind = len(self.shape) - self.axis
+        return wide.reshape(*per_neuron.shape[:-1], *(1,) * self.axis, -1, *(1,) * behind)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in the workshop. Made by :func:`build_network`; ``rd.load_model`` makes one from a name or file.
+
+    ``shapes`` has the shape of every tensor of the graph, for some batch size; ``shared_parameters`` names the
+    parameters outside of all layers.
+    """
+
+    module: fx.GraphModule
+    layers: tuple[NetworkLayer, ...]
+    input: fx.Node
+    output: fx.Node
+    input_shape: tuple[int, ...]
+    outputs: int
+    shapes: Mapping[fx.Node, tuple[int, ...]]
+    shared_parameters: tuple[str, ...]
+    reference: ModelReference
+
+    @property
+    def plan_layers(self) -> tuple[Layer, ...]:
+        """The layers as a plan names them."""
+        return tuple(layer.layer for layer in self.layers)
+
+    @property
+    def shared_weights(self) -> int:
+        """Number of parameters outside of all layers."""
+        return sum(attribute(self.module, name).numel() for name in self.shared_parameters)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How an image becomes an input, and the names of the classes (docs/formats.md)."""
+        return self.reference.preprocessing
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The graph's nodes, in an order in which they can be computed."""
+        return list(self.module.graph.nodes)
+
+    def run(self, images: torch.Tensor, survivors: Survivors | None = None) -> torch.Tensor:
+        """Class scores (before any softmax) [batch, outputs] of ``images`` [batch, channels, height, width].
+
+        With ``survivors``, neurons that are not there are filled in at their layer's exchange.
+        """
+        values: dict[fx.Node, Any] = {self.input: images}
+        exchanges = {} if survivors is None else exchange_masks(self, survivors)
+        remaining = {node: len(node.users) for node in self.nodes}
+        for node in self.nodes:
+            execute(self.module, [node], values)
+            if node in exchanges and node in values:
+                values[node] = exchanges[node](values[node])
+            for used in node.all_input_nodes:
+                remaining[used] -= 1
+                if not remaining[used] and used is not self.output:
+                    del values[used]
+        result = values[self.output]
+        assert isinstance(result, torch.Tensor)
+        return result
+
+
+def exchange_masks(network: Network, survivors: Survivors) -> dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]]:
+    """For the exchanged value of every layer that has lost neurons: the function that fills them in."""
+    fills: dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for layer, alive in zip(network.layers, survivors, strict=True):
+        if not bool(alive.all()):
+            fills[layer.value] = _Fill(layer.broadcast(~alive), layer.fill)
+    return fills
+
+
+@dataclass(frozen=True)
+class _Fill:
+    lost: torch.Tensor
+    fill: float
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        return value.masked_fill(self.lost, self.fill)
+
+
+def build_network(
+    program: ExportedProgram,
+    source: str,
+    preprocessing: Mapping[str, Any] | None = None,
+    random_weights_seed: int | None = None,
+) -> Network:
+    """Find the layers, tails and exchanges of an exported program; ModelError when there is something to refuse.
+
+    The rewritten graph is run beside the program, on other batch sizes too, and must give the same scores.
+    """
+    original = program.module(check_guards=False)
+    module = canonicalise(program)
+    graph = module.graph
+    source_node = next(node for node in graph.nodes if node.op == "placeholder")
+    exported = source_node.meta["val"].shape
+    input_shape = tuple(exported[1:])
+    if not all(isinstance(size, int) for size in input_shape) or len(input_shape) < 1:
+        raise ModelError(f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed")
+    batch = exported[0] if isinstance(exported[0], int) else 3
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(batch, *input_shape, generator=generator)
+    output, shapes = measure_shapes(module, example)
+    _check_equivalent(module, original, example, output)
+    output_node = _strip_softmax(module)
+    layers, shared = _find_layers(module, shapes)
+    preprocessing = dict(preprocessing or {})
+    return Network(
+        module=module,
+        layers=layers,
+        input=source_node,
+        output=output_node,
+        input_shape=input_shape,
+        outputs=output.shape[1],
+        shapes=shapes,
+        shared_parameters=shared,
+        reference=ModelReference(source, _digest(module), random_weights_seed, preprocessing),
+    )
+
+
+def _check_equivalent(
+    module: fx.GraphModule, original: torch.nn.Module, example: torch.Tensor, output: torch.Tensor
+) -> None:
+    if output.ndim != 2:
+        raise ModelError(f"the model returns shape {tuple(output.shape)}; expected [batch, classes]")
+    with torch.no_grad():
+        expected = original(example)
+        expected = expected[0] if isinstance(expected, (tuple, list)) else expected
+        single = module(example[:1])
+    for result, wanted in ((output, expected), (single, expected[:1])):
+        scale = wanted.abs().max().clamp_min(1e-12)
+        if result.shape != wanted.shape or float((result - wanted).abs().max() / scale) > 1e-4:
+            raise ModelError(
+                "the model's answers for an image depend on the batch that it is in, or on chance; "
+                "export it in eval mode with a dynamic batch size: "
+                "torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
+            )
+
+
+def _strip_softmax(module: fx.GraphModule) -> fx.Node:
+    """Make the class scores the output: softmax is taken of them wherever probabilities are wanted."""
+    end = module.graph.output_node()
+    scores = end.args[0]
+    assert isinstance(scores, fx.Node)
+    if scores.target in _SOFTMAXES and scores.args[1] in (1, -1) and isinstance(scores.args[0], fx.Node):
+        scores = scores.args[0]
+        end.args = (scores,)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return scores
+
+
+def _digest(module: fx.GraphModule) -> str:
+    """SHA-256 (hex) of the graph and all parameters."""
+    digest = hashlib.sha256()
+    for node in module.graph.nodes:
+        digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}\n".encode())
+        if node.op == "get_attr":
+            digest.update(attribute(module, str(node.target)).detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _find_layers(
+    module: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]
+) -> tuple[tuple[NetworkLayer, ...], tuple[str, ...]]:
+    layers: list[NetworkLayer] = []
+    names: set[str] = set()
+    in_tails: set[fx.Node] = set()
+    output = module.graph.output_node().args[0]
+    for node in module.graph.nodes:
+        if node in in_tails or (start := _layer_start(node, shapes)) is None:
+            continue
+        value, channels = node, start
+        while value is not output and len(value.users) == 1:
+            following = next(iter(value.users))
+            reached = channelwise(following, channels, shapes)
+            if reached is None or (following.args[0] is not value and value not in following.args[:2]):
+                break
+            value, channels = following, reached
+            in_tails.add(following)
+        name = _unique_name(str(node.args[1].target), names)
+        layers.append(_network_layer(name, node, value, channels, shapes, output))
+    if not layers:
+        raise ModelError("the model has no convolution or linear layer: there is nothing to distribute")
+    sliced = {parameter.name for layer in layers for parameter in layer.parameters}
+    used = {str(node.target): node for node in module.graph.nodes if node.op == "get_attr"}
+    shared = tuple(name for name in used if name not in sliced and attribute(module, name).is_floating_point())
+    return tuple(layers), shared
+
+
+def _layer_start(node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> Channels | None:
+    """The neurons of a convolution or linear node, or None when the node is neither."""
+    if node.target not in _CONVOLUTIONS | {aten.linear.default}:
+        return None
+    _, weight, bias, *_ = arguments(node, None, None, None)
+    if not parameter_name(weight) or not (bias is None or parameter_name(bias)):
+        return None
+    neurons = shapes[weight][0]
+    axis = 1 if node.target in _CONVOLUTIONS else len(shapes[node]) - 1
+    if axis == 0:
+        raise ModelError(f"node {node.name} ({node.target}) cannot be placed: its input has no batch axis")
+    own = tuple(name for argument in (weight, bias) if (name := parameter_name(argument)))
+    per_filter = math.prod(shapes[weight][1:])
+    return Channels(
+        neurons=neurons,
+        axis=axis,
+        features=1,
+        parameters=tuple(ParameterSlice(name, 0) for name in own),
+        filters=own,
+        macs=per_filter * math.prod(shapes[node][1:]) // neurons,
+    )
+
+
+def _unique_name(parameter: str, taken: set[str]) -> str:
+    base = parameter.removesuffix(".weight")
+    name, count = base, 1
+    while name in taken:
+        count += 1
+        name = f"{base}#{count}"
+    taken.add(name)
+    return name
+
+
+def _network_layer(
+    name: str,
+    node: fx.Node,
+    value: fx.Node,
+    channels: Channels,
+    shapes: dict[fx.Node, tuple[int, ...]],
+    output: Any,
+) -> NetworkLayer:
+    x, *_, groups = arguments(node, None, None, None, 1, 0, 1, 1) if node.target in _CONVOLUTIONS else (node.args[0], 1)
+    weights = sum(
+        math.prod(shape) // (shape[s.axis] // s.features)
+        for s in channels.parameters
+        for shape in [_parameter_shape(node.graph, s.name, shapes)]
+    )
+    shape = shapes[value][1:]
+    return NetworkLayer(
+        layer=Layer(
+            name=name,
+            neurons=channels.neurons,
+            group=channels.neurons // groups if groups > 1 else 1,
+            neuron_weights=weights,
+            neuron_macs=channels.macs,
+            neuron_outputs=math.prod(shape) // channels.neurons,
+        ),
+        node=node,
+        value=value,
+        shape=shape,
+        axis=channels.axis,
+        features=channels.features,
+        fill=-math.inf if value is output else 0.0,
+        parameters=channels.parameters,
+        filters=channels.filters,
+        input_channels=shapes[x][1] // groups if groups > 1 else 0,
+    )
+
+
+def _parameter_shape(graph: fx.Graph, name: str, shapes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
+    return next(shapes[node] for node in graph.nodes if node.op == "get_attr" and node.target == name)
