@@ -30,7 +30,7 @@ from robustdice.runtime.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.messages import Answer, Frame, FrameId, Refused, ShardId, Want
+from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
 
 CLIENT = "c0"
 HEARTBEAT_SECONDS = 0.3
@@ -161,9 +161,10 @@ class World:
     def _act(self, node: Node, action: Any) -> None:
         if isinstance(action, Send):
             self.wants += isinstance(action.message, Want)
-            if isinstance(action.to, str):
+            if isinstance(action.message, Answer | Refused):
                 self.at(self.now + self._delay(), self._answered, node.device, action.message)
-            else:
+            elif isinstance(action.message, Hello | Shards | Want | Pass):
+                assert isinstance(action.to, int)
                 self._transmit(node.device, action.to, Received(action.message))
         elif isinstance(action, RunStage | RunPieces):
             self._compute(node, action)

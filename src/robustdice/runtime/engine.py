@@ -52,6 +52,9 @@ class Engine:
         """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
         self._busy: tuple[Task, float] | None = None
         """What the executor computes, and since when. One at a time."""
+        self._head: FrameId | None = None
+        """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
+        younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
         self._waits = [Estimate() for _ in manifest.stages]
         self._computes = [Estimate() for _ in manifest.stages]
         self._answered = 0
@@ -69,7 +72,7 @@ class Engine:
             case Received(Shards() as message):
                 self._on_shards(message, now)
             case Received(Want() as message):
-                self._on_want(message)
+                self._on_want(message, now)
             case Received(Pass(sender, frame)):
                 self._on_pass(sender, frame, now)
             case Received(Hello() as message):
@@ -85,6 +88,7 @@ class Engine:
             case Tick(due):
                 self._on_tick(due, now)
         self._schedule(now)
+        self._lead(now)
         actions, self._actions = self._actions, []
         return actions
 
@@ -93,9 +97,9 @@ class Engine:
         times = [early.since + self._early_seconds(early) for early in self._early.values()]
         for frame in self._frames.values():
             if frame.phase is Phase.WAITING:
-                times.append(min(frame.wait_until, self._hurry_at(frame)))
-                if frame.nudge_at is not None:
-                    times.append(frame.nudge_at)
+                times.append(self._hurry_at(frame))
+                if frame.id == self._head:
+                    times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
             elif frame.phase is Phase.DONE:
                 times.append(frame.deadline)
         return min(times, default=None)
@@ -145,6 +149,7 @@ class Engine:
         self._frames[frame.id] = frame
         if early:
             frame.live -= early.passed
+            frame.wanted = early.wanted
             for shard, (array, source) in early.shards.items():
                 frame.offer([(shard, array)], source)
 
@@ -172,10 +177,15 @@ class Engine:
         if message.stage >= frame.stage or (since is not None and now - since <= estimate.deadline(self.settings)):
             self.membership.evidence(message.sender)
 
-    def _on_want(self, message: Want) -> None:
+    def _on_want(self, message: Want, now: float) -> None:
         frame = self._frames.get(message.frame)
         if frame is None:
-            self._send(message.sender, Pass(self.me, message.frame))
+            early = self._know_early(message.frame, now)
+            if early is None or early.told:
+                self._send(message.sender, Pass(self.me, message.frame))
+            else:
+                for shard in message.shards:
+                    early.wanted.setdefault(shard, set()).add(message.sender)
             return
         ready = [shard for shard in message.shards if shard in frame.own]
         self._publish(frame, message.stage, ready, [message.sender])
@@ -263,7 +273,7 @@ class Engine:
             return
         frame.phase, frame.since[task.stage] = Phase.WAITING, now
         frame.clean = True
-        self._arm(frame, self._waits[task.stage].deadline(self.settings), now)
+        self._arm(frame, now)
         self._complete(frame, now)
 
     def _publish_due(self, frame: InFlight, stage: int) -> None:
@@ -292,8 +302,19 @@ class Engine:
 
     # -- waiting
 
-    def _arm(self, frame: InFlight, wait: float, now: float) -> None:
-        """Wait ``wait`` seconds, or less where the frame's own deadline leaves less for what may still follow."""
+    def _lead(self, now: float) -> None:
+        """Let the head's deadline run from the moment that it has become the head."""
+        head = next((frame for frame in self._frames.values() if frame.phase is not Phase.DONE), None)
+        if head is not None and head.id != self._head and head.phase is Phase.WAITING:
+            head.since[head.stage] = now
+            self._arm(head, now)
+        self._head = None if head is None else head.id
+
+    def _arm(self, frame: InFlight, now: float, factor: float = 1.0) -> None:
+        """Wait as long as peers may need: what was observed, and a peer may be within a stage of another frame. But
+        leave time for what may still follow before the frame's own deadline."""
+        means = [estimate.mean or 0.0 for estimate in self._computes]
+        wait = factor * self._waits[frame.stage].deadline(self.settings) + means[frame.stage] + max(means)
         fair = max((self._hurry_at(frame) - now) / 4, self.settings.minimum_wait)
         wait = min(wait, fair)
         frame.wait_until, frame.nudge_at, frame.rearmed = now + wait, now + wait / 2, False
@@ -306,7 +327,7 @@ class Engine:
     def _complete(self, frame: InFlight, now: float) -> None:
         """Go on to the next stage when everything that has a live holder is there."""
         if frame.phase is Phase.WAITING and not frame.missing():
-            if frame.clean:
+            if frame.clean and frame.id == self._head:
                 self._waits[frame.stage].observe(now - frame.since[frame.stage])
             self._advance(frame)
 
@@ -331,20 +352,21 @@ class Engine:
                     early.told = True
 
     def _on_wait(self, frame: InFlight, frozen: bool, now: float) -> None:
-        waits = self._waits[frame.stage].deadline(self.settings)
         if now >= self._hurry_at(frame):
             since = frame.since[frame.stage]
             if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
                 self._suspect(frame, now)
             if frame.phase is Phase.WAITING:
                 self._advance(frame)
+        elif frame.id != self._head:
+            return
         elif frozen and not frame.rearmed:
-            self._arm(frame, waits, now)
+            self._arm(frame, now)
             frame.rearmed = True
         elif now >= frame.wait_until:
             self._suspect(frame, now)
             if frame.phase is Phase.WAITING and now >= frame.wait_until:  # only own spares are missing
-                self._arm(frame, waits, now)
+                self._arm(frame, now)
         elif frame.nudge_at is not None and now >= frame.nudge_at:
             frame.nudge_at = None
             self._ask(frame)
@@ -389,7 +411,7 @@ class Engine:
         self._complete(frame, now)
         if frame.phase is Phase.WAITING:
             self._ask(frame)
-            self._arm(frame, 2 * self._waits[frame.stage].deadline(self.settings), now)
+            self._arm(frame, now, factor=2.0)
 
     # -- the end of a frame
 

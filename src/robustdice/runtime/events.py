@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Received:
-    """A valid message, its sender authenticated."""
+    """A valid message, its sender authenticated. A StatusRequest means nothing to the engine."""
 
     message: DeviceMessage | ClientMessage
 

@@ -119,6 +119,7 @@ class Early:
 
     since: float
     shards: dict[ShardId, tuple[Array, int]] = field(default_factory=dict)
+    wanted: dict[ShardId, set[int]] = field(default_factory=dict)
     passed: set[int] = field(default_factory=set)
     told: bool = False
     """Peers have been told that this device does not know the frame."""

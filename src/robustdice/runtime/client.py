@@ -1,0 +1,409 @@
+"""A client: frames in, answers out. One thread; the network is served while the caller waits for an answer."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from robustdice.errors import ClusterError, DataError, MessageError
+from robustdice.runtime import messages
+from robustdice.runtime.config import CLIENT_KEY_NAME, Cluster, read_secret
+from robustdice.runtime.events import Settings
+from robustdice.runtime.inflight import Estimate
+from robustdice.runtime.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
+from robustdice.runtime.zeromq import Line
+
+CONNECT_SECONDS = 0.5
+"""How long the first frame waits for more devices once one is connected."""
+GRACE = Settings(initial_wait=0.25, minimum_wait=0.05, maximum_wait=1.0)
+PATIENCE = Settings(initial_wait=0.5, minimum_wait=0.1, maximum_wait=5.0)
+REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one frame.
+
+    ``outputs`` are the network's, float32 [outputs] (minus infinity for class scores that were lost), and
+    ``probabilities`` their softmax; both are None, and ``class_index`` too, when no answer came in time or nothing is
+    left to answer with. ``coverage`` is the least, over the exchanges, of the share of neurons that were present;
+    ``from_spares`` the largest of the share that came from a spare; ``down`` the devices that took no part. ``refused``
+    says why there is no answer, where that is known.
+    """
+
+    number: int
+    outputs: NDArray[np.float32] | None
+    probabilities: NDArray[np.float32] | None
+    class_index: int | None
+    coverage: float
+    from_spares: float
+    down: tuple[int, ...]
+    latency_seconds: float
+    device: int | None
+    sources: tuple[tuple[int, ...], ...] = ()
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the devices serve: ``input_shape`` [C, H, W], class names (may be empty), how an image becomes an input, and
+    the number of exchanges (0: frames are computed by one device each)."""
+
+    input_shape: tuple[int, ...]
+    outputs: int
+    classes: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    exchanges: int
+
+
+@dataclass
+class _Pending:
+    """A frame without a result yet."""
+
+    number: int
+    array: NDArray[np.float32]
+    sent_at: float
+    asked: dict[int, float] = field(default_factory=dict)
+    """Devices that the frame was sent to, and when."""
+    answers: dict[int, tuple[messages.Answer, float]] = field(default_factory=dict)
+    refusals: dict[int, str] = field(default_factory=dict)
+    first_at: float | None = None
+    """When the first answer came."""
+
+
+class Client:
+    """Sends frames to the devices of ``cluster_toml`` and collects the best answers.
+
+    ``key`` is the client's secret key file (default: ``client.key`` beside the cluster file). ``window`` frames are in
+    flight at once in :meth:`stream`. ClusterError when the files are not valid. Not thread-safe. Close it, or use it in
+    a ``with`` statement; what is left open is closed when it is collected.
+    """
+
+    def __init__(
+        self,
+        cluster_toml: str | os.PathLike[str],
+        key: str | os.PathLike[str] | None = None,
+        timeout_seconds: float = 2.0,
+        window: int = 4,
+    ) -> None:
+        """Start to connect; nothing is waited for."""
+        if not 0 < timeout_seconds <= messages.MAX_TIMEOUT_SECONDS or window < 1:
+            raise ClusterError(f"timeout {timeout_seconds} s and window {window}: both must be positive")
+        path = Path(cluster_toml)
+        self.cluster = Cluster.read(path)
+        self.timeout_seconds = timeout_seconds
+        self.window = window
+        self.dropped = 0
+        """Messages that were not valid."""
+        keys = read_secret(Path(key) if key is not None else path.parent / CLIENT_KEY_NAME)
+        self._codec = Codec(self.cluster.plan_digest)
+        self._name = secrets.token_hex(8)
+        self._next = 0
+        self._model: Model | None = None
+        self._pending: dict[int, _Pending] = {}
+        self._done: dict[int, Answer] = {}
+        self._statuses: dict[int, Mapping[str, Any]] = {}
+        self._silent: set[int] = set()
+        """Devices that did not answer in time, until anything comes from them."""
+        self._spread = Estimate()
+        """Seconds between a frame's first answer and the others."""
+        self._latency = [Estimate() for _ in self.cluster.devices]
+        """Per device, for plans without an exchange."""
+        context: zmq.Context[Any] = zmq.Context()
+        self._lines = [
+            Line(context, device.address, keys, device.public_key, REPLY_LIMIT) for device in self.cluster.devices
+        ]
+        self._poller = zmq.Poller()
+        for line in self._lines:
+            self._poller.register(line.socket, zmq.POLLIN)
+            self._poller.register(line.monitor, zmq.POLLIN)
+        self._finalizer = weakref.finalize(self, _close, context, self._lines)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._finalizer()
+
+    @property
+    def model(self) -> Model:
+        """What the devices serve; ClusterError when none of them can be reached within the timeout."""
+        if self._model is None:
+            end = time.monotonic() + max(self.timeout_seconds, 1.0)
+            while self._model is None:
+                self._connect(end)
+                if time.monotonic() >= end or not self.status(0.2):
+                    raise ClusterError(self._unreachable())
+        return self._model
+
+    def status(self, timeout_seconds: float = 1.0) -> dict[int, Mapping[str, Any]]:
+        """What each device says about itself, by device number; those that do not reply in time are absent."""
+        self._statuses = {}
+        end, asked = time.monotonic() + timeout_seconds, set[int]()
+        parts = self._codec.encode(StatusRequest(self._name))
+        while time.monotonic() < end and len(self._statuses) < len(self._lines):
+            asked |= {d for d, line in enumerate(self._lines) if d not in asked and line.connected and line.send(parts)}
+            self._pump(end)
+        return dict(self._statuses)
+
+    def infer(self, array: NDArray[np.float32]) -> Answer:
+        """The answer for one frame, float32 ``[C, H, W]``, within ``timeout_seconds``.
+
+        DataError when the shape is not the model's; ClusterError when no device was ever reached.
+        """
+        number = self._submit(array)
+        while number not in self._done:
+            self._pump(self._next_due())
+        return self._done.pop(number)
+
+    def stream(self, frames: Iterable[NDArray[np.float32]]) -> Iterator[Answer]:
+        """Answers in the order of ``frames``, with up to ``window`` of them in flight. Errors as :meth:`infer`'s."""
+        order: list[int] = []
+        source = iter(frames)
+        more = True
+        try:
+            while True:
+                while more and len(order) < self.window:
+                    frame = next(source, None)
+                    more = frame is not None
+                    if frame is not None:
+                        order.append(self._submit(frame))
+                if not order:
+                    return
+                while order[0] not in self._done:
+                    self._pump(self._next_due())
+                yield self._done.pop(order.pop(0))
+        finally:
+            for number in order:
+                self._pending.pop(number, None)
+                self._done.pop(number, None)
+
+    # -- sending
+
+    def _submit(self, array: NDArray[np.float32]) -> int:
+        model = self.model
+        if array.shape != model.input_shape:
+            raise DataError(f"a frame of shape {array.shape}, the model takes {model.input_shape}")
+        now = time.monotonic()
+        pending = _Pending(self._next, np.array(array, np.float32)[None], now)
+        self._next += 1
+        self._connect(now + self.timeout_seconds)
+        self._pending[pending.number] = pending
+        if model.exchanges:
+            for device in range(len(self._lines)):
+                self._send(pending, device)
+        else:
+            self._pass_on(pending)
+        return pending.number
+
+    def _send(self, pending: _Pending, device: int) -> bool:
+        line = self._lines[device]
+        now = time.monotonic()
+        remaining = pending.sent_at + self.timeout_seconds - now
+        if not line.connected or remaining <= 0:
+            return False
+        frame = Frame(FrameId(self._name, pending.number), min(self._pending), remaining, pending.array)
+        if not line.send(self._codec.encode(frame)):
+            return False
+        pending.asked[device] = now
+        return True
+
+    def _pass_on(self, pending: _Pending) -> None:
+        """Without exchanges: to the device with the least to do that has not had this frame yet."""
+        load = {device: 0 for device in range(len(self._lines)) if device not in pending.asked}
+        for other in self._pending.values():
+            for device in other.asked:
+                load[device] = load.get(device, 0) + (device not in other.refusals)
+        turn = pending.number % len(self._lines)
+        candidates = sorted(
+            (d for d in range(len(self._lines)) if d not in pending.asked),
+            key=lambda d: (d in self._silent, load[d], (d - turn) % len(self._lines)),
+        )
+        for device in candidates:
+            if self._send(pending, device):
+                return
+
+    def _connect(self, end: float) -> None:
+        """Before the first frames: wait for a first connection until ``end``, and a little longer for the others."""
+        first = None
+        while self._next <= 1 and not all(line.connected for line in self._lines):
+            now = time.monotonic()
+            if first is None and any(line.connected for line in self._lines):
+                first = now
+            limit = end if first is None else min(end, first + CONNECT_SECONDS)
+            if now >= limit:
+                return
+            self._pump(limit)
+
+    # -- receiving
+
+    def _pump(self, until: float) -> None:
+        """Wait for something to happen, at most to ``until``, and deal with it."""
+        wait = max(0.0, until - time.monotonic())
+        for _ in range(1 + sum(1 for _ in self._lines)):
+            ready = dict(self._poller.poll(int(wait * 1000) + (wait > 0)))
+            wait = 0.0
+            if not ready:
+                break
+            for device, line in enumerate(self._lines):
+                if line.monitor in ready and False in line.changes():
+                    self._on_disconnect(device)
+                if line.socket in ready:
+                    self._receive(device, line)
+        self._judge()
+
+    def _receive(self, device: int, line: Line) -> None:
+        for _ in range(64):
+            try:
+                frames = line.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                message = self._codec.decode([frame.buffer for frame in frames], device)
+            except MessageError:
+                self.dropped += 1
+                continue
+            self._silent.discard(device)
+            if isinstance(message, Status):
+                self._on_status(device, message)
+            elif isinstance(message, messages.Answer | Refused) and message.frame.client == self._name:
+                self._on_reply(device, message)
+
+    def _on_status(self, device: int, message: Status) -> None:
+        try:
+            model = message.document["model"]
+            self._model = Model(
+                tuple(map(int, model["input_shape"])),
+                int(model["outputs"]),
+                tuple(map(str, model["classes"])),
+                dict(model["preprocessing"]),
+                int(model["exchanges"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            self.dropped += 1
+            return
+        self._statuses[device] = message.document
+
+    def _on_reply(self, device: int, message: messages.Answer | Refused) -> None:
+        pending = self._pending.get(message.frame.number)
+        if pending is None:
+            return
+        now = time.monotonic()
+        if isinstance(message, Refused):
+            pending.refusals[device] = message.reason
+            return
+        if pending.first_at is None:
+            pending.first_at = now
+        else:
+            self._spread.observe(now - pending.first_at)
+        if device in pending.asked:
+            self._latency[device].observe(now - pending.asked[device])
+        pending.answers[device] = message, now
+
+    def _on_disconnect(self, device: int) -> None:
+        for pending in self._pending.values():
+            if device in pending.asked and device not in pending.answers:
+                pending.refusals.setdefault(device, f"the connection to device {device} was lost")
+
+    # -- deciding
+
+    def _judge(self) -> None:
+        now = time.monotonic()
+        parallel = self._model is not None and self._model.exchanges == 0
+        for pending in list(self._pending.values()):
+            waiting = [d for d in pending.asked if d not in pending.answers and d not in pending.refusals]
+            full = any(answer.coverage == 1.0 for answer, _ in pending.answers.values())
+            if full or now >= pending.sent_at + self.timeout_seconds:
+                self._resolve(pending)
+            elif parallel:
+                overdue = [d for d in waiting if now >= pending.asked[d] + self._patience(d)]
+                self._silent.update(overdue)
+                if len(overdue) == len(waiting):
+                    self._pass_on(pending)
+                if len(pending.refusals) == len(self._lines):
+                    self._resolve(pending)
+            else:
+                if pending.first_at is not None and now >= pending.first_at + self._spread.deadline(GRACE):
+                    self._silent.update(waiting)
+                if pending.asked and not set(waiting) - self._silent and (pending.answers or not waiting):
+                    self._resolve(pending)
+
+    def _patience(self, device: int) -> float:
+        load = sum(device in other.asked and not other.answers for other in self._pending.values())
+        mean = self._latency[device].mean or 0.0
+        return self._latency[device].deadline(PATIENCE) + load * mean
+
+    def _next_due(self) -> float:
+        times = []
+        parallel = self._model is not None and self._model.exchanges == 0
+        for pending in self._pending.values():
+            times.append(pending.sent_at + self.timeout_seconds)
+            if parallel:
+                overdue = [at + self._patience(device) for device, at in pending.asked.items()]
+                times += [moment for moment in overdue if moment > time.monotonic()]
+                if not pending.asked:
+                    times.append(time.monotonic() + 0.02)
+            elif pending.first_at is not None:
+                times.append(pending.first_at + self._spread.deadline(GRACE))
+        return min(times)
+
+    def _resolve(self, pending: _Pending) -> None:
+        del self._pending[pending.number]
+        if not pending.answers:
+            reason = next(iter(pending.refusals.values()), None) or (
+                "no device answered in time" if pending.asked else self._unreachable()
+            )
+            latency = time.monotonic() - pending.sent_at
+            self._done[pending.number] = Answer(
+                pending.number, None, None, None, 0.0, 0.0, (), latency, None, (), reason
+            )
+            return
+        best, at = max(pending.answers.values(), key=lambda entry: (entry[0].coverage, -entry[1]))
+        outputs = np.array(best.outputs, np.float32)
+        probabilities = _softmax(outputs)
+        self._done[pending.number] = Answer(
+            number=pending.number,
+            outputs=outputs,
+            probabilities=probabilities,
+            class_index=None if probabilities is None else int(probabilities.argmax()),
+            coverage=best.coverage,
+            from_spares=best.from_spares,
+            down=best.down,
+            latency_seconds=at - pending.sent_at,
+            device=best.sender,
+            sources=best.sources,
+        )
+
+    def _unreachable(self) -> str:
+        addresses = ", ".join(device.address for device in self.cluster.devices)
+        if any(line.refused for line in self._lines):
+            return f"the devices refuse this client's key: it is not listed in their cluster file ({addresses})"
+        return f"none of {len(self._lines)} devices can be reached ({addresses}); start them with 'robustdice up'"
+
+
+def _softmax(outputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    top = outputs.max()
+    if not np.isfinite(top):
+        return None
+    powers = np.exp(outputs.astype(np.float64) - float(top))
+    return np.asarray(powers / powers.sum(), np.float32)
+
+
+def _close(context: zmq.Context[Any], lines: list[Line]) -> None:
+    for line in lines:
+        line.close()
+    context.term()

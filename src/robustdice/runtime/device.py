@@ -1,0 +1,263 @@
+"""A running device: bundle, executor, engine and transport. ``python -m robustdice.runtime.device DIR/device-K``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import resource
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from robustdice.bundle.manifest import Manifest
+from robustdice.bundle.read import Bundle, load_bundle
+from robustdice.errors import BundleError, ClusterError, RobustdiceError
+from robustdice.runtime.config import CLUSTER_NAME, SECRET_NAME, Cluster, read_secret
+from robustdice.runtime.engine import Engine
+from robustdice.runtime.events import (
+    Action,
+    Computed,
+    Forget,
+    Note,
+    Received,
+    RunPieces,
+    RunStage,
+    Send,
+    Settings,
+    Tick,
+)
+from robustdice.runtime.executor import Executor, Values
+from robustdice.runtime.messages import Codec, FrameId, ShardId, Status, StatusRequest
+from robustdice.runtime.transport import Transport
+from robustdice.runtime.zeromq import ZeroMQTransport
+
+log = logging.getLogger(__name__)
+
+LONGEST_POLL_SECONDS = 0.2
+"""So often a device looks whether it was asked to stop."""
+DRAIN_ROUNDS = 16
+
+
+def run_device(
+    bundle_directory: str | os.PathLike[str],
+    cluster_file: str | os.PathLike[str] | None = None,
+    threads: int = 1,
+    settings: Settings | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Serve the bundle in ``bundle_directory`` (``DIR/device-K``) until ``stop`` is set.
+
+    ``cluster_file`` is by default the ``cluster.toml`` in the bundle's directory, or beside it. BundleError when the
+    bundle is damaged or of another plan than the cluster; ClusterError when the cluster file, the key or the port
+    cannot be used.
+    """
+    bundle = load_bundle(bundle_directory)
+    manifest = bundle.manifest
+    cluster = Cluster.read(cluster_file or _find_cluster(bundle))
+    if cluster.plan_digest != manifest.plan_digest or len(cluster.devices) != manifest.devices:
+        raise BundleError(
+            f"{bundle.directory} is of plan {manifest.plan_digest[:12]} for {manifest.devices} devices, the cluster "
+            f"runs plan {cluster.plan_digest[:12]} on {len(cluster.devices)}; copy all of one build"
+        )
+    executor = Executor(bundle, threads)
+    keys = read_secret(bundle.directory / SECRET_NAME)
+    codec = Codec(manifest.plan_digest, manifest)
+    engine = Engine(manifest, settings, secrets.token_hex(8))
+    transport = ZeroMQTransport(manifest.device, cluster, keys, codec)
+    entry = cluster.devices[manifest.device]
+    megabytes = manifest.weight_bytes / 1e6
+    log.info("%s listens on %s, holds %.2f MB of weights", entry.name, entry.address, megabytes)
+    worker = Worker(executor, transport.waker())
+    worker.start()
+    try:
+        Loop(engine, transport, worker, entry.name).run(stop or threading.Event())
+    finally:
+        worker.stop()
+        transport.close()
+        log.info("%s has stopped", entry.name)
+
+
+class Worker(threading.Thread):
+    """The compute thread: one task at a time, and the values that frames in flight still need."""
+
+    def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
+        """``wake`` is called from this thread after each result."""
+        super().__init__(name="compute", daemon=True)
+        self.tasks: queue.SimpleQueue[RunStage | RunPieces | Forget | None] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[Computed] = queue.SimpleQueue()
+        self._executor, self._wake = executor, wake
+        self._inputs: dict[FrameId, dict[int, Values]] = {}
+        """For every stage that a frame has entered: what its pieces read."""
+        self._kept: dict[FrameId, Values] = {}
+        """What the stages after the frame's last one need."""
+
+    def run(self) -> None:
+        """Compute until :meth:`stop`."""
+        while (task := self.tasks.get()) is not None:
+            if isinstance(task, Forget):
+                self._inputs.pop(task.frame, None)
+                self._kept.pop(task.frame, None)
+                continue
+            try:
+                result = self._compute(task)
+            except Exception as error:  # whatever ONNX Runtime raises costs this frame, not the device
+                log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
+                result = Computed(task, {}, error=f"{type(error).__name__}: {error}"[:300])
+            self.results.put(result)
+            self._wake()
+
+    def stop(self) -> None:
+        """End the thread after its current task."""
+        self.tasks.put(None)
+        self.join()
+
+    def _compute(self, task: RunStage | RunPieces) -> Computed:
+        executor, stage = self._executor, task.stage
+        manifest = executor.manifest
+        inputs = self._inputs.setdefault(task.frame, {})
+        outputs = None
+        if isinstance(task, RunStage):
+            values = executor.run_local(stage, self._enter(task, manifest))
+            needed = {name for piece in manifest.stages[stage].pieces for name in piece.inputs}
+            inputs[stage] = {name: values[name] for name in needed}
+            self._kept[task.frame] = executor.keep(stage, values)
+            if stage + 1 == len(manifest.stages):
+                outputs = values[manifest.output].reshape(-1)
+        shards: dict[ShardId, Any] = {}
+        for piece in task.pieces:
+            shards.update(executor.run_piece(stage, piece, inputs[stage]))
+        return Computed(task, shards, outputs)
+
+    def _enter(self, task: RunStage, manifest: Manifest) -> Values:
+        if task.array is not None:
+            return {manifest.input: task.array}
+        values = self._kept.pop(task.frame)
+        for exchange in manifest.stages[task.stage - 1].exchanges:
+            shards = {shard: array for (other, shard), array in task.gathered.items() if other == exchange}
+            values[manifest.exchanges[exchange].value] = self._executor.assemble(exchange, shards)
+        return values
+
+
+class Loop:
+    """Carries events to the engine and its actions to where they belong; the one place with a clock."""
+
+    def __init__(self, engine: Engine, transport: Transport, worker: Worker, name: str) -> None:
+        """Everything is built and listens; nothing is read before :meth:`run`."""
+        self._engine, self._transport, self._worker, self._name = engine, transport, worker, name
+        self._started = time.monotonic()
+        self._unsent = 0
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set."""
+        while not stop.is_set():
+            self._turn()
+
+    def _turn(self) -> None:
+        due = self._engine.next_due()
+        now = time.monotonic()
+        wait = LONGEST_POLL_SECONDS if due is None else min(max(due - now, 0.0), LONGEST_POLL_SECONDS)
+        for _ in range(DRAIN_ROUNDS):  # what has arrived comes before any timer
+            events = self._transport.poll(wait)
+            wait = 0.0
+            for event in events:
+                if isinstance(event, Received) and isinstance(event.message, StatusRequest):
+                    self._transport.send(event.message.client, self._status())
+                else:
+                    self._act(self._engine.handle(event, time.monotonic()))
+            self._collect()
+            if not events:
+                break
+        due, now = self._engine.next_due(), time.monotonic()
+        if due is not None and due <= now:
+            self._act(self._engine.handle(Tick(due), now))
+
+    def _collect(self) -> None:
+        while not self._worker.results.empty():
+            self._act(self._engine.handle(self._worker.results.get(), time.monotonic()))
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._unsent += not self._transport.send(action.to, action.message)
+            elif isinstance(action, Note):
+                log.info("%s: %s", self._name, action.text)
+            else:
+                self._worker.tasks.put(action)
+
+    def _status(self) -> Status:
+        manifest, now = self._engine.manifest, time.monotonic()
+        document = {
+            "name": self._name,
+            "device": manifest.device,
+            "devices": manifest.devices,
+            "plan_digest": manifest.plan_digest,
+            "spares": manifest.spares,
+            "weight_bytes": manifest.weight_bytes,
+            "process": os.getpid(),
+            "uptime_seconds": now - self._started,
+            "cpu_seconds": time.process_time(),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "dropped_messages": self._transport.dropped,
+            "unsent_messages": self._unsent,
+            **self._engine.status(now),
+            "model": {
+                "input_shape": manifest.input_shape,
+                "outputs": manifest.outputs,
+                "classes": manifest.classes,
+                "preprocessing": dict(manifest.preprocessing),
+                "exchanges": len(manifest.exchanges),
+            },
+        }
+        return Status(manifest.device, document)
+
+
+def _find_cluster(bundle: Bundle) -> Path:
+    places = [bundle.directory / CLUSTER_NAME, bundle.directory.resolve().parent / CLUSTER_NAME]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ClusterError(f"neither {places[0]} nor {places[1]} exists; name the cluster file with --cluster")
+
+
+def _stop_with_parent(stop: threading.Event) -> None:
+    """Stop when standard input ends: whoever started this process is gone, however it went."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        stop.set()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of one device process."""
+    parser = argparse.ArgumentParser(prog="python -m robustdice.runtime.device", description=run_device.__doc__)
+    parser.add_argument("bundle", help="DIR/device-K")
+    parser.add_argument("--cluster", help="cluster.toml (default: in the bundle's directory, or beside it)")
+    parser.add_argument("--threads", type=int, default=1, help="threads inside one computation (default: 1)")
+    parser.add_argument("--watch-stdin", action="store_true", help="stop when standard input ends")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if options.watch_stdin:
+        _stop_with_parent(stop)
+    try:
+        run_device(options.bundle, options.cluster, options.threads, stop=stop)
+    except RobustdiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
