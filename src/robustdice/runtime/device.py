@@ -227,7 +227,12 @@ def _find_cluster(bundle: Bundle) -> Path:
 
 
 def _stop_with_parent(stop: threading.Event) -> None:
-    """Stop when standard input ends: whoever started this process is gone, however it went."""
+    """Stop when standard input ends: whoever started this process is gone, however it went.
+
+    In a process group of its own, the kernel also wakes and ends a process that is frozen then (POSIX: SIGHUP and
+    SIGCONT to a newly orphaned process group with stopped members).
+    """
+    os.setpgid(0, 0)
 
     def watch() -> None:
         while os.read(0, 4096):

@@ -80,17 +80,21 @@ def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
     return (*exchange.shape[: exchange.axis - 1], width, *exchange.shape[exchange.axis :])
 
 
-def _session(bundle: Bundle, file: str, threads: int) -> Any:
+def open_session(model: bytes, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU for a serialised model; idle threads sleep instead of spinning."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _session(bundle: Bundle, file: str, threads: int) -> Any:
+    content = bundle.read(file)
     try:
-        return onnxruntime.InferenceSession(bundle.read(file), options, providers=["CPUExecutionProvider"])
-    except BundleError:
-        raise
+        return open_session(content, threads)
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BundleError(

@@ -70,6 +70,7 @@ class Line:
                 self.refused = True
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self.connected:
                 self.connected, self.refused = True, False
+                self.socket.getsockopt(zmq.EVENTS)  # lets the socket notice its new connection, so that sends succeed
                 changes.append(True)
             elif event == zmq.EVENT_DISCONNECTED and self.connected:
                 self.connected = False
