@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from robustdice.errors import ClusterError, DataError, MessageError
 from robustdice.runtime import messages
 from robustdice.runtime.config import CLIENT_KEY_NAME, Cluster, read_secret
+from robustdice.runtime.deadlines import Estimate
 from robustdice.runtime.events import Settings
-from robustdice.runtime.inflight import Estimate
 from robustdice.runtime.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
 from robustdice.runtime.zeromq import Line
 
@@ -203,12 +203,15 @@ class Client:
         self._next += 1
         self._connect(now + self.timeout_seconds)
         self._pending[pending.number] = pending
-        if model.exchanges:
+        self._dispatch(pending)
+        return pending.number
+
+    def _dispatch(self, pending: _Pending) -> None:
+        if self.model.exchanges:
             for device in range(len(self._lines)):
                 self._send(pending, device)
         else:
             self._pass_on(pending)
-        return pending.number
 
     def _send(self, pending: _Pending, device: int) -> bool:
         line = self._lines[device]
@@ -325,6 +328,8 @@ class Client:
         now = time.monotonic()
         parallel = self._model is not None and self._model.exchanges == 0
         for pending in list(self._pending.values()):
+            if not pending.asked:  # nobody was connected
+                self._dispatch(pending)
             waiting = [d for d in pending.asked if d not in pending.answers and d not in pending.refusals]
             full = any(answer.coverage == 1.0 for answer, _ in pending.answers.values())
             if full or now >= pending.sent_at + self.timeout_seconds:
@@ -352,11 +357,11 @@ class Client:
         parallel = self._model is not None and self._model.exchanges == 0
         for pending in self._pending.values():
             times.append(pending.sent_at + self.timeout_seconds)
-            if parallel:
+            if not pending.asked:
+                times.append(time.monotonic() + 0.02)
+            elif parallel:
                 overdue = [at + self._patience(device) for device, at in pending.asked.items()]
                 times += [moment for moment in overdue if moment > time.monotonic()]
-                if not pending.asked:
-                    times.append(time.monotonic() + 0.02)
             elif pending.first_at is not None:
                 times.append(pending.first_at + self._spread.deadline(GRACE))
         return min(times)

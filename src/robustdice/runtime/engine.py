@@ -7,11 +7,12 @@ is when a deadline passes. Whoever was silent is suspect, and its shards become 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.deadlines import Deadlines, Record
 from robustdice.runtime.events import (
     Action,
     Computed,
@@ -28,17 +29,16 @@ from robustdice.runtime.events import (
     Task,
     Tick,
 )
-from robustdice.runtime.inflight import Early, Estimate, InFlight, Phase
+from robustdice.runtime.inflight import Early, InFlight, Phase
 from robustdice.runtime.membership import Membership
 from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
-
-RATE_SECONDS = 5.0
 
 
 class Engine:
     """Device ``manifest.device``. ``incarnation`` is a text that no earlier run of it has used."""
 
     def __init__(self, manifest: Manifest, settings: Settings | None = None, incarnation: str = "0") -> None:
+        """No peer is known to be there yet."""
         self.manifest = manifest
         self.me = manifest.device
         self.settings = settings or Settings()
@@ -55,12 +55,8 @@ class Engine:
         self._head: FrameId | None = None
         """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
         younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
-        self._waits = [Estimate() for _ in manifest.stages]
-        self._computes = [Estimate() for _ in manifest.stages]
-        self._answered = 0
-        self._recent: deque[float] = deque(maxlen=512)
-        """When the last frames were answered."""
-        self._last_fault: tuple[int, float, str] | None = None
+        self._deadlines = Deadlines(len(manifest.stages), self.settings)
+        self._record = Record()
         self._actions: list[Action] = []
         """Of the event being handled; empty between events."""
 
@@ -97,7 +93,7 @@ class Engine:
         times = [early.since + self._early_seconds(early) for early in self._early.values()]
         for frame in self._frames.values():
             if frame.phase is Phase.WAITING:
-                times.append(self._hurry_at(frame))
+                times.append(self._deadlines.hurry_at(frame))
                 if frame.id == self._head:
                     times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
             elif frame.phase is Phase.DONE:
@@ -117,14 +113,10 @@ class Engine:
 
     def status(self, now: float) -> dict[str, Any]:
         """For ``robustdice status``: who is up in this device's view, frames per second, the last fault."""
-        recent = sum(now - moment <= RATE_SECONDS for moment in self._recent)
-        fault = self._last_fault
         return {
             "up": self.membership.up(now),
             "in_flight": self.in_flight,
-            "answered": self._answered,
-            "frames_per_second": recent / RATE_SECONDS,
-            "last_fault": fault and {"device": fault[0], "seconds_ago": now - fault[1], "reason": fault[2]},
+            **self._record.status(now),
         }
 
     # -- what others say
@@ -171,7 +163,7 @@ class Engine:
         """Does this message show that a suspect keeps up? If it is only a little slow, deadlines learn from it."""
         if message.sender in frame.live:
             return
-        estimate, since = self._waits[message.stage], frame.since.get(message.stage)
+        estimate, since = self._deadlines.waits[message.stage], frame.since.get(message.stage)
         if since is not None:
             estimate.observe(min(now - since, self.settings.maximum_wait))
         if message.stage >= frame.stage or (since is not None and now - since <= estimate.deadline(self.settings)):
@@ -267,13 +259,13 @@ class Engine:
         if isinstance(task, RunPieces):
             self._complete(frame, now)
             return
-        self._computes[task.stage].observe(now - started)
+        self._deadlines.computes[task.stage].observe(now - started)
         if task.stage + 1 == len(self.manifest.stages):
             self._finish(frame, event.outputs, now)
             return
         frame.phase, frame.since[task.stage] = Phase.WAITING, now
         frame.clean = True
-        self._arm(frame, now)
+        self._deadlines.arm(frame, now)
         self._complete(frame, now)
 
     def _publish_due(self, frame: InFlight, stage: int) -> None:
@@ -307,28 +299,14 @@ class Engine:
         head = next((frame for frame in self._frames.values() if frame.phase is not Phase.DONE), None)
         if head is not None and head.id != self._head and head.phase is Phase.WAITING:
             head.since[head.stage] = now
-            self._arm(head, now)
+            self._deadlines.arm(head, now)
         self._head = None if head is None else head.id
-
-    def _arm(self, frame: InFlight, now: float, factor: float = 1.0) -> None:
-        """Wait as long as peers may need: what was observed, and a peer may be within a stage of another frame. But
-        leave time for what may still follow before the frame's own deadline."""
-        means = [estimate.mean or 0.0 for estimate in self._computes]
-        wait = factor * self._waits[frame.stage].deadline(self.settings) + means[frame.stage] + max(means)
-        fair = max((self._hurry_at(frame) - now) / 4, self.settings.minimum_wait)
-        wait = min(wait, fair)
-        frame.wait_until, frame.nudge_at, frame.rearmed = now + wait, now + wait / 2, False
-
-    def _hurry_at(self, frame: InFlight) -> float:
-        """From when on a frame waits for nothing, so that its answer leaves in time."""
-        rest = sum(estimate.mean or 0.0 for estimate in self._computes[frame.stage + 1 :])
-        return frame.deadline - self.settings.answer_margin - 1.5 * rest
 
     def _complete(self, frame: InFlight, now: float) -> None:
         """Go on to the next stage when everything that has a live holder is there."""
         if frame.phase is Phase.WAITING and not frame.missing():
             if frame.clean and frame.id == self._head:
-                self._waits[frame.stage].observe(now - frame.since[frame.stage])
+                self._deadlines.waits[frame.stage].observe(now - frame.since[frame.stage])
             self._advance(frame)
 
     def _advance(self, frame: InFlight) -> None:
@@ -352,7 +330,7 @@ class Engine:
                     early.told = True
 
     def _on_wait(self, frame: InFlight, frozen: bool, now: float) -> None:
-        if now >= self._hurry_at(frame):
+        if now >= self._deadlines.hurry_at(frame):
             since = frame.since[frame.stage]
             if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
                 self._suspect(frame, now)
@@ -361,12 +339,12 @@ class Engine:
         elif frame.id != self._head:
             return
         elif frozen and not frame.rearmed:
-            self._arm(frame, now)
+            self._deadlines.arm(frame, now)
             frame.rearmed = True
         elif now >= frame.wait_until:
             self._suspect(frame, now)
             if frame.phase is Phase.WAITING and now >= frame.wait_until:  # only own spares are missing
-                self._arm(frame, now)
+                self._deadlines.arm(frame, now)
         elif frame.nudge_at is not None and now >= frame.nudge_at:
             frame.nudge_at = None
             self._ask(frame)
@@ -393,7 +371,7 @@ class Engine:
         """Devices left: no frame in flight counts on them any longer."""
         gone = set(devices)
         for device in gone:
-            self._last_fault = device, now, reason
+            self._record.fault = device, now, reason
             self._actions.append(Note(f"device {device} is suspect: {reason}"))
         for frame in list(self._frames.values()):
             self._shrink(frame, gone, now)
@@ -411,7 +389,7 @@ class Engine:
         self._complete(frame, now)
         if frame.phase is Phase.WAITING:
             self._ask(frame)
-            self._arm(frame, now, factor=2.0)
+            self._deadlines.arm(frame, now, factor=2.0)
 
     # -- the end of a frame
 
@@ -420,8 +398,7 @@ class Engine:
         down = tuple(sorted(set(range(self.manifest.devices)) - frame.live))
         answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down)
         self._send(frame.id.client, answer)
-        self._answered += 1
-        self._recent.append(now)
+        self._record.answer(now)
         self._retire(frame)
 
     def _give_up(self, frame: InFlight, reason: str) -> None:

@@ -26,6 +26,7 @@ class Executor:
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        """Load every model of the bundle."""
         self.manifest = bundle.manifest
         self._sessions = {file: _session(bundle, file, threads) for file in bundle.manifest.files}
         self._places = [

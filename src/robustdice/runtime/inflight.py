@@ -1,4 +1,4 @@
-"""A frame's state on one device, and the deadlines that follow what was observed."""
+"""A frame's state on one device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime.events import Settings
 from robustdice.runtime.messages import Array, FrameId, ShardId
 
 
@@ -123,25 +122,3 @@ class Early:
     passed: set[int] = field(default_factory=set)
     told: bool = False
     """Peers have been told that this device does not know the frame."""
-
-
-@dataclass
-class Estimate:
-    """A deadline from observed durations: mean plus four mean deviations (as TCP's, RFC 6298)."""
-
-    mean: float | None = None
-    deviation: float = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Take one duration into account."""
-        if self.mean is None:
-            self.mean, self.deviation = seconds, seconds / 2
-        else:
-            self.deviation += (abs(seconds - self.mean) - self.deviation) / 4
-            self.mean += (seconds - self.mean) / 8
-
-    def deadline(self, settings: Settings) -> float:
-        """How long to wait, in seconds."""
-        if self.mean is None:
-            return settings.initial_wait
-        return min(max(self.mean + 4 * self.deviation, settings.minimum_wait), settings.maximum_wait)

@@ -27,6 +27,7 @@ class InProcess:
     """All devices of one plan, loaded once, to be run for several failure sets."""
 
     def __init__(self, bundles: Sequence[Bundle], threads: int = 1) -> None:
+        """BundleError when they are not one of each device of one plan."""
         manifests = [bundle.manifest for bundle in bundles]
         if not manifests or sorted(m.device for m in manifests) != list(range(manifests[0].devices)):
             raise BundleError(f"bundles of devices {sorted(m.device for m in manifests)}: one of each device is needed")

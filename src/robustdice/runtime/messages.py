@@ -143,6 +143,7 @@ class Codec:
     (a client) only replies can be decoded."""
 
     def __init__(self, plan_digest: str, manifest: Manifest | None = None) -> None:
+        """A codec for messages of the plan with this digest."""
         self._plan = plan_digest
         self._manifest = manifest
         exchanges = manifest.exchanges if manifest else ()
