@@ -1,1 +1,93 @@
-"""Run a pretrained CNN on unreliable edge devices, so that answers keep coming while devices fail."""
+"""Run a pretrained CNN on unreliable edge devices, so that answers keep coming while devices fail.
+
+The workshop (``load_model`` to ``verify``) needs PyTorch, which is imported when one of its names is
+first used; the device side (``Client``, ``LocalCluster``, ``run_device``) does without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from robustdice.errors import RobustdiceError
+from robustdice.importance.values import Importance
+from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
+
+if TYPE_CHECKING:
+    from robustdice.failure.evaluate import Evaluation as Evaluation
+    from robustdice.failure.evaluate import evaluate as evaluate
+    from robustdice.importance.score import score as score
+    from robustdice.model.data import Dataset as Dataset
+    from robustdice.model.data import load_data as load_data
+    from robustdice.model.load import load_model as load_model
+    from robustdice.model.load import reload_model as reload_model
+    from robustdice.model.network import Network as Network
+    from robustdice.runtime.client import Answer as Answer
+    from robustdice.runtime.client import Client as Client
+    from robustdice.runtime.cluster import LocalCluster as LocalCluster
+    from robustdice.runtime.device import run_device as run_device
+    from robustdice.workshop import build as build
+    from robustdice.workshop import partition as partition
+    from robustdice.workshop import verify as verify
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Answer": "robustdice.runtime.client",
+    "Client": "robustdice.runtime.client",
+    "Dataset": "robustdice.model.data",
+    "Evaluation": "robustdice.failure.evaluate",
+    "LocalCluster": "robustdice.runtime.cluster",
+    "Network": "robustdice.model.network",
+    "build": "robustdice.workshop",
+    "evaluate": "robustdice.failure.evaluate",
+    "load_data": "robustdice.model.data",
+    "load_model": "robustdice.model.load",
+    "partition": "robustdice.workshop",
+    "reload_model": "robustdice.model.load",
+    "run_device": "robustdice.runtime.device",
+    "score": "robustdice.importance.score",
+    "verify": "robustdice.workshop",
+}
+"""Names that cost an import of PyTorch, ONNX Runtime or ZeroMQ, and where they are."""
+
+__all__ = [
+    "Answer",
+    "Client",
+    "Dataset",
+    "Evaluation",
+    "Holder",
+    "Importance",
+    "Layer",
+    "LocalCluster",
+    "Network",
+    "Plan",
+    "RobustdiceError",
+    "Shard",
+    "build",
+    "evaluate",
+    "failure_sets",
+    "load_data",
+    "load_model",
+    "partition",
+    "reload_model",
+    "run_device",
+    "score",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'robustdice' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in {"torch", "onnx", "onnxscript", "torchvision"}:
+            raise RobustdiceError(
+                f"{name} is part of the workshop and needs {error.name}: pip install 'robustdice[workshop]'"
+            ) from None
+        raise
+    # A submodule of the same name (robustdice.partition) must not hide the function.
+    value = globals()[name] = getattr(module, name)
+    return value

@@ -28,6 +28,8 @@ from robustdice.model.network import Network
 from robustdice.plan import Plan
 
 SPARES = ("standby", "hot")
+PLAN_NAME = "plan.json"
+"""The plan that a build was made from, kept beside the bundles for whoever verifies them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "
             directory.mkdir(exist_ok=True)
             for old in directory.glob("device-*"):
                 shutil.rmtree(old)
+            plan.save(directory / PLAN_NAME)
             for name in names:
                 shutil.move(Path(temporary) / name, directory / name)
     except OSError as error:
@@ -87,7 +90,7 @@ def check_replaceable(directory: Path) -> None:
         if not directory.is_dir():
             raise OutputError(f"{directory} is a file; choose a directory with -o")
         foreign = [p.name for p in directory.iterdir() if not p.name.startswith("device-")]
-        foreign = [name for name in foreign if name not in {"cluster.toml", "client.key"}]
+        foreign = [name for name in foreign if name not in {"cluster.toml", "client.key", PLAN_NAME}]
         if foreign:
             raise OutputError(
                 f"{directory} holds other things ({sorted(foreign)[0]}); choose an empty directory with -o"

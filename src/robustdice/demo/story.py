@@ -1,0 +1,230 @@
+"""The whole story on one machine: from a trained network to four processes that answer through failures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import robustdice as rd
+from robustdice.failure.evaluate import Evaluation
+from robustdice.report.tables import percent, plan_summary, plan_table
+from robustdice.runtime.cluster import LocalCluster
+
+DEVICES = 4
+SCORING_IMAGES = 64
+ACT_AFTER = 20
+"""Frames of a phase that are answered before something is done to a device."""
+MODEL = "robustdice.demo.network:digits_cnn"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What happens to which devices while frames stream, and who is down from then on."""
+
+    title: str
+    act: Callable[[LocalCluster], None]
+    down: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What came back in a phase. ``settled`` counts the frames that were answered without just the phase's ``down``."""
+
+    phase: Phase
+    frames: int
+    answered: int
+    accuracy: float
+    predicted: float
+    full_coverage: int
+    settled: int
+    frames_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A phase of ``demo --json``."""
+        return {
+            "title": self.phase.title,
+            "down": sorted(self.phase.down),
+            "frames": self.frames,
+            "answered": self.answered,
+            "accuracy": self.accuracy,
+            "predicted_accuracy": self.predicted,
+            "full_coverage": self.full_coverage,
+            "in_transition": self.frames - self.settled,
+            "frames_per_second": self.frames_per_second,
+        }
+
+
+PHASES = (
+    Phase("everybody is up", lambda cluster: None, frozenset()),  # noqa: ARG005
+    Phase("device 0 is killed (SIGKILL)", lambda cluster: cluster.kill(0), frozenset({0})),
+    Phase("device 2 is killed too", lambda cluster: cluster.kill(2), frozenset({0, 2})),
+    Phase("device 3 is killed too", lambda cluster: cluster.kill(3), frozenset({0, 2, 3})),
+    Phase("all three are started again", lambda cluster: _restart(cluster, 0, 2, 3), frozenset()),
+    Phase("device 1 is frozen (SIGSTOP)", lambda cluster: cluster.freeze(1), frozenset({1})),
+    Phase("device 1 wakes up (SIGCONT)", lambda cluster: cluster.thaw(1), frozenset()),
+)
+
+
+def run_demo(memory: str, frames: int | None, seed: int, console: Console) -> dict[str, Any]:
+    """Tell the story on ``console``; the document that ``demo --json`` prints.
+
+    ``frames`` test images are streamed in each phase (default: all 797). What was started is ended, whatever happens.
+    """
+    console.rule("1. A trained network, and how important its neurons are")
+    network = rd.load_model(MODEL)
+    test = rd.load_data("digits", network.preprocessing, network.outputs)
+    training = rd.load_data("digits", network.preprocessing, network.outputs, split="train")
+    weights = sum(layer.neurons * layer.neuron_weights for layer in network.plan_layers)
+    console.print(
+        f"A CNN of {len(network.layers)} layers and {weights:,} parameters, trained on digits (scikit-learn's)."
+    )
+    started = time.perf_counter()
+    scores = rd.score(network, training.sample(SCORING_IMAGES, seed).images())
+    console.print(
+        f"Its {sum(map(len, scores.scores))} neurons scored with {SCORING_IMAGES} training images in "
+        f"{time.perf_counter() - started:.1f} s: L1 norm, connection sensitivity, removal divergence."
+    )
+
+    console.rule(f"2. A plan for {DEVICES} devices, and what it will be worth")
+    plan = rd.partition(network, scores, devices=DEVICES, memory=memory)
+    console.print(plan_table(plan))
+    console.print(plan_summary(plan))
+    plans = {
+        "robustdice": plan,
+        "lop": rd.partition(network, devices=DEVICES, method="lop"),
+        "full": rd.partition(network, devices=DEVICES, method="full"),
+    }
+    evaluations = {name: rd.evaluate(network, method, test) for name, method in plans.items()}
+    console.print(_prediction_table(evaluations))
+
+    console.rule(f"3. {DEVICES} processes answer while devices die and return")
+    count = len(test) if frames is None else min(frames, len(test))
+    images, labels = test.images(0, count), test.labels[:count]
+    predicted = _predict(network, plan, test, count, evaluations["robustdice"])
+    with tempfile.TemporaryDirectory(prefix="robustdice-demo-") as directory:
+        rd.build(network, plan, Path(directory) / "build")
+        with rd.LocalCluster(Path(directory) / "build") as cluster:
+            results = []
+            for phase in PHASES:
+                result = _run_phase(cluster, phase, images, labels, predicted)
+                results.append(result)
+                console.print(_phase_line(result))
+    console.print(_phase_table(results, count))
+    return {
+        "clean_accuracy": evaluations["robustdice"].clean,
+        "memory_share": plan.memory_share,
+        "phases": [result.to_json() for result in results],
+        "methods": {
+            name: {
+                "memory_share": result.memory_share,
+                "worst": {str(size): result.by_size[size].worst for size in range(1, DEVICES)},
+            }
+            for name, result in evaluations.items()
+        },
+    }
+
+
+def _predict(
+    network: rd.Network, plan: rd.Plan, test: rd.Dataset, count: int, whole: Evaluation
+) -> dict[frozenset[int], float]:
+    """The prediction for the very images that are streamed."""
+    if count == len(test):
+        return dict(whole.accuracy)
+    part = rd.Dataset(test.name, test.labels[:count], test.read)
+    return dict(rd.evaluate(network, plan, part).accuracy)
+
+
+def _run_phase(
+    cluster: LocalCluster,
+    phase: Phase,
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    predicted: dict[frozenset[int], float],
+) -> PhaseResult:
+    answers = []
+    act_after = min(ACT_AFTER, len(images) // 4)
+
+    def frames() -> Iterator[NDArray[np.float32]]:
+        for number, image in enumerate(images):
+            if number == act_after:
+                phase.act(cluster)
+            yield image
+
+    start = time.perf_counter()
+    answers = list(cluster.client.stream(frames()))
+    seconds = time.perf_counter() - start
+    return PhaseResult(
+        phase=phase,
+        frames=len(images),
+        answered=sum(answer.outputs is not None for answer in answers),
+        accuracy=float(np.mean([a.class_index == label for a, label in zip(answers, labels, strict=True)])),
+        predicted=predicted[phase.down],
+        full_coverage=sum(answer.outputs is not None and answer.coverage == 1 for answer in answers),
+        settled=sum(answer.outputs is not None and frozenset(answer.down) == phase.down for answer in answers),
+        frames_per_second=len(images) / seconds,
+    )
+
+
+def _restart(cluster: LocalCluster, *devices: int) -> None:
+    for device in devices:
+        cluster.restart(device)
+
+
+def _prediction_table(evaluations: dict[str, Evaluation]) -> Table:
+    first = evaluations["robustdice"]
+    table = Table(
+        title="Predicted accuracy (worst failure set; mean in brackets)",
+        caption=f"Measured with the network in one process on {first.samples} images of {first.data}. "
+        f"The unpartitioned model: {percent(first.clean)}.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    table.add_column("memory share", justify="right")
+    for size in range(1, DEVICES):
+        table.add_column(f"{size} down", justify="right")
+    for name, result in evaluations.items():
+        cells = [f"{percent(s.worst)} ({percent(s.mean)})" for size, s in result.by_size.items() if size]
+        table.add_row(name, percent(result.memory_share), *cells)
+    return table
+
+
+def _phase_line(result: PhaseResult) -> str:
+    return (
+        f"{result.phase.title}: {result.answered} of {result.frames} frames answered, "
+        f"accuracy {percent(result.accuracy)} (predicted {percent(result.predicted)})"
+    )
+
+
+def _phase_table(results: list[PhaseResult], count: int) -> Table:
+    table = Table(
+        title=f"Measured, {count} frames in each phase",
+        caption="In transition: frames that were not answered by exactly the devices that are up at the end of the "
+        "phase, because something had not happened yet, or was just happening.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("phase")
+    for heading in ("down", "answered", "in transition", "full coverage", "accuracy", "predicted", "frames/s"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.phase.title,
+            ", ".join(map(str, sorted(result.phase.down))) or "none",
+            f"{result.answered}/{result.frames}",
+            str(result.frames - result.settled),
+            str(result.full_coverage),
+            percent(result.accuracy),
+            percent(result.predicted),
+            f"{result.frames_per_second:.0f}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Measured throughput, latency and memory."""

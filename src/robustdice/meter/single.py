@@ -1,0 +1,41 @@
+"""The unpartitioned model in a process of its own, for comparison: ``python -m robustdice.meter.single MODEL ...``.
+
+Prints the frames per second that it reached, one after the other on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from robustdice.runtime.executor import open_session
+
+
+def main() -> None:
+    """Measure, and print one number."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("shape", help="input shape without the batch axis, with commas")
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--core", type=int, required=True)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {options.core})
+    session = open_session(options.model.read_bytes(), 1)
+    shape = [1, *map(int, options.shape.split(","))]
+    frame = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    name = session.get_inputs()[0].name
+    for _ in range(3):
+        session.run(None, {name: frame})
+    frames, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < options.seconds:
+        session.run(None, {name: frame})
+        frames += 1
+    print(frames / elapsed)
+
+
+if __name__ == "__main__":
+    main()

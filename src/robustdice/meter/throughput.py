@@ -1,0 +1,137 @@
+"""Frames per second of a build's devices beside the unpartitioned model, in pairs of measurements."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdice.bundle.onnx_graph import cut, export_onnx, make_model
+from robustdice.bundle.write import PLAN_NAME
+from robustdice.errors import ClusterError
+from robustdice.model.load import reload_model
+from robustdice.model.network import Network
+from robustdice.plan import Plan
+from robustdice.progress import Progress, silent
+from robustdice.runtime.cluster import LocalCluster
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What one device took: bytes of weights (from the plan) and its process's largest resident memory (measured)."""
+
+    name: str
+    weights_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians over pairs of measurements; ``ratios`` are the pairs' own."""
+
+    frames_per_second: float
+    single_frames_per_second: float
+    ratios: tuple[float, ...]
+    latency_p50_ms: float
+    latency_p99_ms: float
+    devices: tuple[DeviceFigures, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the pairs' ratios."""
+        return median(self.ratios)
+
+
+def bench_build(
+    directory: str | os.PathLike[str],
+    *,
+    seconds: float,
+    rounds: int,
+    window: int,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> BenchResult:
+    """Measure the build in ``directory`` with random images, device k on core k (modulo the number of cores).
+
+    In every round the single process and the devices are measured one after the other, so that
+    their ratio holds when the machine's speed drifts. ClusterError when frames stay unanswered.
+    """
+    root = Path(directory)
+    plan = Plan.load(root / PLAN_NAME)
+    network = reload_model(plan.model)
+    available = sorted(os.sched_getaffinity(0))
+    cores = [[available[device % len(available)]] for device in range(plan.devices)]
+    frame = np.random.default_rng(seed).standard_normal(network.input_shape, dtype=np.float32)
+    together: list[float] = []
+    alone: list[float] = []
+    latencies: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
+        model = Path(temporary) / "model.onnx"
+        model.write_bytes(_whole_model(network))
+        with LocalCluster(root, cores=cores, timeout_seconds=30.0, window=window) as cluster:
+            _stream(cluster, frame, min(seconds, 1.0))
+            for done in range(rounds):
+                alone.append(_measure_single(model, network, seconds, available[0]))
+                rate, times = _stream(cluster, frame, seconds)
+                together.append(rate)
+                latencies.extend(times)
+                on_progress(done + 1, rounds)
+            devices = _figures(cluster, plan)
+    return BenchResult(
+        frames_per_second=median(together),
+        single_frames_per_second=median(alone),
+        ratios=tuple(a / b for a, b in zip(together, alone, strict=True)),
+        latency_p50_ms=1e3 * float(np.percentile(latencies, 50)),
+        latency_p99_ms=1e3 * float(np.percentile(latencies, 99)),
+        devices=devices,
+    )
+
+
+def _whole_model(network: Network) -> bytes:
+    graph = export_onnx(network)
+    names = [network.input.name], [network.output.name]
+    return make_model([cut(graph, *names)], *names, graph.opset)[0]
+
+
+def _measure_single(model: Path, network: Network, seconds: float, core: int) -> float:
+    command = [sys.executable, "-m", "robustdice.meter.single", str(model), ",".join(map(str, network.input_shape))]
+    command += ["--seconds", str(seconds), "--core", str(core)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+
+
+def _stream(cluster: LocalCluster, frame: NDArray[np.float32], seconds: float) -> tuple[float, list[float]]:
+    """Frames per second while the window is kept full, and the latencies in seconds."""
+    start = time.perf_counter()
+
+    def frames() -> Iterator[NDArray[np.float32]]:
+        for _ in count():
+            if time.perf_counter() - start >= seconds:
+                return
+            yield frame
+
+    latencies = []
+    for answer in cluster.client.stream(frames()):
+        if answer.outputs is None or answer.coverage < 1:
+            raise ClusterError(f"frame {answer.number} was not answered in full: {answer.refused or 'time is up'}")
+        latencies.append(answer.latency_seconds)
+    return len(latencies) / (time.perf_counter() - start), latencies
+
+
+def _figures(cluster: LocalCluster, plan: Plan) -> tuple[DeviceFigures, ...]:
+    found = cluster.client.status()
+    if missing := [entry.name for number, entry in enumerate(cluster.cluster.devices) if number not in found]:
+        raise ClusterError(f"{missing[0]} does not answer after the measurement; run it again")
+    return tuple(
+        DeviceFigures(entry.name, plan.bytes_per_device[number], int(found[number]["peak_rss_bytes"]))
+        for number, entry in enumerate(cluster.cluster.devices)
+    )

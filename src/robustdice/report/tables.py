@@ -1,0 +1,277 @@
+"""Results as tables for people and as documents for programs (their keys are fixed in docs/formats.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from robustdice.importance.values import Importance
+from robustdice.plan import FailureSet, Plan
+
+if TYPE_CHECKING:
+    from robustdice.failure.evaluate import Evaluation
+    from robustdice.meter.throughput import BenchResult
+    from robustdice.model.network import Network
+    from robustdice.runtime.client import Answer
+    from robustdice.workshop import Verification
+
+
+def failure_set_name(failed: FailureSet) -> str:
+    """A failure set as JSON keys spell it: device numbers in order, with commas; empty when nobody is down."""
+    return ",".join(str(device) for device in sorted(failed))
+
+
+def percent(fraction: float) -> str:
+    """A fraction as people read it."""
+    return f"{100 * fraction:.1f} %"
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def network_json(network: Network) -> dict[str, Any]:
+    """What ``inspect --json`` prints."""
+    return {
+        "model": network.reference.source,
+        "digest": network.reference.digest,
+        "input_shape": list(network.input_shape),
+        "outputs": network.outputs,
+        "parameters": _parameters(network),
+        "shared_parameters": network.shared_weights,
+        "layers": [
+            {
+                "name": layer.layer.name,
+                "neurons": layer.layer.neurons,
+                "group": layer.layer.group,
+                "parameters": layer.layer.neurons * layer.layer.neuron_weights,
+                "multiply_adds": layer.layer.neurons * layer.layer.neuron_macs,
+                "exchange_shape": list(layer.shape),
+                "exchange_bytes": 4 * int(np.prod(layer.shape)),
+                "tail_ends_at": layer.value.name,
+            }
+            for layer in network.layers
+        ],
+    }
+
+
+def _parameters(network: Network) -> int:
+    return network.shared_weights + sum(layer.neurons * layer.neuron_weights for layer in network.plan_layers)
+
+
+def network_table(network: Network) -> Table:
+    """What ``inspect`` prints."""
+    exchanged = sum(int(np.prod(layer.shape)) for layer in network.layers)
+    caption = (
+        f"{_parameters(network):,} parameters ({network.shared_weights:,} outside of layers, on every device), "
+        f"{exchanged:,} activations exchanged per image when every layer is, input {list(network.input_shape)}, "
+        f"{network.outputs} outputs"
+    )
+    headings = ("layer", "neurons", "parameters", "multiply-adds", "exchange", "kB")
+    table = _table(network.reference.source, *headings, caption=caption)
+    for layer in network.layers:
+        neurons = layer.layer.neurons
+        table.add_row(
+            layer.layer.name,
+            f"{neurons}" if layer.layer.group == 1 else f"{neurons} in groups of {layer.layer.group}",
+            f"{neurons * layer.layer.neuron_weights:,}",
+            f"{neurons * layer.layer.neuron_macs:,}",
+            "x".join(map(str, layer.shape)),
+            f"{4 * int(np.prod(layer.shape)) / 1e3:.1f}",
+        )
+    return table
+
+
+def importance_table(importance: Importance) -> Table:
+    """What ``score`` prints."""
+    table = _table("Importance (median, largest)", "layer", "neurons", *importance.columns)
+    for name, scores in zip(importance.names, importance.scores, strict=True):
+        cells = [f"{np.median(column):.3g}, {column.max():.3g}" for column in scores.T]
+        table.add_row(name, str(len(scores)), *cells)
+    return table
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What ``plan --json`` prints."""
+    return {
+        "method": plan.method,
+        "memory_share": plan.memory_share,
+        "bytes_per_device": list(plan.bytes_per_device),
+        "healthy_compute_share": plan.healthy_compute_share,
+        "digest": plan.digest,
+        "settings": dict(plan.settings),
+    }
+
+
+def plan_table(plan: Plan) -> Table:
+    """For every layer, how many neurons have how many holders."""
+    counts = [f"{k} holder{'s' if k > 1 else ''}" for k in range(1, plan.devices + 1)]
+    table = _table("Neurons by number of holders", "layer", "neurons", *counts, "exchange")
+    for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
+        held = [0] * plan.devices
+        for shard in shards:
+            held[len(shard.holders) - 1] += len(shard.neurons)
+        exchange = "none" if plan.held_by_all(index) else f"{4 * layer.neurons * layer.neuron_outputs / 1e3:.1f} kB"
+        table.add_row(layer.name, str(layer.neurons), *(str(n) if n else "" for n in held), exchange)
+    return table
+
+
+def plan_summary(plan: Plan) -> str:
+    """A plan's costs in one paragraph."""
+    sizes = ", ".join(f"{size / 1e6:.2f}" for size in plan.bytes_per_device)
+    return (
+        f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
+        f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
+        "multiply-adds while all are up."
+    )
+
+
+def evaluation_json(result: Evaluation) -> dict[str, Any]:
+    """What ``evaluate --json`` prints."""
+    failures = {}
+    for size, summary in result.by_size.items():
+        sets = {failure_set_name(f): accuracy for f, accuracy in result.accuracy.items() if len(f) == size}
+        failures[str(size)] = {"worst": summary.worst, "mean": summary.mean, "best": summary.best, "sets": sets}
+    return {
+        "clean": result.clean,
+        "samples": result.samples,
+        "data": result.data,
+        "memory_share": result.memory_share,
+        "method": result.method,
+        "failures": failures,
+    }
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """What ``evaluate`` prints."""
+    caption = (
+        f"Top-1 accuracy measured on {result.samples:,} images of {result.data}. "
+        f"The unpartitioned model: {percent(result.clean)}."
+    )
+    title = f"{result.method}, memory share {percent(result.memory_share)}"
+    table = _table(title, "devices down", "worst", "mean", "best", "each failure set", caption=caption)
+    for size, summary in result.by_size.items():
+        sets = [(failure_set_name(f), a) for f, a in result.accuracy.items() if len(f) == size and size]
+        each = ", ".join(f"{{{name}}} {100 * accuracy:.1f}" for name, accuracy in sets) if len(sets) <= 6 else ""
+        table.add_row(str(size), percent(summary.worst), percent(summary.mean), percent(summary.best), each)
+    return table
+
+
+def verification_json(result: Verification) -> dict[str, Any]:
+    """What ``verify --json`` prints."""
+    return {
+        "max_relative_error": result.max_relative_error,
+        "failure_sets": {failure_set_name(failed): error for failed, error in result.errors.items()},
+    }
+
+
+def verification_table(result: Verification) -> Table:
+    """What ``verify`` prints."""
+    table = _table("Bundles against the model", "devices down", "largest relative error")
+    for failed, error in result.errors.items():
+        table.add_row(failure_set_name(failed) or "none", f"{error:.1e}")
+    return table
+
+
+def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
+    """What ``infer --json`` prints for one image."""
+    index = answer.class_index
+    return {
+        "path": path,
+        "class_index": index,
+        "class_name": classes[index] if index is not None and classes else None,
+        "probability": None if answer.probabilities is None or index is None else float(answer.probabilities[index]),
+        "coverage": answer.coverage,
+        "from_spares": answer.from_spares,
+        "down": list(answer.down),
+        "latency_ms": 1e3 * answer.latency_seconds,
+    }
+
+
+def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
+    """What ``infer`` prints."""
+    table = _table("Answers", "image", "class", "probability", "coverage", "from spares", "down", "latency")
+    for answer in answers:
+        index, probability = answer["class_index"], answer["probability"]
+        table.add_row(
+            answer["path"],
+            "no answer" if index is None else str(answer["class_name"] or index),
+            "" if probability is None else percent(probability),
+            percent(answer["coverage"]),
+            percent(answer["from_spares"]),
+            ", ".join(map(str, answer["down"])) or "none",
+            f"{answer['latency_ms']:.1f} ms",
+        )
+    return table
+
+
+def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> Table:
+    """What ``status`` prints: one row per device, with whatever it says about itself."""
+    keys = list(dict.fromkeys(key for document in found.values() for key in document if key in _STATUS))
+    table = _table("Devices", "device", "state", *(_STATUS[key] for key in keys))
+    for number, name in enumerate(devices):
+        document = found.get(number)
+        state = "does not answer" if document is None else "up"
+        table.add_row(name, state, *(_cell((document or {}).get(key)) for key in keys))
+    return table
+
+
+_STATUS = {
+    "admitted": "waits for",
+    "answered": "answered",
+    "frames_per_second": "frames/s",
+    "weight_bytes": "bytes of weights",
+    "last_fault": "last fault",
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
+
+
+def bench_json(result: BenchResult) -> dict[str, Any]:
+    """What ``bench --json`` prints."""
+    return {
+        "frames_per_second": result.frames_per_second,
+        "single_frames_per_second": result.single_frames_per_second,
+        "ratio": result.ratio,
+        "ratios": list(result.ratios),
+        "latency_ms": {"p50": result.latency_p50_ms, "p99": result.latency_p99_ms},
+        "devices": [
+            {
+                "name": device.name,
+                "weights_bytes": device.weights_bytes,
+                "peak_rss_bytes": device.peak_rss_bytes,
+                "joules_per_image": None,
+                "energy_source": None,
+            }
+            for device in result.devices
+        ],
+    }
+
+
+def bench_table(result: BenchResult) -> Table:
+    """What ``bench`` prints."""
+    spread = f"{min(result.ratios):.2f} to {max(result.ratios):.2f}"
+    caption = (
+        f"Measured on this machine, medians of {len(result.ratios)} pairs: {len(result.devices)} devices "
+        f"{result.frames_per_second:.1f} frames/s, one process {result.single_frames_per_second:.1f} frames/s, "
+        f"ratio {result.ratio:.2f} ({spread}). Latency {result.latency_p50_ms:.1f} ms (median), "
+        f"{result.latency_p99_ms:.1f} ms (99th percentile). Energy is not measured yet."
+    )
+    table = _table(
+        "Devices, one core each, beside one process on one core", "device", "weights", "peak memory", caption=caption
+    )
+    for device in result.devices:
+        table.add_row(device.name, f"{device.weights_bytes / 1e6:.2f} MB", f"{device.peak_rss_bytes / 1e6:.1f} MB")
+    return table

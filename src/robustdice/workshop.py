@@ -1,0 +1,119 @@
+"""The workshop's steps that join several parts: a network's plan, its build, and the proof that the build is right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robustdice.bundle.read import load_bundle
+from robustdice.bundle.write import PLAN_NAME, check_plan_fits, write_bundles
+from robustdice.errors import BundleError
+from robustdice.importance.values import Importance
+from robustdice.model.load import reload_model
+from robustdice.model.network import Network
+from robustdice.partition import partition as partition_layers
+from robustdice.plan import FailureSet, Plan, failure_sets
+from robustdice.progress import Progress, silent
+from robustdice.runtime.config import write_cluster
+from robustdice.runtime.inprocess import InProcess
+
+
+def partition(
+    network: Network,
+    scores: Importance | None = None,
+    *,
+    devices: int,
+    method: str = "robustdice",
+    memory: float | str | None = None,
+    threshold: float | Sequence[float] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Plan:
+    """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partition.partition`."""
+    return partition_layers(
+        network.plan_layers,
+        scores,
+        devices=devices,
+        method=method,
+        memory=memory,
+        threshold=threshold,
+        columns=columns,
+        shared_weights=network.shared_weights,
+        model=network.reference,
+    )
+
+
+def build(
+    network: Network,
+    plan: Plan,
+    directory: str | os.PathLike[str],
+    *,
+    spares: str = "standby",
+    host: str = "127.0.0.1",
+    base_port: int | None = None,
+) -> Path:
+    """Write ``directory/device-0 ...`` and ``directory/cluster.toml``; returns the directory.
+
+    Device K is to listen on ``host`` and port ``base_port`` + K (without: on ports that are free now). PlanError when
+    the plan is not of this network; OutputError when the directory cannot be written or holds something else.
+    """
+    target = Path(directory)
+    write_bundles(network, plan, target, spares)
+    write_cluster(target, plan.devices, plan.digest, host, base_port)
+    return target
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest relative error of the bundles against the model for every failure set: max |difference| / max |score|."""
+
+    errors: dict[FailureSet, float]
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest of all errors."""
+        return max(self.errors.values())
+
+
+def verify(
+    directory: str | os.PathLike[str], *, images: int = 2, seed: int = 0, on_progress: Progress = silent
+) -> Verification:
+    """Run the bundles of a build in one process and compare them with the model, for every failure set.
+
+    ``images`` random images (standard normal, seeded) are used. BundleError or ModelError when bundles, plan and
+    model do not belong together.
+    """
+    root = Path(directory)
+    plan = Plan.load(root / PLAN_NAME)
+    bundles = [load_bundle(root / f"device-{device}") for device in range(plan.devices)]
+    for bundle in bundles:
+        if bundle.manifest.plan_digest != plan.digest:
+            raise BundleError(f"{bundle.directory} is of another plan than {root / PLAN_NAME}; build them again")
+    network = reload_model(plan.model)
+    check_plan_fits(network, plan)
+    cluster = InProcess(bundles)
+    frames = np.random.default_rng(seed).standard_normal((images, *network.input_shape), dtype=np.float32)
+    every = [failed for size in range(plan.devices) for failed in failure_sets(plan.devices, size)]
+    errors: dict[FailureSet, float] = {}
+    for failed in every:
+        survivors = [torch.tensor(mask) for mask in plan.surviving_neurons(failed)]
+        with torch.no_grad():
+            expected = network.run(torch.from_numpy(frames), survivors).numpy()
+        errors[failed] = relative_error(cluster.run(frames, failed), expected)
+        on_progress(len(errors), len(every))
+    return Verification(errors)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the largest expected score; infinite when other class scores are missing."""
+    present = np.isfinite(expected)
+    if not np.array_equal(present, np.isfinite(found)):
+        return float("inf")
+    if not present.any():
+        return 0.0
+    difference = np.abs(found[present] - expected[present]).max()
+    return float(difference / max(float(np.abs(expected[present]).max()), 1e-12))
