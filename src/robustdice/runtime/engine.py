@@ -33,6 +33,9 @@ from robustdice.runtime.inflight import Early, InFlight, Phase
 from robustdice.runtime.membership import Membership
 from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
 
+EXTENSION = 3.0
+"""So much longer may a device take that nobody can stand in for."""
+
 
 class Engine:
     """Device ``manifest.device``. ``incarnation`` is a text that no earlier run of it has used."""
@@ -264,7 +267,7 @@ class Engine:
             self._finish(frame, event.outputs, now)
             return
         frame.phase, frame.since[task.stage] = Phase.WAITING, now
-        frame.clean = True
+        frame.clean, frame.extended = True, False
         self._deadlines.arm(frame, now)
         self._complete(frame, now)
 
@@ -333,7 +336,7 @@ class Engine:
         if now >= self._deadlines.hurry_at(frame):
             since = frame.since[frame.stage]
             if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
-                self._suspect(frame, now)
+                self._suspect(frame, now, final=True)
             if frame.phase is Phase.WAITING:
                 self._advance(frame)
         elif frame.id != self._head:
@@ -343,8 +346,9 @@ class Engine:
             frame.rearmed = True
         elif now >= frame.wait_until:
             self._suspect(frame, now)
-            if frame.phase is Phase.WAITING and now >= frame.wait_until:  # only own spares are missing
-                self._deadlines.arm(frame, now)
+            if frame.phase is Phase.WAITING and now >= frame.wait_until:  # nobody to blame, or nobody to replace them
+                self._deadlines.arm(frame, now, factor=EXTENSION)
+                frame.extended = True
         elif frame.nudge_at is not None and now >= frame.nudge_at:
             frame.nudge_at = None
             self._ask(frame)
@@ -359,8 +363,12 @@ class Engine:
 
     # -- who takes part
 
-    def _suspect(self, frame: InFlight, now: float) -> None:
+    def _suspect(self, frame: InFlight, now: float, final: bool = False) -> None:
+        """Blame the publishers of what is missing. Those that nobody can stand in for only at the second time, unless
+        this is the last one: going on without them costs accuracy, going on too early does so needlessly."""
         silent = sorted(set(frame.missing().values()) - {self.me})
+        if not (frame.extended or final):
+            silent = [device for device in silent if frame.replaceable(device)]
         for device in silent:
             if self.membership.peers[device].admitted:
                 self.membership.fault(device, now)

@@ -53,6 +53,8 @@ class InFlight:
     """While WAITING: when to suspect the publishers of what is missing."""
     rearmed: bool = False
     """The current wait has already been extended because this device itself stood still."""
+    extended: bool = False
+    """In this stage, a publisher that nobody can stand in for has been given more time."""
     clean: bool = True
     """Nobody left the view during the current wait, so that its length may be learnt from."""
 
@@ -60,6 +62,15 @@ class InFlight:
         """The first holder in this frame's view."""
         holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
         return next((device for device in holders if device in self.live), None)
+
+    def replaceable(self, device: int) -> bool:
+        """Whether everything that this stage misses from ``device`` has another holder in this frame's view."""
+        exchanges = self.manifest.exchanges
+        return all(
+            self.live & set(exchanges[e].shards[s].devices) - {device}
+            for (e, s), publisher in self.missing().items()
+            if publisher == device
+        )
 
     def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int) -> None:
         """Take shards for this stage or later ones; the first copy of each wins."""
