@@ -6,7 +6,11 @@ import random
 
 import pytest
 
-from bundles import make_plan
+from bundles import make_manifest, make_plan
+from robustdice.runtime.engine import Engine
+from robustdice.runtime.events import Action, Computed, Forget, PeerUp, Received, RunStage, Send, Settings
+from robustdice.runtime.membership import Membership
+from robustdice.runtime.messages import Frame, FrameId, Pass, Refused, Shards
 from simulation import Network, World
 
 FAULTS = ("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping")
@@ -158,3 +162,76 @@ def test_a_frame_beyond_the_window_is_refused_and_nobody_waits_for_it() -> None:
     assert world.refusals
     assert "its window" in world.refusals[0].reason
     assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+def test_a_lost_message_is_asked_for_before_anybody_is_suspected() -> None:
+    world = World(make_plan(3), 3)
+    lost: list[Shards] = []
+    transmit = world._transmit
+
+    def lose_one(source: int, target: int, event: Received) -> None:
+        message = event.message
+        if not lost and isinstance(message, Shards) and message.frame.number == 20 and message.stage == 1:
+            lost.append(message)
+        else:
+            transmit(source, target, event)
+
+    world._transmit = lose_one  # type: ignore[method-assign]
+    world.start_client(0.2, 2.0)
+    world.run(5.0)
+    world.check()
+    assert lost
+    assert 1 <= world.wants <= 3  # the others may ask the one that is held up
+    assert set(world.coverage()) == {1.0}
+    assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+def admitted(engine: Engine, number: int, oldest: int = 0, now: float = 1.0) -> list[Action]:
+    frame = Frame(FrameId("c0", number), oldest, 2.0, "input")
+    return engine.handle(Received(frame), now)
+
+
+def test_frames_that_the_client_no_longer_waits_for_are_dropped() -> None:
+    engine = Engine(make_manifest(make_plan(3), 0))
+    (task,) = admitted(engine, 0)
+    assert isinstance(task, RunStage)
+    for number in (1, 2):
+        assert not admitted(engine, number)
+    actions = admitted(engine, 3, oldest=2)
+    assert actions == [Forget(FrameId("c0", 0)), Forget(FrameId("c0", 1))]
+    assert engine.in_flight == 2
+    (following,) = engine.handle(Computed(task, {}), 1.1)  # the result is of no use; the executor goes on
+    assert isinstance(following, RunStage)
+    assert following.frame.number == 2
+    assert not admitted(engine, 1, oldest=2), "a late copy is admitted again"
+
+
+def test_a_computation_that_fails_costs_the_frame_only() -> None:
+    engine = Engine(make_manifest(make_plan(2), 0))
+    engine.handle(PeerUp(1), 0.5)
+    (task,) = admitted(engine, 0)
+    assert isinstance(task, RunStage)
+    actions = engine.handle(Computed(task, {}, error="out of memory"), 1.1)
+    sent = [action.message for action in actions if isinstance(action, Send)]
+    assert [type(message) for message in sent] == [Refused, Pass]
+    assert isinstance(sent[0], Refused)
+    assert "out of memory" in sent[0].reason
+    assert [type(action) for action in admitted(engine, 1)] == [RunStage]
+
+
+def test_backoff_doubles_per_relapse_and_is_forgiven() -> None:
+    membership = Membership(0, 2, Settings())
+    waits = []
+    now = 100.0
+    for _ in range(10):
+        membership.connected(1)
+        membership.evidence(1)
+        now = max(now, membership.peers[1].not_before)
+        assert membership.admit(now)[0] == {0, 1}
+        membership.fault(1, now)
+        waits.append(membership.peers[1].not_before - now)
+        assert membership.admit(now)[0] == {0}
+    assert waits[:4] == pytest.approx([0.05, 0.1, 0.2, 0.4])
+    assert waits[-1] == pytest.approx(5.0)
+    membership.fault(1, now + 60)
+    assert membership.peers[1].not_before - (now + 60) == pytest.approx(0.05)

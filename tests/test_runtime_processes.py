@@ -274,6 +274,20 @@ def test_a_device_stops_when_it_is_asked_to(tmp_path: Path) -> None:
         thread.join()
 
 
+def test_a_client_that_is_not_closed_is_cleaned_up(tmp_path: Path) -> None:
+    build(tmp_path, 2)
+    script = f"from robustdice.runtime.client import Client; c = Client({str(tmp_path / 'cluster.toml')!r})"
+    for rest in ("", "; del c"):
+        found = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script + rest],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_the_device_side_does_not_need_torch() -> None:
     script = "import robustdice.runtime.device, robustdice.runtime.client, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -61,7 +61,9 @@ def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key
 class Line:
     """One outgoing connection: a DEALER, and what its monitor says about it."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, keys: tuple[bytes, bytes], server_key: str, limit: int):
+    def __init__(
+        self, context: zmq.Context[Any], address: str, keys: tuple[bytes, bytes], server_key: str, limit: int
+    ) -> None:
         """Start to connect, and to reconnect for ever; the peer need not be there."""
         self.connected = False
         self.refused = False
