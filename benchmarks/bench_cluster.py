@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.importance.values import normalise
-from robustdice.partition.cluster import cluster
+from robustdice.partitioning.cluster import cluster
 
 ROUNDS = 5
 THRESHOLDS = (0.0, 0.001, 0.01, 0.1, 0.5, float("inf"))

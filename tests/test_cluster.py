@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from robustdice.partition.cluster import cluster
+from robustdice.partitioning.cluster import cluster
 
 
 def cluster_literally(scores: NDArray[np.float64], threshold: float) -> list[list[int]]:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustdice.partition.cluster import cluster
-from robustdice.partition.distribute import distribute, entries_per_device, order_holders, to_shards
+from robustdice.partitioning.cluster import cluster
+from robustdice.partitioning.distribute import distribute, entries_per_device, order_holders, to_shards
 from robustdice.plan import failure_sets
 
 

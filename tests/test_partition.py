@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import robustdice.partition.budget as budget_module
+import robustdice.partitioning.budget as budget_module
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance, normalise
-from robustdice.partition import METHODS, partition
-from robustdice.partition.budget import parse_memory, solve_threshold
-from robustdice.partition.cluster import cluster
-from robustdice.partition.distribute import distribute
+from robustdice.partitioning import METHODS, partition
+from robustdice.partitioning.budget import parse_memory, solve_threshold
+from robustdice.partitioning.cluster import cluster
+from robustdice.partitioning.distribute import distribute
 from robustdice.plan import Layer, ModelReference, Plan, failure_sets
 
 MODEL = ModelReference(source="net.pt2", digest="ab" * 32)
@@ -249,5 +249,5 @@ def test_layers_smaller_than_the_number_of_devices() -> None:
 
 
 def test_needs_numpy_only() -> None:
-    code = "import sys, robustdice.partition; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'sklearn')))"
+    code = "import sys, robustdice.partitioning; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'sklearn')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -88,6 +88,5 @@ def __getattr__(name: str) -> Any:
                 f"{name} is part of the workshop and needs {error.name}: pip install 'robustdice[workshop]'"
             ) from None
         raise
-    # A submodule of the same name (robustdice.partition) must not hide the function.
     value = globals()[name] = getattr(module, name)
     return value

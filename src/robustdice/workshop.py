@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from robustdice.bundle.read import load_bundle
-from robustdice.bundle.write import PLAN_NAME, check_plan_fits, write_bundles
+from robustdice.bundle.write import PLAN_NAME, write_bundles
 from robustdice.errors import BundleError
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
-from robustdice.model.network import Network
-from robustdice.partition import partition as partition_layers
+from robustdice.model.network import Network, check_plan_fits
+from robustdice.partitioning import partition as partition_layers
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.runtime.config import write_cluster
@@ -32,8 +32,9 @@ def partition(
     memory: float | str | None = None,
     threshold: float | Sequence[float] | None = None,
     columns: Sequence[str] | None = None,
+    normalisation: str = "minmax",
 ) -> Plan:
-    """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partition.partition`."""
+    """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`."""
     return partition_layers(
         network.plan_layers,
         scores,
@@ -42,6 +43,7 @@ def partition(
         memory=memory,
         threshold=threshold,
         columns=columns,
+        normalisation=normalisation,
         shared_weights=network.shared_weights,
         model=network.reference,
     )

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance
-from robustdice.partition.lop import lop
-from robustdice.partition.replicate import full
-from robustdice.partition.request import Answer, Request
-from robustdice.partition.robust import robustdice
+from robustdice.partitioning.lop import lop
+from robustdice.partitioning.replicate import full
+from robustdice.partitioning.request import Answer, Request
+from robustdice.partitioning.robust import robustdice
 from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
 
 __all__ = ["METHODS", "partition"]

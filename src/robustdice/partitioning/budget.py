@@ -10,8 +10,8 @@ import numpy as np
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Scores
-from robustdice.partition.cluster import cluster
-from robustdice.partition.distribute import entries_per_device
+from robustdice.partitioning.cluster import cluster
+from robustdice.partitioning.distribute import entries_per_device
 from robustdice.plan import Layer
 
 MAX_CLUSTERINGS = 40

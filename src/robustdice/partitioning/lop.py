@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from robustdice.partition.request import Answer, Request
+from robustdice.partitioning.request import Answer, Request
 from robustdice.plan import Holder, Layer, Shard
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustdice.partition.request import Answer, Request
+from robustdice.partitioning.request import Answer, Request
 from robustdice.plan import Holder, Layer, Shard
 
 

@@ -13,7 +13,7 @@ from robustdice.plan import Layer, ModelReference, Shard
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`robustdice.partition.partition`, as they were given."""
+    """The arguments of :func:`robustdice.partitioning.partition`, as they were given."""
 
     layers: Sequence[Layer]
     importance: Importance | None

@@ -15,11 +15,11 @@ import numpy as np
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance, Scores, normalise
-from robustdice.partition.budget import parse_memory, solve_threshold
-from robustdice.partition.cluster import cluster
-from robustdice.partition.distribute import distribute, order_holders, to_shards
-from robustdice.partition.replicate import whole
-from robustdice.partition.request import Answer, Request
+from robustdice.partitioning.budget import parse_memory, solve_threshold
+from robustdice.partitioning.cluster import cluster
+from robustdice.partitioning.distribute import distribute, order_holders, to_shards
+from robustdice.partitioning.replicate import whole
+from robustdice.partitioning.request import Answer, Request
 from robustdice.plan import Layer, Shard
 
 DEFAULT_MEMORY = 0.5

@@ -1,0 +1,55 @@
+"""The public surface: its names, and what importing them costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import robustdice as rd
+
+
+def test_public_names_are_few_sorted_and_there() -> None:
+    assert len(rd.__all__) <= 25
+    assert list(rd.__all__) == sorted(rd.__all__)
+    for name in rd.__all__:
+        assert getattr(rd, name) is not None
+
+
+def test_no_submodule_hides_a_public_name() -> None:
+    """A submodule becomes an attribute of the package when it is imported, whatever stood there."""
+    submodules = {path.stem for path in Path(rd.__file__).parent.iterdir()}
+    assert not submodules.intersection(rd.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        rd.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import robustdice",
+        "import robustdice as rd; rd.Client; rd.LocalCluster; rd.run_device; rd.Plan",
+        "import robustdice.cli",
+        "import robustdice.bundle.read, robustdice.runtime.device, robustdice.images",
+    ],
+)
+def test_device_side_needs_no_workshop(code: str) -> None:
+    """Neither PyTorch nor the onnx package, nor scikit-learn, may be imported on a device."""
+    workshop = {"torch", "onnx", "onnxscript", "sklearn", "torchvision"}
+    check = f"{code}; import sys; print(sorted({workshop} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_workshop_names_without_torch_say_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    code = "import robustdice as rd\ntry:\n    rd.load_model\nexcept rd.RobustdiceError as error:\n    print(error)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert "pip install 'robustdice[workshop]'" in result.stdout
