@@ -16,7 +16,7 @@ from rich.table import Table
 
 import robustdice as rd
 from robustdice.failure.evaluate import Evaluation
-from robustdice.report.tables import percent, plan_summary, plan_table
+from robustdice.report.tables import make_table, percent, plan_summary, plan_table
 from robustdice.runtime.cluster import LocalCluster
 
 DEVICES = 4
@@ -64,13 +64,13 @@ class PhaseResult:
 
 
 PHASES = (
-    Phase("everybody is up", lambda cluster: None, frozenset()),  # noqa: ARG005
-    Phase("device 0 is killed (SIGKILL)", lambda cluster: cluster.kill(0), frozenset({0})),
-    Phase("device 2 is killed too", lambda cluster: cluster.kill(2), frozenset({0, 2})),
-    Phase("device 3 is killed too", lambda cluster: cluster.kill(3), frozenset({0, 2, 3})),
-    Phase("all three are started again", lambda cluster: _restart(cluster, 0, 2, 3), frozenset()),
-    Phase("device 1 is frozen (SIGSTOP)", lambda cluster: cluster.freeze(1), frozenset({1})),
-    Phase("device 1 wakes up (SIGCONT)", lambda cluster: cluster.thaw(1), frozenset()),
+    Phase("all up", lambda cluster: None, frozenset()),  # noqa: ARG005
+    Phase("0 killed (SIGKILL)", lambda cluster: cluster.kill(0), frozenset({0})),
+    Phase("2 killed too", lambda cluster: cluster.kill(2), frozenset({0, 2})),
+    Phase("3 killed too", lambda cluster: cluster.kill(3), frozenset({0, 2, 3})),
+    Phase("all started again", lambda cluster: _restart(cluster, 0, 2, 3), frozenset()),
+    Phase("1 frozen (SIGSTOP)", lambda cluster: cluster.freeze(1), frozenset({1})),
+    Phase("1 thawed (SIGCONT)", lambda cluster: cluster.thaw(1), frozenset()),
 )
 
 
@@ -181,19 +181,15 @@ def _restart(cluster: LocalCluster, *devices: int) -> None:
 
 def _prediction_table(evaluations: dict[str, Evaluation]) -> Table:
     first = evaluations["robustdice"]
-    table = Table(
-        title="Predicted accuracy (worst failure set; mean in brackets)",
+    sizes = [f"{size} down" for size in range(1, DEVICES)]
+    table = make_table(
+        "Predicted top-1 accuracy in %, worst failure set (mean of all)",
+        *("method", "memory", *sizes),
         caption=f"Measured with the network in one process on {first.samples} images of {first.data}. "
         f"The unpartitioned model: {percent(first.clean)}.",
-        title_justify="left",
-        caption_justify="left",
     )
-    table.add_column("method")
-    table.add_column("memory share", justify="right")
-    for size in range(1, DEVICES):
-        table.add_column(f"{size} down", justify="right")
     for name, result in evaluations.items():
-        cells = [f"{percent(s.worst)} ({percent(s.mean)})" for size, s in result.by_size.items() if size]
+        cells = [f"{100 * s.worst:.1f} ({100 * s.mean:.1f})" for size, s in result.by_size.items() if size]
         table.add_row(name, percent(result.memory_share), *cells)
     return table
 
@@ -206,25 +202,22 @@ def _phase_line(result: PhaseResult) -> str:
 
 
 def _phase_table(results: list[PhaseResult], count: int) -> Table:
-    table = Table(
-        title=f"Measured, {count} frames in each phase",
-        caption="In transition: frames that were not answered by exactly the devices that are up at the end of the "
-        "phase, because something had not happened yet, or was just happening.",
-        title_justify="left",
-        caption_justify="left",
+    headings = ("phase", "down", "answered", "moving", "complete", "accuracy", "predicted", "frames/s")
+    table = make_table(
+        f"Measured, {count} frames in each phase",
+        *headings,
+        caption="moving: frames that were not answered by exactly the devices that are up at the end of the phase, "
+        "because something had not happened yet, or was just happening. complete: answered with all neurons.",
     )
-    table.add_column("phase")
-    for heading in ("down", "answered", "in transition", "full coverage", "accuracy", "predicted", "frames/s"):
-        table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
             result.phase.title,
-            ", ".join(map(str, sorted(result.phase.down))) or "none",
-            f"{result.answered}/{result.frames}",
+            ",".join(map(str, sorted(result.phase.down))) or "none",
+            str(result.answered),
             str(result.frames - result.settled),
             str(result.full_coverage),
-            percent(result.accuracy),
-            percent(result.predicted),
+            f"{100 * result.accuracy:.1f}",
+            f"{100 * result.predicted:.1f}",
             f"{result.frames_per_second:.0f}",
         )
     return table

@@ -29,10 +29,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+def make_table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """A table whose first column names things and whose others are figures."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return table
 
 
@@ -74,7 +75,7 @@ def network_table(network: Network) -> Table:
         f"{network.outputs} outputs"
     )
     headings = ("layer", "neurons", "parameters", "multiply-adds", "exchange", "kB")
-    table = _table(network.reference.source, *headings, caption=caption)
+    table = make_table(network.reference.source, *headings, caption=caption)
     for layer in network.layers:
         neurons = layer.layer.neurons
         table.add_row(
@@ -90,7 +91,7 @@ def network_table(network: Network) -> Table:
 
 def importance_table(importance: Importance) -> Table:
     """What ``score`` prints."""
-    table = _table("Importance (median, largest)", "layer", "neurons", *importance.columns)
+    table = make_table("Importance (median, largest)", "layer", "neurons", *importance.columns)
     for name, scores in zip(importance.names, importance.scores, strict=True):
         cells = [f"{np.median(column):.3g}, {column.max():.3g}" for column in scores.T]
         table.add_row(name, str(len(scores)), *cells)
@@ -111,8 +112,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> Table:
     """For every layer, how many neurons have how many holders."""
-    counts = [f"{k} holder{'s' if k > 1 else ''}" for k in range(1, plan.devices + 1)]
-    table = _table("Neurons by number of holders", "layer", "neurons", *counts, "exchange")
+    counts = map(str, range(1, plan.devices + 1))
+    table = make_table("How many neurons 1, 2, ... devices hold", "layer", "neurons", *counts, "exchange")
     for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
         held = [0] * plan.devices
         for shard in shards:
@@ -155,7 +156,7 @@ def evaluation_table(result: Evaluation) -> Table:
         f"The unpartitioned model: {percent(result.clean)}."
     )
     title = f"{result.method}, memory share {percent(result.memory_share)}"
-    table = _table(title, "devices down", "worst", "mean", "best", "each failure set", caption=caption)
+    table = make_table(title, "devices down", "worst", "mean", "best", "each failure set", caption=caption)
     for size, summary in result.by_size.items():
         sets = [(failure_set_name(f), a) for f, a in result.accuracy.items() if len(f) == size and size]
         each = ", ".join(f"{{{name}}} {100 * accuracy:.1f}" for name, accuracy in sets) if len(sets) <= 6 else ""
@@ -173,7 +174,7 @@ def verification_json(result: Verification) -> dict[str, Any]:
 
 def verification_table(result: Verification) -> Table:
     """What ``verify`` prints."""
-    table = _table("Bundles against the model", "devices down", "largest relative error")
+    table = make_table("Bundles against the model", "devices down", "largest relative error")
     for failed, error in result.errors.items():
         table.add_row(failure_set_name(failed) or "none", f"{error:.1e}")
     return table
@@ -196,7 +197,7 @@ def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     """What ``infer`` prints."""
-    table = _table("Answers", "image", "class", "probability", "coverage", "from spares", "down", "latency")
+    table = make_table("Answers", "image", "class", "probability", "coverage", "from spares", "down", "latency")
     for answer in answers:
         index, probability = answer["class_index"], answer["probability"]
         table.add_row(
@@ -212,31 +213,25 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> Table:
-    """What ``status`` prints: one row per device, with whatever it says about itself."""
-    keys = list(dict.fromkeys(key for document in found.values() for key in document if key in _STATUS))
-    table = _table("Devices", "device", "state", *(_STATUS[key] for key in keys))
+    """What ``status`` prints: what each device says about itself."""
+    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights", "last fault")
+    table = make_table("Devices, each in its own words", *headings)
     for number, name in enumerate(devices):
-        document = found.get(number)
-        state = "does not answer" if document is None else "up"
-        table.add_row(name, state, *(_cell((document or {}).get(key)) for key in keys))
+        said = found.get(number)
+        if said is None:
+            table.add_row(name, "silent")
+            continue
+        fault = said["last_fault"]
+        table.add_row(
+            name,
+            "up",
+            ", ".join(map(str, said["up"])) or "nobody",
+            str(said["in_flight"]),
+            f"{said['frames_per_second']:.1f}",
+            f"{said['weight_bytes'] / 1e6:.2f} MB",
+            f"{fault['reason']}, {fault['seconds_ago']:.0f} s ago" if fault else "none",
+        )
     return table
-
-
-_STATUS = {
-    "admitted": "waits for",
-    "answered": "answered",
-    "frames_per_second": "frames/s",
-    "weight_bytes": "bytes of weights",
-    "last_fault": "last fault",
-}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
 
 
 def bench_json(result: BenchResult) -> dict[str, Any]:
@@ -269,7 +264,7 @@ def bench_table(result: BenchResult) -> Table:
         f"ratio {result.ratio:.2f} ({spread}). Latency {result.latency_p50_ms:.1f} ms (median), "
         f"{result.latency_p99_ms:.1f} ms (99th percentile). Energy is not measured yet."
     )
-    table = _table(
+    table = make_table(
         "Devices, one core each, beside one process on one core", "device", "weights", "peak memory", caption=caption
     )
     for device in result.devices:
