@@ -163,7 +163,7 @@ class Loop:
         due = self._engine.next_due()
         now = time.monotonic()
         wait = LONGEST_POLL_SECONDS if due is None else min(max(due - now, 0.0), LONGEST_POLL_SECONDS)
-        for _ in range(DRAIN_ROUNDS):  # what has arrived comes before any timer
+        for rest in reversed(range(DRAIN_ROUNDS)):  # what has arrived comes before any timer
             events = self._transport.poll(wait)
             wait = 0.0
             for event in events:
@@ -172,11 +172,12 @@ class Loop:
                 else:
                     self._act(self._engine.handle(event, time.monotonic()))
             self._collect()
-            if not events:
-                break
-        due, now = self._engine.next_due(), time.monotonic()
-        if due is not None and due <= now:
-            self._act(self._engine.handle(Tick(due), now))
+            due, now = self._engine.next_due(), time.monotonic()
+            if due is None or now < due:
+                return
+            if not events or not rest:
+                self._act(self._engine.handle(Tick(due), now))
+                return
 
     def _collect(self) -> None:
         while not self._worker.results.empty():
