@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import io
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def check_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(preprocessing) - _KEYS):
         raise DataError(f"unknown preprocessing key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
     checked = {key: value for key, value in preprocessing.items() if value is not None}
-    if (how := checked.get("interpolation")) is not None and how not in _FILTERS:
+    if (how := checked.get("interpolation")) is not None and how not in list(_FILTERS):
         raise DataError(f"unknown interpolation {how!r}; known: {', '.join(_FILTERS)}")
     try:
         for key, kind in (("input_size", int), ("mean", float), ("std", float)):
@@ -40,18 +42,33 @@ def check_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         if "resize" in checked:
             checked["resize"] = int(checked["resize"])
         if "classes" in checked:
+            if isinstance(checked["classes"], str):
+                raise TypeError(f"classes is a list of names, not {checked['classes']!r}")
             checked["classes"] = [str(name) for name in checked["classes"]]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"the preprocessing is damaged: {error}; see docs/formats.md") from None
+    _check_values(checked)
+    return checked
+
+
+def _check_values(checked: Mapping[str, Any]) -> None:
     if "input_size" in checked and (len(checked["input_size"]) != 3 or min(checked["input_size"]) < 1):
         raise DataError(f"input_size is [channels, height, width], not {checked['input_size']}")
     channels = checked["input_size"][0] if "input_size" in checked else None
     for key in ("mean", "std"):
         if channels and key in checked and len(checked[key]) != channels:
             raise DataError(f"{key} has {len(checked[key])} entries for {channels} channels")
-    if any(value <= 0 for value in checked.get("std", [])):
+    if checked.get("resize", 1) < 1:
+        raise DataError(f"resize is the length of an image's short side in pixels, not {checked['resize']}")
+    if not all(0 < value < math.inf for value in checked.get("std", [])):
         raise DataError(f"std must be positive, not {checked['std']}")
-    return checked
+    if not all(map(math.isfinite, checked.get("mean", []))):
+        raise DataError(f"mean must be finite, not {checked['mean']}")
+    names = checked.get("classes", [])
+    if len(set(names)) != len(names):
+        raise DataError(
+            f"the class {max(names, key=names.count)!r} is named twice; give every output a name of its own"
+        )
 
 
 def read_image(source: Path | bytes, preprocessing: Mapping[str, Any], name: str = "") -> NDArray[np.float32]:
@@ -61,8 +78,10 @@ def read_image(source: Path | bytes, preprocessing: Mapping[str, Any], name: str
     if channels not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, the model takes {channels}")
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata and the like: what counts is whether pixels come out
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+                image = opened.convert("RGB" if channels == 3 else "L")
     except FileNotFoundError:
         raise DataError(f"there is no image {name}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -92,8 +111,8 @@ def _fit(image: Image.Image, preprocessing: Mapping[str, Any], name: str) -> Ima
                 "resize the images, or give the model's sidecar a resize (short side)"
             )
         return image
-    scale = short / min(image.width, image.height)
-    resized = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
+    # The long side is cut off to whole pixels, as torchvision does: models were trained on that.
+    resized = (int(short * image.width / min(image.size)), int(short * image.height / min(image.size)))
     if resized != image.size:
         image = image.resize(resized, _FILTERS[preprocessing.get("interpolation", "bilinear")])
     if image.width < width or image.height < height:

@@ -23,8 +23,8 @@ from robustdice.bundle.manifest import (
 from robustdice.bundle.onnx_graph import Cut, OnnxGraph, cut, cut_layer, export_onnx, make_model
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
-from robustdice.model.canonical import arguments
-from robustdice.model.network import Network
+from robustdice.model.canonical import arguments, attribute
+from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import Plan
 
 SPARES = ("standby", "hot")
@@ -75,15 +75,6 @@ def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "
     return [directory / name for name in names]
 
 
-def check_plan_fits(network: Network, plan: Plan) -> None:
-    """PlanError unless ``plan`` was made for ``network``."""
-    if plan.model.digest != network.reference.digest:
-        raise PlanError(
-            f"the plan was made for {plan.model.source} (digest {plan.model.digest[:12]}), "
-            f"not for {network.reference.source} (digest {network.reference.digest[:12]})"
-        )
-
-
 def check_replaceable(directory: Path) -> None:
     """OutputError unless a build may be written to ``directory``: it is absent, empty, or a build."""
     if directory.exists():
@@ -109,7 +100,9 @@ def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: 
 
 
 def _parameters(network: Network) -> frozenset[str]:
-    return frozenset(str(node.target) for node in network.nodes if node.op == "get_attr")
+    """The names of what counts as weights: constants in other types (index tables and the like) do not."""
+    names = {str(node.target) for node in network.nodes if node.op == "get_attr"}
+    return frozenset(name for name in names if attribute(network.module, name).is_floating_point())
 
 
 def _write_device(
@@ -188,7 +181,7 @@ def _exchange(network: Network, plan: Plan, index: int) -> Exchange:
 
 
 def _piece_shards(plan: Plan, layers: Sequence[int], device: int, spares: str) -> list[list[tuple[int, int]]]:
-    """The (layer, shard) pairs that a device holds in a stage; together those that the same failures make it publish."""
+    """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish."""
     pieces: dict[frozenset[int], list[tuple[int, int]]] = {}
     for layer in layers:
         for number, shard in enumerate(plan.shards[layer]):

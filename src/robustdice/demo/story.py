@@ -202,7 +202,7 @@ def _phase_line(result: PhaseResult) -> str:
 
 
 def _phase_table(results: list[PhaseResult], count: int) -> Table:
-    headings = ("phase", "down", "answered", "moving", "complete", "accuracy", "predicted", "frames/s")
+    headings = ("phase", "answered", "moving", "complete", "accuracy", "predicted", "frames/s")
     table = make_table(
         f"Measured, {count} frames in each phase",
         *headings,
@@ -212,7 +212,6 @@ def _phase_table(results: list[PhaseResult], count: int) -> Table:
     for result in results:
         table.add_row(
             result.phase.title,
-            ",".join(map(str, sorted(result.phase.down))) or "none",
             str(result.answered),
             str(result.frames - result.settled),
             str(result.full_coverage),

@@ -11,7 +11,7 @@ import torch
 
 from robustdice.errors import PlanError
 from robustdice.model.data import Dataset
-from robustdice.model.network import Network
+from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
 
@@ -63,10 +63,7 @@ def evaluate(
 
     PlanError when the plan was made for another model.
     """
-    if plan.model.digest != network.reference.digest:
-        raise PlanError(
-            f"the plan was made for {plan.model.source}, not for {network.reference.source}; make a new plan"
-        )
+    check_plan_fits(network, plan)
     largest = plan.devices - 1 if max_failed is None else max_failed
     if not 0 <= largest < plan.devices:
         raise PlanError(f"of {plan.devices} devices 0 to {plan.devices - 1} can fail, not {largest}")

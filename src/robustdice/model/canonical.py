@@ -32,13 +32,18 @@ _IDENTITIES = {
     aten.lift_fresh_copy.default,
     aten._assert_tensor_metadata.default,
 }
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_PADDED_BY_NAME = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _BATCH_NORMS = {
     aten._native_batch_norm_legit_no_training.default: 5,
     aten._native_batch_norm_legit.default: 6,
     aten.native_batch_norm.default: 6,
 }
 """Decomposed batch norms and the position of their momentum, which epsilon follows."""
+
+COPY_MARK = "__use"
+"""What stands between the name of a parameter and the number of its use, from the second use on."""
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -61,7 +66,9 @@ def canonicalise(program: ExportedProgram) -> fx.GraphModule:
             _reject_unplaceable(node)
             _rewrite(graph, node, batch)
     graph.eliminate_dead_code()
+    _join_linear_layers(graph)
     _fold_constants(module)
+    _unshare(module)
     graph.lint()
     module.recompile()
     return module
@@ -93,7 +100,11 @@ def _reject_unplaceable(node: fx.Node) -> None:
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise ModelError(f"node {node.name} ({target}) cannot be placed: it is control flow; export without")
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    if target._schema.is_mutable or target is aten._native_batch_norm_legit_functional.default:
+        raise ModelError(f"node {node.name} ({target}) cannot be placed: it learns; export in eval mode")
+    if torch.Tag.nondeterministic_seeded in target.tags:
         training = any(arg is True for arg in node.args)
         if target not in _IDENTITIES or training:
             raise ModelError(f"node {node.name} ({target}) cannot be placed: it is random; export in eval mode")
@@ -105,21 +116,44 @@ def _rewrite(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
         if node.args and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    elif target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in _BATCH_NORMS:
-        _replace(graph, node, aten.batch_norm.default, _batch_norm_arguments(node.args[0]))
+    elif target is operator.getitem:
+        _rewrite_item(graph, node)
     elif target is aten.convolution.default:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
         if not transposed:
             dimensions = len(stride)  # type: ignore[arg-type]
             _replace(graph, node, _CONVOLUTIONS[dimensions], (x, weight, bias, stride, padding, dilation, groups))
-    elif target is aten.addmm.default and (weight := _transposed(node.args[2])) is not None:
+    elif target in _PADDED_BY_NAME:
+        _rewrite_padding(graph, node)
+    elif target in _VIEWS:
+        _rewrite_view(graph, node, batch)
+    elif target is aten.squeeze.default:
+        _rewrite_squeeze(graph, node, batch)
+    else:
+        _rewrite_arithmetic(graph, node)
+
+
+def _rewrite_item(graph: fx.Graph, node: fx.Node) -> None:
+    """The first result of an operation that has several for training's sake."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or node.args[1] != 0:
+        return
+    if source.target in _BATCH_NORMS:
+        _replace(graph, node, aten.batch_norm.default, _batch_norm_arguments(source))
+    elif source.target is aten.max_pool2d_with_indices.default:
+        _replace(graph, node, aten.max_pool2d.default, source.args)
+
+
+def _rewrite_arithmetic(graph: fx.Graph, node: fx.Node) -> None:
+    target = node.target
+    if target is aten.addmm.default and not node.kwargs and (weight := _transposed(node.args[2])) is not None:
         _replace(graph, node, aten.linear.default, (node.args[1], weight, node.args[0]))
     elif target is aten.mm.default and (weight := _transposed(node.args[1])) is not None:
         _replace(graph, node, aten.linear.default, (node.args[0], weight, None))
-    elif target in {aten.view.default, aten.reshape.default, aten._unsafe_view.default}:
-        _rewrite_view(graph, node, batch)
     elif target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]
         _replace(graph, node, aten.mean.dim, (node.args[0], [2, 3], True))
+    elif target is aten.mul.Tensor:
+        _rewrite_swish(graph, node)
 
 
 def arguments(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
@@ -145,7 +179,7 @@ def _is_whole_slice(node: fx.Node) -> bool:
 def _batch_norm_arguments(norm: fx.Node) -> tuple[Any, ...]:
     momentum = _BATCH_NORMS[norm.target]  # type: ignore[index]
     if momentum == 6 and norm.args[5]:
-        raise ModelError(f"node {norm.name} cannot be placed: it learns; export the model in eval mode")
+        raise ModelError(f"node {norm.name} ({norm.target}) cannot be placed: it learns; export in eval mode")
     return (*norm.args[:5], False, norm.args[momentum], norm.args[momentum + 1], False)
 
 
@@ -179,6 +213,77 @@ def _rewrite_view(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> 
         _replace(graph, node, aten.reshape.default, (source, [-1, *map(int, after[1:])]))
         return
     raise ModelError(f"node {node.name} (view to {sizes}) cannot be placed: more than the batch size is dynamic")
+
+
+def _rewrite_padding(graph: fx.Graph, node: fx.Node) -> None:
+    """Say a convolution's padding in numbers, what cannot be the same on both sides as a node of its own."""
+    x, weight, bias, stride, padding, dilation, groups = arguments(node, None, None, None, [1], "valid", [1], 1)
+    kernel = weight.meta["val"].shape[2:]
+    stride, dilation = ([*given] * len(kernel) if len(given) == 1 else [*given] for given in (stride, dilation))
+    total = [step * (size - 1) if padding == "same" else 0 for step, size in zip(dilation, kernel, strict=True)]
+    if any(both % 2 for both in total):
+        sides = [side for both in reversed(total) for side in (both // 2, both - both // 2)]
+        with graph.inserting_before(node):
+            padded = graph.call_function(aten.constant_pad_nd.default, (x, sides, 0.0))
+        x, total = padded, [0] * len(total)
+    half = [both // 2 for both in total]
+    _replace(graph, node, _CONVOLUTIONS[len(kernel)], (x, weight, bias, stride, half, dilation, groups))
+
+
+def _rewrite_squeeze(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
+    """Name the axes that go, so that a batch of one image stays a batch."""
+    before = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    if before and str(before[0]) == str(batch):
+        axes = [axis for axis, size in enumerate(before) if axis and isinstance(size, int) and size == 1]
+        _replace(graph, node, aten.squeeze.dims, (node.args[0], axes))
+
+
+def _rewrite_swish(graph: fx.Graph, node: fx.Node) -> None:
+    """x * sigmoid(x) as the one operation that it is, so that it can be part of a tail."""
+    for x, gate in (node.args, node.args[::-1]):
+        if isinstance(gate, fx.Node) and gate.target is aten.sigmoid.default and gate.args[0] is x:
+            _replace(graph, node, aten.silu.default, (x,))
+            return
+
+
+def _join_linear_layers(graph: fx.Graph) -> None:
+    """Take away the views around a linear layer that flatten all but the last axis and bring them back."""
+    for node in list(graph.nodes):
+        if node.target is not aten.linear.default or len(node.users) != 1:
+            continue
+        flat, back = node.args[0], next(iter(node.users))
+        if flat.target not in _VIEWS or back.target not in _VIEWS:
+            continue
+        source = flat.args[0].meta["val"].shape
+        rows, result = flat.meta["val"].shape, back.meta["val"].shape
+        same = (
+            len(rows) == 2 and str(source[-1]) == str(rows[-1]) and str(result[-1]) == str(node.meta["val"].shape[-1])
+        )
+        if same and list(map(str, source[:-1])) == list(map(str, result[:-1])):
+            _replace(graph, back, aten.linear.default, (flat.args[0], *node.args[1:]))
+    graph.eliminate_dead_code()
+
+
+def _unshare(module: fx.GraphModule) -> None:
+    """Give every use of a parameter a parameter of its own: whoever computes one of them may not hold the others."""
+    graph = module.graph
+    uses: dict[str, int] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        value = operator.attrgetter(name)(module)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        for user in list(node.users):
+            uses[name] = uses.get(name, 0) + 1
+            if uses[name] > 1:
+                path, _, own = name.rpartition(".")
+                copy = f"{own}{COPY_MARK}{uses[name]}"
+                module.get_submodule(path).register_buffer(copy, value.detach().clone())
+                with graph.inserting_before(user):
+                    again = graph.get_attr(f"{path}.{copy}" if path else copy)
+                again.meta = dict(node.meta)
+                user.replace_input_with(node, again)
+    graph.eliminate_dead_code()
 
 
 def _fold_constants(module: fx.GraphModule) -> None:

@@ -117,7 +117,7 @@ def _slice(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | None
 def _reduce(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | None:
     rank = len(shapes[node.all_input_nodes[0]])
     given = arguments(node, None, None)[1]
-    if given is None:
+    if given is None or given == []:  # all axes
         return None
     reduced = {dimension % rank for dimension in (given if isinstance(given, (list, tuple)) else [given])}
     if 0 in reduced or channels.axis in reduced:
@@ -201,7 +201,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_overloads("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"), _arithmetic),
     **dict.fromkeys(_overloads("add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar"), _arithmetic),
     **dict.fromkeys(_overloads(*(f"{name}.default" for name in _POOLS.split())), _spatial),
-    **dict.fromkeys(_overloads("upsample_nearest2d.default", "upsample_bilinear2d.default"), _spatial),
+    **dict.fromkeys(_overloads("upsample_nearest2d.default", "upsample_nearest2d.vec"), _spatial),
+    **dict.fromkeys(_overloads("upsample_bilinear2d.default", "upsample_bilinear2d.vec"), _spatial),
     **dict.fromkeys(_overloads("mean.dim", "sum.dim_IntList", "amax.default"), _reduce),
     **dict.fromkeys(_overloads("permute.default", "transpose.int"), _permute),
     **dict.fromkeys(_overloads("squeeze.default", "squeeze.dim", "squeeze.dims"), _squeeze),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,8 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", "
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images in a fixed order. ``read(index)`` gives one as a model's input, float32 [channels, height, width]."""
+    """Labelled images in a fixed order. ``read(index)`` gives one as a model's input: float32 [channels, height,
+    width]."""
 
     name: str
     labels: NDArray[np.int64]
@@ -71,7 +73,7 @@ def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, sp
         return _digits(preprocessing, split)
     path = Path(source)
     if path.is_dir():
-        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        names = sorted(name for p in path.rglob("*") if _is_image(name := str(p.relative_to(path))))
         contents: Callable[[str], Path | bytes] = lambda name: path / name  # noqa: E731
     elif path.is_file():
         names, contents = _open_zip(path)
@@ -97,10 +99,16 @@ def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:  # the last: encrypted
             raise DataError(f"cannot read {name} in {path}: {error}") from None
 
-    return sorted(name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in _SUFFIXES), read
+    return sorted(filter(_is_image, archive.namelist())), read
+
+
+def _is_image(name: str) -> bool:
+    """By its suffix; not what archivers leave behind (hidden files, __MACOSX)."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in _SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def _classes(preprocessing: Mapping[str, Any], folders: list[str], outputs: int, path: Path) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import os
 import sys
 import types
 import warnings
@@ -93,7 +94,7 @@ def _load_pt2(path: Path, random_weights: bool) -> tuple[ExportedProgram, dict[s
     if not path.is_file():
         raise ModelError(f"there is no model file {path}")
     try:
-        with _quiet():
+        with quiet(), _nothing_unpickled():
             program = torch.export.load(path)
     except Exception as error:
         raise ModelError(f"{path} is not a torch.export program: {_first_line(error)}") from None
@@ -102,7 +103,9 @@ def _load_pt2(path: Path, random_weights: bool) -> tuple[ExportedProgram, dict[s
         return program, {}
     try:
         document = json.loads(sidecar.read_bytes())
-    except ValueError as error:
+    except OSError as error:
+        raise ModelError(f"cannot read the sidecar {sidecar}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"the sidecar {sidecar} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ModelError(f"the sidecar {sidecar} is not a JSON object; see docs/formats.md")
@@ -130,8 +133,7 @@ def _load_torchvision(
             "std": list(transform.std),
         }
     try:
-        with _quiet():
-            torch.manual_seed(seed)
+        with quiet(), _seeded(seed):
             model = torchvision.models.get_model(name, weights=None if random_weights else weights)
     except OSError as error:
         raise ModelError(
@@ -149,14 +151,20 @@ def _load_factory(
     with _importable_from_here():
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ModelError(f"cannot import the model {source!r}: {error}") from None
-    try:
-        torch.manual_seed(seed)
+        except Exception as error:  # whatever the module does on import
+            raise ModelError(f"cannot import the model {source!r}: {_first_line(error)}") from None
+        if not callable(factory):
+            raise ModelError(f"{source} is a {type(factory).__name__}; expected a function that returns the model")
         takes_flag = "random_weights" in inspect.signature(factory).parameters
-        model = factory(random_weights=random_weights) if takes_flag else factory()
-    except Exception as error:
-        raise ModelError(f"{source} failed: {type(error).__name__}: {_first_line(error)}") from error
+        if random_weights and not takes_flag:
+            raise ModelError(
+                f"{source} takes no argument random_weights: --random-weights would change nothing, leave it out"
+            )
+        try:
+            with _seeded(seed if random_weights else 0):
+                model = factory(random_weights=random_weights) if takes_flag else factory()
+        except Exception as error:
+            raise ModelError(f"{source} failed: {type(error).__name__}: {_first_line(error)}") from error
     if isinstance(model, ExportedProgram):
         return model, {}
     if not isinstance(model, torch.nn.Module):
@@ -166,11 +174,11 @@ def _load_factory(
 
 
 def _export(model: torch.nn.Module, declared: Mapping[str, Any], name: str) -> ExportedProgram:
-    if "input_size" not in declared:
+    if declared.get("input_size") is None:
         raise ModelError(f"the input size of {name} is not known; say it with --size, as in --size 3,224,224")
-    example = torch.zeros(2, *declared["input_size"])
+    example = torch.zeros(2, *check_preprocessing(declared)["input_size"])
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             return torch.export.export(
                 model.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
@@ -217,7 +225,30 @@ def _importable_from_here() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
+    """With torch's random numbers from ``seed`` on; the caller's own go on afterwards where they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _nothing_unpickled() -> Iterator[None]:
+    """torch.export.load falls back to unpickling, and so to running, what is no plain data: not with us."""
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """Without the deprecation warnings that torch raises about its own insides."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,21 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
-from robustdice.errors import ModelError
-from robustdice.model.canonical import arguments, aten, attribute, canonicalise, execute, measure_shapes
+from robustdice.errors import ModelError, PlanError
+from robustdice.model.canonical import (
+    COPY_MARK,
+    Shapes,
+    arguments,
+    aten,
+    attribute,
+    canonicalise,
+    execute,
+    measure_shapes,
+)
 from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
-from robustdice.plan import Layer, ModelReference
+from robustdice.plan import Layer, ModelReference, Plan
 
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default}
@@ -60,8 +71,8 @@ class NetworkLayer:
 class Network:
     """A model in the workshop. Made by :func:`build_network`; ``rd.load_model`` makes one from a name or file.
 
-    ``shapes`` has the shape of every tensor of the graph, for some batch size; ``shared_parameters`` names the
-    parameters outside of all layers.
+    ``shapes`` has the shape of every tensor of the graph, for some batch size; ``per_image`` are the tensors whose
+    first axis is the batch; ``shared_parameters`` names the parameters outside of all layers.
     """
 
     module: fx.GraphModule
@@ -71,6 +82,7 @@ class Network:
     input_shape: tuple[int, ...]
     outputs: int
     shapes: Mapping[fx.Node, tuple[int, ...]]
+    per_image: frozenset[fx.Node]
     shared_parameters: tuple[str, ...]
     reference: ModelReference
 
@@ -115,6 +127,21 @@ class Network:
         return result
 
 
+def check_plan_fits(network: Network, plan: Plan) -> None:
+    """PlanError unless ``plan`` was made for ``network``."""
+    planned, found = plan.model, network.reference
+    if planned.digest != found.digest:
+        raise PlanError(
+            f"the plan was made for {planned.source} (digest {planned.digest[:12]}), "
+            f"not for {found.source} (digest {found.digest[:12]}); make a new plan with 'robustdice plan'"
+        )
+    if plan.layers != network.plan_layers or plan.shared_weights != network.shared_weights:
+        raise PlanError(
+            f"the plan has other layers than this version finds in {found.source}; "
+            "make a new plan with 'robustdice plan'"
+        )
+
+
 def exchange_masks(network: Network, survivors: Survivors) -> dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]]:
     """For the exchanged value of every layer that has lost neurons: the function that fills them in."""
     fills: dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -143,7 +170,6 @@ def build_network(
 
     The rewritten graph is run beside the program, on other batch sizes too, and must give the same scores.
     """
-    original = program.module(check_guards=False)
     module = canonicalise(program)
     graph = module.graph
     source_node = next(node for node in graph.nodes if node.op == "placeholder")
@@ -151,14 +177,12 @@ def build_network(
     input_shape = tuple(exported[1:])
     if not all(isinstance(size, int) for size in input_shape) or len(input_shape) < 1:
         raise ModelError(f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed")
+    _check_types(module, source_node)
     batch = exported[0] if isinstance(exported[0], int) else 3
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(batch, *input_shape, generator=generator)
-    output, shapes = measure_shapes(module, example)
-    _check_equivalent(module, original, example, output)
+    example = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
+    output, shapes, per_image = _run_beside(module, program.module(check_guards=False), example)
     output_node = _strip_softmax(module)
-    layers, shared = _find_layers(module, shapes)
-    preprocessing = dict(preprocessing or {})
+    layers, shared = _find_layers(module, shapes, per_image)
     return Network(
         module=module,
         layers=layers,
@@ -167,28 +191,64 @@ def build_network(
         input_shape=input_shape,
         outputs=output.shape[1],
         shapes=shapes,
+        per_image=per_image,
         shared_parameters=shared,
-        reference=ModelReference(source, _digest(module), random_weights_seed, preprocessing),
+        reference=ModelReference(source, _digest(module), random_weights_seed, dict(preprocessing or {})),
     )
 
 
-def _check_equivalent(
-    module: fx.GraphModule, original: torch.nn.Module, example: torch.Tensor, output: torch.Tensor
-) -> None:
+def _check_types(module: fx.GraphModule, source: fx.Node) -> None:
+    """Everything that is computed with is float32: plans count four bytes a parameter."""
+    found = {f"input {source.name}": source.meta["val"].dtype}
+    found |= {str(n.target): attribute(module, str(n.target)).dtype for n in module.graph.nodes if n.op == "get_attr"}
+    for name, kind in found.items():
+        if kind != torch.float32 and (kind.is_floating_point or kind.is_complex or name.startswith("input ")):
+            raise ModelError(f"{name} is {kind}; robustdice takes float32 models: export model.float()")
+
+
+def _run_beside(
+    module: fx.GraphModule, original: torch.nn.Module, example: torch.Tensor
+) -> tuple[torch.Tensor, Shapes, frozenset[fx.Node]]:
+    """Scores and shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
+    rewritten graph does not give an image the original's scores, whatever the batch that it is in."""
+    output, shapes = measure_shapes(module, example)
     if output.ndim != 2:
         raise ModelError(f"the model returns shape {tuple(output.shape)}; expected [batch, classes]")
     with torch.no_grad():
-        expected = original(example)
-        expected = expected[0] if isinstance(expected, (tuple, list)) else expected
-        single = module(example[:1])
-    for result, wanted in ((output, expected), (single, expected[:1])):
+        (expected,) = tree_leaves(original(example))  # one tensor, perhaps in a tuple or a dictionary
+    if not bool(expected.isfinite().all()):
+        raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
+    more = torch.cat([example, example[:1]])
+    try:
+        larger, more_shapes = measure_shapes(module, more)
+        single, _ = measure_shapes(module, example[:1])
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"the model runs batches of {len(example)} only ({reason}); {_DYNAMIC_BATCH}") from None
+    for result, images in (
+        (output, slice(None)),
+        (larger[:-1], slice(None)),
+        (larger[-1:], slice(1)),
+        (single, slice(1)),
+    ):
+        wanted = expected[images]
         scale = wanted.abs().max().clamp_min(1e-12)
-        if result.shape != wanted.shape or float((result - wanted).abs().max() / scale) > 1e-4:
+        if result.shape != wanted.shape or not float((result - wanted).abs().max() / scale) <= 1e-4:
             raise ModelError(
-                "the model's answers for an image depend on the batch that it is in, or on chance; "
-                "export it in eval mode with a dynamic batch size: "
-                "torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
+                f"the model's answers for an image depend on the batch that it is in, or on chance; {_DYNAMIC_BATCH}"
             )
+    per_image = frozenset(
+        node
+        for node, shape in shapes.items()
+        if shape and shape[0] == len(example) and more_shapes[node] == (len(more), *shape[1:])
+    )
+    return output, shapes, per_image
+
+
+_DYNAMIC_BATCH = (
+    "export it in eval mode with a dynamic batch size: "
+    "torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
+)
 
 
 def _strip_softmax(module: fx.GraphModule) -> fx.Node:
@@ -215,14 +275,14 @@ def _digest(module: fx.GraphModule) -> str:
 
 
 def _find_layers(
-    module: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]
+    module: fx.GraphModule, shapes: Shapes, per_image: frozenset[fx.Node]
 ) -> tuple[tuple[NetworkLayer, ...], tuple[str, ...]]:
     layers: list[NetworkLayer] = []
     names: set[str] = set()
     in_tails: set[fx.Node] = set()
     output = module.graph.output_node().args[0]
     for node in module.graph.nodes:
-        if node in in_tails or (start := _layer_start(node, shapes)) is None:
+        if node in in_tails or node not in per_image or (start := _layer_start(node, shapes)) is None:
             continue
         value, channels = node, start
         while value is not output and len(value.users) == 1:
@@ -232,7 +292,7 @@ def _find_layers(
                 break
             value, channels = following, reached
             in_tails.add(following)
-        name = _unique_name(str(node.args[1].target), names)
+        name = _unique_name(re.sub(rf"(\.weight)?({COPY_MARK}\d+)?$", "", str(node.args[1].target), count=1), names)
         layers.append(_network_layer(name, node, value, channels, shapes, output))
     if not layers:
         raise ModelError("the model has no convolution or linear layer: there is nothing to distribute")
@@ -242,7 +302,7 @@ def _find_layers(
     return tuple(layers), shared
 
 
-def _layer_start(node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> Channels | None:
+def _layer_start(node: fx.Node, shapes: Shapes) -> Channels | None:
     """The neurons of a convolution or linear node, or None when the node is neither."""
     if node.target not in _CONVOLUTIONS | {aten.linear.default}:
         return None
@@ -251,8 +311,6 @@ def _layer_start(node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> Chann
         return None
     neurons = shapes[weight][0]
     axis = 1 if node.target in _CONVOLUTIONS else len(shapes[node]) - 1
-    if axis == 0:
-        raise ModelError(f"node {node.name} ({node.target}) cannot be placed: its input has no batch axis")
     own = tuple(name for argument in (weight, bias) if (name := parameter_name(argument)))
     per_filter = math.prod(shapes[weight][1:])
     return Channels(
@@ -265,8 +323,7 @@ def _layer_start(node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> Chann
     )
 
 
-def _unique_name(parameter: str, taken: set[str]) -> str:
-    base = parameter.removesuffix(".weight")
+def _unique_name(base: str, taken: set[str]) -> str:
     name, count = base, 1
     while name in taken:
         count += 1
@@ -280,7 +337,7 @@ def _network_layer(
     node: fx.Node,
     value: fx.Node,
     channels: Channels,
-    shapes: dict[fx.Node, tuple[int, ...]],
+    shapes: Shapes,
     output: Any,
 ) -> NetworkLayer:
     x, *_, groups = arguments(node, None, None, None, 1, 0, 1, 1) if node.target in _CONVOLUTIONS else (node.args[0], 1)
@@ -311,5 +368,5 @@ def _network_layer(
     )
 
 
-def _parameter_shape(graph: fx.Graph, name: str, shapes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
+def _parameter_shape(graph: fx.Graph, name: str, shapes: Shapes) -> tuple[int, ...]:
     return next(shapes[node] for node in graph.nodes if node.op == "get_attr" and node.target == name)
