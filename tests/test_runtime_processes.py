@@ -291,3 +291,22 @@ def test_a_client_that_is_not_closed_is_cleaned_up(tmp_path: Path) -> None:
 def test_the_device_side_does_not_need_torch() -> None:
     script = "import robustdice.runtime.device, robustdice.runtime.client, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_frame_outlives_the_devices_that_were_asked_first(tmp_path: Path) -> None:
+    reference = build(tmp_path, 2)
+    with running(tmp_path, timeout_seconds=30.0) as cluster:
+        cluster.infer(FRAMES[0])
+        cluster.kill(0)
+        cluster.freeze(1)
+
+        def replace() -> None:
+            cluster.kill(1)
+            cluster.restart(0)
+
+        timer = threading.Timer(0.2, replace)
+        timer.start()
+        answer = cluster.infer(FRAMES[1])
+        timer.join()
+        assert close(answer, reference.run(FRAMES[1:2], {1})[0])
+        assert answer.device == 0

@@ -319,8 +319,8 @@ class Client:
 
     def _on_disconnect(self, device: int) -> None:
         for pending in self._pending.values():
-            if device in pending.asked and device not in pending.answers:
-                pending.refusals.setdefault(device, f"the connection to device {device} was lost")
+            if device not in pending.answers:
+                pending.asked.pop(device, None)  # it may be asked again, should nobody else be left
 
     # -- deciding
 
@@ -328,7 +328,7 @@ class Client:
         now = time.monotonic()
         parallel = self._model is not None and self._model.exchanges == 0
         for pending in list(self._pending.values()):
-            if not pending.asked:  # nobody was connected
+            if not pending.asked:  # nobody was connected, or nobody of those who were is left
                 self._dispatch(pending)
             waiting = [d for d in pending.asked if d not in pending.answers and d not in pending.refusals]
             full = any(answer.coverage == 1.0 for answer, _ in pending.answers.values())
