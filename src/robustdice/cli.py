@@ -52,6 +52,7 @@ Classes = Annotated[
     typer.Option(metavar="FILE", help="class folders in the order of the outputs, the first word of each line"),
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
+Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
 Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
 Seed = Annotated[int, typer.Option(help="of everything random")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
@@ -83,7 +84,7 @@ def score(
     model: ModelArgument,
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the scores (.npz)")],
-    s3: Annotated[str, typer.Option(help="how the third score is computed; only 'exact' so far")] = "exact",
+    use: Use = "s1,s2,s3",
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -93,12 +94,14 @@ def score(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Importance of every neuron: L1 norm, connection sensitivity, removal divergence."""
-    if s3 != "exact":
-        raise RobustdiceError(f"--s3 {s3} is not there yet; use --s3 exact")
+    """Importance of every neuron: L1 norm (s1), connection sensitivity (s2), removal divergence (s3).
+
+    s3 is exact: one forward pass per neuron and image, from the neuron's layer on. That is a minute for a small
+    network and hours for a large one, which --use s1,s2 does without.
+    """
     with _waiting("loading the model"):
         network = _load_model(model, random_weights, seed, size, mean, std, classes)
-    importance = _score(network, data, samples, seed)
+    importance = _score(network, data, samples, seed, use.split(","))
     importance.save(output)
     if as_json:
         _print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
@@ -121,7 +124,7 @@ def plan(
     threshold: Annotated[float | None, typer.Option(help="cluster threshold, instead of --memory")] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
-    use: Annotated[str, typer.Option(metavar="S,...", help="the scores to cluster by")] = "s1,s2,s3",
+    use: Use = "s1,s2,s3",
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -140,7 +143,7 @@ def plan(
         if scores is not None:
             importance = rd.Importance.load(scores)
         elif data is not None:
-            importance = _score(network, data, samples, seed)
+            importance = _score(network, data, samples, seed, columns)
         else:
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     with _waiting("clustering and distributing"):
@@ -379,10 +382,10 @@ def _load_data(source: str, network: rd.Network, samples: int | None, seed: int,
     return rd.load_data(source, network.preprocessing, network.outputs, split=split).sample(samples, seed)
 
 
-def _score(network: rd.Network, data: str, samples: int | None, seed: int) -> rd.Importance:
+def _score(network: rd.Network, data: str, samples: int | None, seed: int, columns: list[str]) -> rd.Importance:
     images = _load_data(data, network, samples, seed, "train").images()
     with _progress("scoring") as advance:
-        return rd.score(network, images, on_progress=advance)
+        return rd.score(network, images, columns=columns, on_progress=advance)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ What is scored is what is dealt out: a neuron, or in a grouped convolution a who
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.errors import DataError
+from robustdice.errors import DataError, PlanError
 from robustdice.importance.values import COLUMNS, Importance
 from robustdice.model.canonical import attribute, execute
 from robustdice.model.network import Network, NetworkLayer
@@ -34,8 +35,10 @@ def score(
 
     s1 is the L1 norm of filter and bias, s2 the connection sensitivity against the model's own answers, s3 the
     exact Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange. DataError when the
-    images do not fit the model.
+    images do not fit the model; PlanError when ``columns`` names another score.
     """
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise PlanError(f"unknown score {unknown[0]!r}; known: {', '.join(COLUMNS)}")
     if images.shape[1:] != network.input_shape or not len(images):
         raise DataError(
             f"images of shape {list(images.shape)}, the model takes [n, {', '.join(map(str, network.input_shape))}]"
@@ -81,7 +84,9 @@ def connection_sensitivities(network: Network, images: torch.Tensor) -> list[NDA
         for part in torch.split(images, _images_at_once(network, network.nodes, gradients=True)):
             scores = network.run(part)
             loss = torch.nn.functional.cross_entropy(scores, scores.detach().argmax(1), reduction="sum") / len(images)
-            for so_far, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+            # A weight may have no path to the scores (through a comparison, say): then nothing depends on it.
+            found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            for so_far, gradient in zip(gradients, found, strict=True):
                 so_far.add_(gradient)
     finally:
         for weight, flag in zip(weights, before, strict=True):
@@ -108,20 +113,19 @@ def removal_divergences(
         for part in torch.split(images, _images_at_once(network, network.nodes)):
             values: dict[fx.Node, Any] = {network.input: part}
             execute(network.module, network.nodes, values)
-            intact = values[network.output].softmax(1)
+            intact = values[network.output].double().softmax(1)
             for layer, suffix, units in zip(network.layers, suffixes, sums, strict=True):
                 at_once = max(1, _images_at_once(network, [layer.value, *suffix]) // len(part))
                 for chosen in torch.split(torch.arange(len(units)), at_once):
                     removed = _run_without(network, layer, suffix, values, chosen)
-                    units[chosen] += jensen_shannon(intact, removed.softmax(2)).sum(1)
+                    units[chosen] += jensen_shannon(intact, removed.double().softmax(2)).sum(1)
                     done += len(chosen) * len(part)
                     on_progress(done, total)
     return [(units / len(images)).numpy() for units in sums]
 
 
 def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence (natural logarithm) of distributions over the last axis, float64."""
-    p, q = p.double(), q.double()
+    """Jensen-Shannon divergence (natural logarithm) of distributions over the last axis."""
     middle = (p + q) / 2
     divergence = torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)
     return divergence.nan_to_num(0.0).sum(-1).clamp_min(0) / 2
@@ -141,8 +145,14 @@ def _run_without(
         lost[row, unit * group : (unit + 1) * group] = True
     intact = values[layer.value]
     altered = intact.unsqueeze(0).masked_fill(layer.broadcast(lost), layer.fill).flatten(0, 1)
-    changed = _Overlay(values, {layer.value: altered}, len(units))
-    execute(network.module, suffix, changed)
+    changed = _Overlay(network, values, {layer.value: altered}, len(units))
+    remaining = Counter(used for node in suffix for used in node.all_input_nodes)
+    for node in suffix:
+        execute(network.module, [node], changed)
+        for used in node.all_input_nodes:
+            remaining[used] -= 1
+            if not remaining[used] and used is not network.output:
+                changed.pop(used, None)
     result = changed[network.output]
     return result.reshape(len(units), len(intact), -1)  # type: ignore[no-any-return]
 
@@ -150,28 +160,41 @@ def _run_without(
 class _Overlay(dict[fx.Node, Any]):
     """Values of a batch of removals; what does not depend on them is repeated from the intact run when it is read."""
 
-    def __init__(self, intact: dict[fx.Node, Any], changed: dict[fx.Node, Any], repeats: int) -> None:
+    def __init__(self, network: Network, intact: dict[fx.Node, Any], changed: dict[fx.Node, Any], repeats: int) -> None:
         super().__init__(changed)
+        self._per_image = network.per_image
         self._intact = intact
         self._repeats = repeats
 
     def __missing__(self, node: fx.Node) -> Any:
         value = self._intact[node]
-        if isinstance(value, torch.Tensor) and node.op != "get_attr":
+        if node in self._per_image:
             value = value.repeat(self._repeats, *(1,) * (value.ndim - 1))
         self[node] = value
         return value
 
 
 def _suffix(network: Network, value: fx.Node) -> list[fx.Node]:
-    """The nodes that depend on ``value``, in order."""
-    dependent = {value}
-    nodes = []
+    """The nodes to run again when ``value`` changes, in order: those that depend on it, and whatever else they
+    read that depends on the batch but cannot be repeated along it (sizes, tensors with the batch on another axis)."""
+    dependent, of_input = {value}, {network.input}
     for node in network.nodes:
-        if node.op == "call_function" and not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-            nodes.append(node)
-    return nodes
+        if node.op == "call_function":
+            if not dependent.isdisjoint(node.all_input_nodes):
+                dependent.add(node)
+            if not of_input.isdisjoint(node.all_input_nodes):
+                of_input.add(node)
+    chosen: set[fx.Node] = set()
+    pending = list(dependent - {value})
+    while pending:
+        node = pending.pop()
+        chosen.add(node)
+        pending.extend(
+            used
+            for used in node.all_input_nodes
+            if used in of_input and used not in chosen and used not in dependent and used not in network.per_image
+        )
+    return [node for node in network.nodes if node in chosen]
 
 
 def _images_at_once(network: Network, nodes: Sequence[fx.Node], *, gradients: bool = False) -> int:

@@ -98,9 +98,8 @@ def bench_build(
 
 
 def _whole_model(network: Network) -> bytes:
-    graph = export_onnx(network)
-    names = [network.input.name], [network.output.name]
-    return make_model([cut(graph, *names)], *names, graph.opset)[0]
+    graph, source, result = export_onnx(network), network.input.name, network.output.name
+    return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)[0]
 
 
 def _measure_single(model: Path, network: Network, seconds: float, core: int) -> float:

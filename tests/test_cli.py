@@ -1,0 +1,286 @@
+"""The command line as people and programs use it: real commands, on the demo's network and digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from robustdice.model.digits import digits
+
+MODEL = "robustdice.demo.network:digits_cnn"
+COMMAND = [sys.executable, "-c", "from robustdice.cli import main; main()"]
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
+
+
+def run_json(*arguments: str | Path) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def fails(*arguments: str | Path) -> str:
+    """The error of a command: one line, no traceback, exit status 1."""
+    stderr = run(*arguments, status=1).stderr
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores, a plan and a build, made by the commands."""
+    root = tmp_path_factory.mktemp("cli")
+    run("score", MODEL, "--data", "digits", "--samples", "10", "-o", root / "scores.npz")
+    run("plan", MODEL, "--devices", "3", "--memory", "0.7", "--scores", root / "scores.npz", "-o", root / "plan.json")
+    run("build", root / "plan.json", "-o", root / "build")
+    return root
+
+
+@pytest.fixture(scope="module")
+def image(work: Path) -> Path:
+    path = work / "digit.png"
+    pixels, labels = digits("test")
+    Image.fromarray(pixels[int(np.flatnonzero(labels == 7)[0]), 0]).save(path)
+    return path
+
+
+@pytest.fixture
+def running(work: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*COMMAND, "up", str(work / "build")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def test_inspect_says_layers_and_exchanges() -> None:
+    document = run_json("inspect", MODEL)
+    assert [layer["neurons"] for layer in document["layers"]] == [32, 64, 96, 128, 10]
+    assert document["parameters"] == sum(layer["parameters"] for layer in document["layers"])
+    assert document["layers"][0]["exchange_shape"] == [32, 16, 16]
+    table = run("inspect", MODEL).stdout
+    assert "features.0" in table
+    assert "32x16x16" in table
+
+
+def test_plan_keeps_the_budget(work: Path) -> None:
+    document = run_json(
+        "plan", MODEL, "--devices", "4", "--memory", "0.6", "--scores", work / "scores.npz", "-o", work / "other.json"
+    )
+    assert document["method"] == "robustdice"
+    assert document["memory_share"] <= 0.6
+    assert len(document["bytes_per_device"]) == 4
+    assert document["healthy_compute_share"] < 0.5
+
+
+def test_evaluate_has_every_failure_set(work: Path) -> None:
+    document = run_json("evaluate", work / "plan.json", "--data", "digits", "--samples", "50")
+    assert document["samples"] == 50
+    assert set(document["failures"]) == {"0", "1", "2"}
+    assert set(document["failures"]["2"]["sets"]) == {"0,1", "0,2", "1,2"}
+    assert document["failures"]["0"]["sets"] == {"": document["clean"]}
+    for summary in document["failures"].values():
+        assert summary["worst"] == min(summary["sets"].values())
+        assert summary["best"] == max(summary["sets"].values())
+    assert "devices down" in run("evaluate", work / "plan.json", "--data", "digits", "--samples", "20").stdout
+
+
+def test_verify_compares_every_failure_set(work: Path) -> None:
+    document = run_json("verify", work / "build")
+    assert set(document["failure_sets"]) == {"", "0", "1", "2", "0,1", "0,2", "1,2"}
+    assert document["max_relative_error"] == max(document["failure_sets"].values()) < 1e-4
+
+
+def test_infer_answers_through_a_killed_device(work: Path, image: Path, running: subprocess.Popen[str]) -> None:
+    answer = run_json("infer", work / "build", image)
+    assert answer["class_name"] == "7"
+    assert answer["coverage"] == 1
+    assert answer["down"] == []
+    devices = psutil.Process(running.pid).children()
+    assert len(devices) == 3
+    devices[0].kill()
+    lines = run("infer", work / "build", image, image, "--json").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [a["path"] for a in answers] == [str(image)] * 2
+    assert all(len(a["down"]) == 1 and 0 < a["coverage"] <= 1 for a in answers)
+    assert answers[0]["from_spares"] > 0
+    found = run_json("status", work / "build")
+    assert sum(document is not None for document in found.values()) == 2
+    assert "silent" in run("status", work / "build").stdout
+
+
+def test_up_ends_with_all_its_devices_on_ctrl_c(work: Path) -> None:
+    process = subprocess.Popen([*COMMAND, "up", str(work / "build")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    devices = psutil.Process(process.pid).children(recursive=True)
+    assert len(devices) == 3
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "All devices are stopped." in output
+    assert not psutil.wait_procs(devices, timeout=10)[1]
+
+
+def test_device_refuses_a_port_in_use_and_a_flipped_byte(work: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "build"
+    shutil.copytree(work / "build", broken)
+    file = sorted((broken / "device-1").glob("*.onnx"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert file.name in fails("device", broken / "device-1")
+    first = subprocess.Popen([*COMMAND, "device", str(broken / "device-0")], stderr=subprocess.PIPE, text=True)
+    try:
+        assert first.stderr is not None
+        assert "listens on" in first.stderr.readline()
+        assert "tcp://127.0.0.1" in fails("device", broken / "device-0")
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=30)
+    assert first.returncode == 0
+
+
+def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
+    run("plan", MODEL, "--devices", "3", "--method", "lop", "-o", tmp_path / "lop.json")
+    run("build", tmp_path / "lop.json", "-o", tmp_path / "lop")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(work / "build", mixed)
+    shutil.rmtree(mixed / "device-2")
+    shutil.copytree(tmp_path / "lop" / "device-2", mixed / "device-2")
+    assert "plan" in fails("device", mixed / "device-2")
+    assert "another plan" in fails("verify", mixed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "missing.pt2"], "there is no model file missing.pt2"),
+        (["inspect", "resnet18"], "expected torchvision:NAME"),
+        (["inspect", "torchvision:nothing"], "no classification model"),
+        (["inspect", "robustdice.nowhere:factory"], "cannot import"),
+        (["inspect", MODEL, "--size", "1,64,64"], "input_size says"),
+        (["inspect", MODEL, "--size", "big"], "--size takes numbers"),
+        (["inspect", MODEL, "--classes", "missing.txt"], "cannot read missing.txt"),
+        (["plan", MODEL, "--devices", "17", "--method", "lop", "-o", "p.json"], "2 to 16 devices"),
+        (["plan", MODEL, "--devices", "4", "--method", "magic", "-o", "p.json"], "unknown method"),
+        (["plan", MODEL, "--devices", "4", "-o", "p.json"], "--scores FILE"),
+        (["plan", MODEL, "--devices", "4", "--method", "lop", "-o", "missing/p.json"], "cannot write"),
+        (["plan", MODEL, "--devices", "4", "--scores", "missing.npz", "-o", "p.json"], "missing.npz"),
+        (["score", MODEL, "--data", "missing.zip", "-o", "s.npz"], "missing.zip"),
+        (["score", MODEL, "--data", "digits", "--use", "s9", "-o", "s.npz"], "unknown score 's9'"),
+        (["evaluate", "missing.json", "--data", "digits"], "missing.json"),
+        (["build", "missing.json", "-o", "out"], "missing.json"),
+        (["verify", "missing"], "missing"),
+        (["infer", "missing", "image.png"], "missing"),
+        (["up", "missing"], "missing"),
+        (["device", "missing/device-0"], "missing"),
+        (["status", "missing"], "missing"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_images_are_refused(work: Path, image: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "eleven"
+    folder.mkdir(parents=True)
+    shutil.copy(image, folder / "a.png")
+    assert "no class of the model" in fails("evaluate", work / "plan.json", "--data", tmp_path / "data")
+    folder.rename(folder.with_name("1"))
+    Image.new("L", (20, 20)).save(tmp_path / "data" / "1" / "a.png")
+    assert "20x20" in fails("evaluate", work / "plan.json", "--data", tmp_path / "data")
+
+
+def test_nobody_to_ask(work: Path, image: Path) -> None:
+    assert "robustdice up" in fails("infer", work / "build", image)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    text = run("--help").stdout
+    for command in (
+        "inspect",
+        "score",
+        "plan",
+        "evaluate",
+        "build",
+        "verify",
+        "device",
+        "up",
+        "infer",
+        "bench",
+        "demo",
+    ):
+        assert command in text
+        assert f"Example: robustdice {command}" in " ".join(run(command, "--help").stdout.split())
+
+
+@pytest.mark.slow
+def test_bench_measures_both(work: Path) -> None:
+    document = run_json("bench", work / "build", "--seconds", "0.5", "--rounds", "1")
+    assert document["ratio"] == pytest.approx(document["frames_per_second"] / document["single_frames_per_second"])
+    assert len(document["devices"]) == 3
+    assert all(d["peak_rss_bytes"] > d["weights_bytes"] > 0 for d in document["devices"])
+    assert 0 < document["latency_ms"]["p50"] <= document["latency_ms"]["p99"]
+
+
+@pytest.mark.slow
+def test_demo_tells_the_truth() -> None:
+    document = run_json("demo", "--frames", "120")
+    assert [phase["down"] for phase in document["phases"]] == [[], [0], [0, 2], [0, 2, 3], [], [1], []]
+    for phase in document["phases"]:
+        assert phase["answered"] == phase["frames"] == 120
+        tolerance = phase["in_transition"] / phase["frames"] + 1e-9
+        assert abs(phase["accuracy"] - phase["predicted_accuracy"]) <= tolerance, phase
+    assert document["methods"]["robustdice"]["worst"]["1"] > document["methods"]["lop"]["worst"]["1"]
+    assert document["methods"]["full"]["memory_share"] == 1
+    assert document["memory_share"] <= 0.6
+
+
+@pytest.mark.slow
+def test_demo_leaves_nothing_behind_on_ctrl_c(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "demo"], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(devices := psutil.Process(process.pid).children(recursive=True)) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert not psutil.wait_procs(devices, timeout=10)[1]
+    assert not list(tmp_path.iterdir())
