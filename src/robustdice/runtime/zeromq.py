@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 QUEUED_MESSAGES = 16
 """Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
+CURVE_OVERHEAD = 64
+"""Bytes, rounded up, that encryption adds to a frame: command name, nonce, flags, authentication (RFC 26)."""
 DRAINED_AT_ONCE = 64
 REMEMBERED_CLIENTS = 64
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
@@ -41,7 +43,7 @@ def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key
     """
     socket.linger = 0
     socket.sndhwm = QUEUED_MESSAGES
-    socket.maxmsgsize = limit
+    socket.maxmsgsize = limit + CURVE_OVERHEAD
     socket.handshake_ivl = 2000
     if server_key is None:
         socket.rcvhwm = 16 * QUEUED_MESSAGES
