@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from robustdice.errors import ModelError
@@ -26,10 +27,13 @@ Array = NDArray[np.generic]
 @dataclass(frozen=True)
 class OnnxGraph:
     """The whole network: ``producers`` has the node that makes each value; every tensor of the network's
-    graph is a value under its node's name."""
+    graph is a value under its node's name. ``types`` has the ONNX element type and the number of axes of these,
+    ``per_image`` the names of those whose first axis is the batch."""
 
     producers: Mapping[str, onnx.NodeProto]
     arrays: Mapping[str, Array]
+    types: Mapping[str, tuple[int, int]]
+    per_image: frozenset[str]
     opset: int
 
 
@@ -79,12 +83,21 @@ def export_onnx(network: Network) -> OnnxGraph:
         arrays[f"{name}/shape"] = np.array(shape, dtype=np.int64)
         producers[name] = helper.make_node("Reshape", [source, f"{name}/shape"], [name])
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    return OnnxGraph(producers, arrays, opset)
+    types = {
+        value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
+        for value in (*proto.graph.input, *proto.graph.output)
+    }
+    return OnnxGraph(producers, arrays, types, frozenset(node.name for node in network.per_image), opset)
 
 
 def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:
-    """The nodes that compute ``outputs`` from ``inputs``."""
+    """The nodes that compute ``outputs`` from ``inputs``.
+
+    Exporters take the batch size from where they like, mostly from the network's input; here it comes from ``inputs``.
+    """
+    inputs, outputs = list(inputs), list(outputs)
     known = set(inputs)
+    sized = next((name for name in inputs if name in graph.per_image), None)
     nodes: dict[str, onnx.NodeProto] = {}
     arrays: dict[str, Array] = {}
     pending = [(name, False) for name in outputs]
@@ -95,7 +108,11 @@ def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:
         if name in graph.arrays:
             arrays[name] = graph.arrays[name]
             continue
+        if name not in graph.producers:
+            raise ModelError(f"the model cannot be cut into stages: {outputs} cannot be computed without {name}")
         node = graph.producers[name]
+        if sized is not None and _is_batch_size(node, graph):
+            node = helper.make_node("Shape", [sized], [name], start=0, end=1)
         if ready:
             known.update(node.output)
             nodes[node.output[0]] = node
@@ -103,6 +120,13 @@ def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:
             pending.append((name, True))
             pending.extend((used, False) for used in node.input)
     return Cut(tuple(nodes.values()), arrays)
+
+
+def _is_batch_size(node: onnx.NodeProto, graph: OnnxGraph) -> bool:
+    if node.op_type != "Shape" or node.input[0] not in graph.per_image:
+        return False
+    ends = {attribute.name: attribute.i for attribute in node.attribute}
+    return ends.get("start", 0) == 0 and ends.get("end") == 1
 
 
 def cut_layer(graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64], prefix: str) -> Cut:
@@ -171,19 +195,27 @@ def _reshapes(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def make_model(
-    cuts: Sequence[Cut], inputs: Sequence[str], outputs: Sequence[str], opset: int
+    cuts: Sequence[Cut],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+    types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[bytes, set[str]]:
-    """An ONNX model with float32 inputs and outputs of open shape, and the names of the arrays stored in it."""
+    """An ONNX model whose inputs and outputs may have any size along every axis, and the names of the arrays in it.
+
+    ``types`` are an :class:`OnnxGraph`'s; what it does not know is float32, with any number of axes.
+    """
     nodes = [node for part in cuts for node in part.nodes]
-    used = {name for node in nodes for name in node.input}
+    used = {name for node in nodes for name in node.input} | set(outputs)
     arrays = {name: array for part in cuts for name, array in part.arrays.items() if name in used}
-    graph = helper.make_graph(
-        nodes,
-        "robustdice",
-        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in inputs],
-        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
-        initializer=[numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], producer_name="robustdice")
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+    described_inputs, described_outputs = ([_describe(name, types) for name in names] for names in (inputs, outputs))
+    body = helper.make_graph(nodes, "robustdice", described_inputs, described_outputs, initializer=tensors)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], producer_name="robustdice")
     model.ir_version = IR_VERSION
     return model.SerializeToString(), set(arrays)
+
+
+def _describe(name: str, types: Mapping[str, tuple[int, int]]) -> onnx.ValueInfoProto:
+    kind, axes = types.get(name.rpartition("/")[2], (TensorProto.FLOAT, None))
+    return helper.make_tensor_value_info(name, kind, None if axes is None else [None] * axes)

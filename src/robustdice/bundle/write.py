@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import Plan
 
 SPARES = ("standby", "hot")
+_BESIDE_BUNDLES = {"plan.json", "cluster.toml", "client.key"}
+_IN_BUNDLES = {MANIFEST_NAME, "secret.key"}
 PLAN_NAME = "plan.json"
 """The plan that a build was made from, kept beside the bundles for whoever verifies them."""
 
@@ -40,11 +43,14 @@ class _Model:
     weight_bytes: int
 
 
-def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "standby") -> list[Path]:
+def write_bundles(
+    network: Network, plan: Plan, directory: Path, spares: str = "standby", graph: OnnxGraph | None = None
+) -> list[Path]:
     """Write ``directory/device-0 ...``; returns the bundles' directories.
 
-    A build that is there already is replaced once the new one is complete. PlanError when the plan is not of this
-    network; OutputError when the directory holds something else, or cannot be written.
+    ``graph`` is the network's :func:`export_onnx`, for whoever builds several plans of it. A build that is there
+    already is replaced once the new one is complete. PlanError when the plan is not of this network; OutputError when
+    the directory holds something else, or cannot be written.
     """
     if spares not in SPARES:
         raise PlanError(f"spares are {' or '.join(SPARES)}, not {spares!r}")
@@ -52,7 +58,7 @@ def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "
     check_replaceable(directory)
     exchanged = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
     stages = split_into_stages(network, exchanged)
-    graph = export_onnx(network)
+    graph = graph or export_onnx(network)
     locals_ = [_local_model(network, graph, stage, number) for number, stage in enumerate(stages)]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
@@ -77,15 +83,24 @@ def write_bundles(network: Network, plan: Plan, directory: Path, spares: str = "
 
 def check_replaceable(directory: Path) -> None:
     """OutputError unless a build may be written to ``directory``: it is absent, empty, or a build."""
-    if directory.exists():
+    try:
+        if not directory.exists():
+            return
         if not directory.is_dir():
             raise OutputError(f"{directory} is a file; choose a directory with -o")
-        foreign = [p.name for p in directory.iterdir() if not p.name.startswith("device-")]
-        foreign = [name for name in foreign if name not in {"cluster.toml", "client.key", PLAN_NAME}]
-        if foreign:
-            raise OutputError(
-                f"{directory} holds other things ({sorted(foreign)[0]}); choose an empty directory with -o"
-            )
+        foreign = sorted(path.name for path in directory.iterdir() if not _is_of_a_build(path))
+    except OSError as error:
+        raise OutputError(f"cannot read {directory}: {error.strerror}; choose another place with -o") from None
+    if foreign:
+        raise OutputError(f"{directory} holds other things ({foreign[0]}); choose an empty directory with -o")
+
+
+def _is_of_a_build(path: Path) -> bool:
+    if not re.fullmatch(r"device-\d+", path.name):
+        return path.name in _BESIDE_BUNDLES and path.is_file()
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(file.name in _IN_BUNDLES or file.suffix == ".onnx" for file in path.iterdir())
 
 
 def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: int) -> tuple[Local, _Model] | None:
@@ -94,7 +109,7 @@ def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: 
     outputs = tuple(node.name for node in stage.local_outputs)
     part = cut(graph, [node.name for node in stage.local_inputs], outputs)
     inputs = tuple(node.name for node in stage.local_inputs)
-    content, arrays = make_model([part], inputs, outputs, graph.opset)
+    content, arrays = make_model([part], inputs, outputs, graph.opset, graph.types)
     weights = sum(part.arrays[name].nbytes for name in arrays & _parameters(network))
     return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, weights)
 
@@ -215,7 +230,7 @@ def _piece(
         outputs.append(prefix + layer.value.name)
         inputs[arguments(layer.node)[0].name] = None
         weights += sum(array.nbytes for name, array in part.arrays.items() if name.removeprefix(prefix) in parameters)
-    content, _ = make_model(cuts, list(inputs), outputs, graph.opset)
+    content, _ = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
     piece = Piece(
         file=file,
         inputs=tuple(inputs),

@@ -1,0 +1,206 @@
+"""Small networks that say in a few lines what architectures are made of, and how to make a Network of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from robustdice.model.load import quiet
+from robustdice.model.network import Network, build_network
+from robustdice.plan import Holder, Plan, Shard
+
+Floats = NDArray[np.float32]
+
+
+class Residual(nn.Module):
+    """A residual block, a depthwise convolution in a tail, a grouped convolution: [3, 8, 8] -> 5 classes.
+
+    ``tails`` says for every layer of the network which module ends its tail.
+    """
+
+    tails = ("pool", "act2", "depthwise", "grouped_act", "head")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.act1 = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.act2 = nn.ReLU()
+        self.expand = nn.Conv2d(6, 8, 1)
+        self.expand_act = nn.ReLU6()
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.grouped_act = nn.SiLU()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act1(self.norm1(self.conv1(x))))
+        x = x + self.act2(self.conv2(x))
+        x = self.depthwise(self.expand_act(self.expand(x)))
+        x = self.grouped_act(self.grouped(x))
+        # Two users of the grouped layer's value end its tail before the pooling.
+        result: Tensor = self.head((x * 0.5 + x * x).mean((2, 3)))
+        return result
+
+
+class Plain(nn.Module):
+    """A convolution, pooling, flattening, two linear layers: [1, 8, 8] -> 4 classes."""
+
+    tails = ("flatten", "act2", "fc2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1)
+        self.act1 = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(6 * 16, 7)
+        self.act2 = nn.Tanh()
+        self.fc2 = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flatten(self.pool(self.act1(self.conv(x))))
+        result: Tensor = self.fc2(self.act2(self.fc1(x)))
+        return result
+
+
+class Branches(nn.Module):
+    """Two branches and a concatenation, channel shuffle, fully convolutional head: [2, 6, 6] -> 3 classes."""
+
+    tails = ("left", "right_act", "mix", "squeeze")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(2, 4, 1)
+        self.right = nn.Conv2d(2, 6, 3, padding=1)
+        self.right_act = nn.LeakyReLU(0.1)
+        self.shuffle = nn.ChannelShuffle(2)
+        self.mix = nn.Conv2d(10, 5, 3)
+        self.act = nn.GELU()
+        self.head = nn.Conv2d(5, 3, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.squeeze = nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x), self.right_act(self.right(x))], 1)
+        x = self.mix(self.shuffle(x))
+        x = self.act(x) + x
+        result: Tensor = self.squeeze(self.pool(self.head(x)))
+        return result
+
+
+class ChannelsLast(nn.Module):
+    """A ConvNeXt block: depthwise convolution as a layer, LayerNorm, linear layers on NHWC, scale: [3, 8, 8] -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 2, stride=2)
+        self.stem_norm = nn.LayerNorm(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 12)
+        self.down = nn.Linear(12, 6)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6).reshape(6, 1, 1))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.down(nn.functional.gelu(self.up(y))).permute(0, 3, 1, 2) * self.scale
+        result: Tensor = self.head((x + y).mean((2, 3)))
+        return result
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The module with seeded random weights, batch norm statistics included, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(part.weight)  # so that every layer matters to the scores
+            if isinstance(part, nn.BatchNorm2d):
+                assert part.running_mean is not None
+                assert part.running_var is not None
+                nn.init.normal_(part.running_mean)
+                nn.init.uniform_(part.running_var, 0.5, 2)
+                if part.affine:
+                    nn.init.normal_(part.weight)
+                    nn.init.normal_(part.bias)
+    return module.eval()
+
+
+def export(module: nn.Module, *shape: int, batch: int | None = None) -> ExportedProgram:
+    """The module exported with a dynamic batch size, or with ``batch`` as the only one."""
+    dynamic = None if batch else ({0: Dim("batch")},)
+    with quiet():
+        return torch.export.export(module, (torch.zeros(batch or 2, *shape),), dynamic_shapes=dynamic)
+
+
+def network_of(module: nn.Module, *shape: int) -> Network:
+    """The network of a module that takes inputs of ``shape`` (without the batch)."""
+    return build_network(export(module, *shape), "test")
+
+
+def random_images(count: int, shape: Sequence[int], seed: int = 0) -> Floats:
+    """Standard normal images, float32 [count, *shape]."""
+    return np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
+
+
+@contextmanager
+def without(module: nn.Module, lost: Mapping[str, Sequence[int]], fill: float = 0.0) -> Iterator[None]:
+    """In the original module: the entries ``lost`` along axis 1 of what the named submodules return are ``fill``."""
+
+    def losing(entries: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output.clone()
+            output[:, entries] = fill
+            return output
+
+        return hook
+
+    named = dict(module.named_modules())
+    handles = [named[name].register_forward_hook(losing(list(entries))) for name, entries in lost.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def random_plan(network: Network, devices: int, seed: int = 0, everywhere: Sequence[int] = ()) -> Plan:
+    """Every unit of every layer on random devices in random order; the layers ``everywhere`` on all of them."""
+    random = np.random.default_rng(seed)
+    shards = []
+    for index, layer in enumerate(network.plan_layers):
+        holders: dict[tuple[int, ...], list[int]] = {}
+        for unit in range(layer.neurons // layer.group):
+            copies = devices if index in everywhere else int(random.integers(1, devices + 1))
+            order = tuple(int(device) for device in random.permutation(devices)[:copies])
+            holders.setdefault(order, []).extend(range(unit * layer.group, (unit + 1) * layer.group))
+        shards.append(tuple(Shard(tuple(mine), tuple(map(Holder, order))) for order, mine in holders.items()))
+    return Plan(
+        devices=devices,
+        layers=network.plan_layers,
+        shards=tuple(shards),
+        shared_weights=network.shared_weights,
+        method="random",
+        model=network.reference,
+        settings={"seed": seed},
+    )
+
+
+def relative_error(found: Floats, expected: Floats) -> float:
+    """Largest difference over the largest expected score; infinite when other scores are missing."""
+    present = np.isfinite(expected)
+    if not np.array_equal(present, np.isfinite(found)) or not np.array_equal(found[~present], expected[~present]):
+        return float("inf")
+    if not present.any():
+        return 0.0
+    return float(np.abs(found[present] - expected[present]).max() / max(np.abs(expected[present]).max(), 1e-12))

@@ -1,0 +1,221 @@
+"""The three scores against literal oracles: loops over neurons, the original module, hooks, NumPy."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nets import Branches, Floats, Plain, Residual, network_of, random_images, seeded, without
+from robustdice.errors import DataError
+from robustdice.importance import score as scoring
+from robustdice.importance.score import jensen_shannon, score
+from robustdice.model.network import Network
+
+FILTERS = (("conv1",), ("conv2",), ("expand", "depthwise"), ("grouped",), ("head",))
+SHAPE = (3, 8, 8)
+UNITS = [6, 6, 8, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    return seeded(Residual)
+
+
+@pytest.fixture(scope="module")
+def network(module: nn.Module) -> Network:
+    return network_of(module, *SHAPE)
+
+
+def unit(index: int, layer: int) -> slice:
+    """The neurons of a unit: three in the grouped convolution."""
+    group = 3 if layer == 3 else 1
+    return slice(index * group, (index + 1) * group)
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    exponentials: NDArray[np.float64] = np.exp(scores - scores.max(1, keepdims=True))
+    exponentials /= exponentials.sum(1, keepdims=True)
+    return exponentials
+
+
+def divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+    """Mean Jensen-Shannon divergence over the rows: H((p + q) / 2) - (H(p) + H(q)) / 2."""
+
+    def entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        terms = [[-x * np.log(x) if x > 0 else 0.0 for x in row] for row in rows.tolist()]
+        sums: NDArray[np.float64] = np.array(terms).sum(1)
+        return sums
+
+    return float((entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).mean())
+
+
+def removal(module: nn.Module, images: Floats, tail: str, entries: Sequence[int], fill: float) -> float:
+    with torch.no_grad():
+        intact = module(torch.from_numpy(images)).double().numpy()
+        with without(module, {tail: entries}, fill):
+            removed = module(torch.from_numpy(images)).double().numpy()
+    return divergence(softmax(intact), softmax(removed))
+
+
+def test_s1_is_the_norm_of_filter_and_bias(module: nn.Module, network: Network) -> None:
+    found = score(network, random_images(1, SHAPE), columns=("s1",))
+    assert [len(scores) for scores in found.scores] == UNITS
+    for layer, names in enumerate(FILTERS):
+        for index in range(UNITS[layer]):
+            expected = 0.0
+            for name in names:
+                part = module.get_submodule(name)
+                assert isinstance(part, nn.Conv2d | nn.Linear)
+                expected += sum(abs(w) for w in part.weight[unit(index, layer)].flatten().tolist())
+                expected += 0 if part.bias is None else sum(abs(w) for w in part.bias[unit(index, layer)].tolist())
+            assert found.scores[layer][index, 0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_s2_is_the_connection_sensitivity(module: nn.Module, network: Network) -> None:
+    images = random_images(7, SHAPE)
+    found = score(network, images, columns=("s2",))
+    module.zero_grad()
+    outputs = module(torch.from_numpy(images))
+    nn.functional.cross_entropy(outputs, outputs.argmax(1)).backward()  # type: ignore[no-untyped-call]
+    for layer, names in enumerate(FILTERS):
+        for index in range(UNITS[layer]):
+            expected = 0.0
+            for name in names:
+                for parameter in module.get_submodule(name).parameters():
+                    assert parameter.grad is not None
+                    products = (parameter * parameter.grad)[unit(index, layer)].flatten()
+                    expected += sum(abs(product) for product in products.tolist())
+            assert found.scores[layer][index, 0] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_s3_is_the_divergence_after_removal(module: nn.Module, network: Network) -> None:
+    images = random_images(5, SHAPE)
+    found = score(network, images, columns=("s3",))
+    for layer, tail in enumerate(Residual.tails):
+        for index in range(UNITS[layer]):
+            neurons = range(100)[unit(index, layer)]
+            expected = removal(module, images, tail, neurons, network.layers[layer].fill)
+            assert found.scores[layer][index, 0] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert np.mean(np.concatenate(found.scores) > 1e-7) > 0.8
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Plain, (1, 8, 8)), (Branches, (2, 6, 6))])
+def test_s3_with_blocks_of_features_and_branches(make: type[Plain | Branches], shape: tuple[int, ...]) -> None:
+    module, images = seeded(make), random_images(4, shape)
+    network = network_of(module, *shape)
+    found = score(network, images, columns=("s3",))
+    for scores, layer, tail in zip(found.scores, network.layers, make.tails, strict=True):
+        for neuron in range(layer.layer.neurons):
+            block = range(neuron * layer.features, (neuron + 1) * layer.features)
+            expected = removal(module, images, tail, block, layer.fill)
+            assert scores[neuron, 0] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_s3_is_between_zero_and_the_logarithm_of_two() -> None:
+    sharp = seeded(Residual)
+    head = sharp.get_submodule("head")
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight *= 1000  # one class has all the probability: removing its neuron is a complete change
+    found = score(network_of(sharp, *SHAPE), random_images(6, SHAPE), columns=("s3",))
+    highest = max(scores.max() for scores in found.scores)
+    assert min(scores.min() for scores in found.scores) >= 0
+    assert 0.3 < highest <= np.log(2)
+
+
+def test_identical_distributions_have_no_divergence_and_disjoint_ones_the_most() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]], dtype=torch.float64)
+    np.testing.assert_allclose(jensen_shannon(p, q), [0, np.log(2), np.log(2) / 2], atol=1e-15)
+
+
+def test_micro_batches_change_nothing(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = random_images(5, SHAPE)
+    whole = score(network, images)
+    for limit in (1, 1000, 3000):
+        monkeypatch.setattr(scoring, "BATCH_ELEMENTS", limit)
+        parts = score(network, images)
+        for a, b in zip(whole.scores, parts.scores, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+
+
+class Token(nn.Module):
+    """What a batch of removals must not confuse: sizes of the batch, and a tensor with the batch on its second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.token = nn.Parameter(torch.ones(1, 1, 3))
+        self.other = nn.Linear(3, 3)
+        self.tail = nn.Identity()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        swapped = x.flatten(2)[:, :, :16].reshape(-1, 4, 4)[:, :, :3].transpose(0, 1)  # [4, batch, 3]
+        y = self.tail(self.conv(x)).flatten(2).transpose(1, 2)  # [batch, 16, 3]
+        y = torch.cat([self.token.expand(batch, -1, -1), y], 1)
+        y = y.transpose(0, 1)[:4] * swapped
+        result: Tensor = self.head(self.other(y.transpose(0, 1)).mean(1))
+        return result
+
+
+def test_s3_where_the_batch_is_on_another_axis() -> None:
+    module, images = seeded(Token), random_images(3, (1, 6, 6))
+    network = network_of(module, 1, 6, 6)
+    found = score(network, images, columns=("s3",))
+    for neuron in range(3):
+        expected = removal(module, images, "tail", [neuron], 0.0)
+        assert found.scores[0][neuron, 0] == pytest.approx(expected, rel=1e-3, abs=1e-10)
+
+
+def test_scores_name_layers_model_and_settings(network: Network) -> None:
+    progress: list[tuple[int, int]] = []
+    found = score(network, random_images(2, SHAPE), on_progress=lambda done, total: progress.append((done, total)))
+    assert found.names == ("conv1", "conv2", "expand", "grouped", "head")
+    assert found.columns == ("s1", "s2", "s3")
+    assert found.model == network.reference
+    assert found.settings == {"samples": 2, "s3": "exact"}
+    assert progress[-1] == (2 * sum(UNITS), 2 * sum(UNITS))
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_columns_come_in_the_order_asked_for(network: Network) -> None:
+    images = random_images(2, SHAPE)
+    everything, two = score(network, images), score(network, images, columns=("s2", "s1"))
+    for a, b in zip(everything.scores, two.scores, strict=True):
+        np.testing.assert_allclose(a[:, [1, 0]], b, rtol=1e-6)
+
+
+def test_scoring_leaves_the_network_as_it_was(network: Network) -> None:
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in network.module.named_parameters()}
+    score(network, random_images(2, SHAPE))
+    assert all(torch.equal(before[name], value) for name, value in network.module.state_dict().items())
+    assert flags == {name: parameter.requires_grad for name, parameter in network.module.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 8, 7), (3, 8, 8)])
+def test_images_that_do_not_fit_are_refused(network: Network, shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"the model takes \[n, 3, 8, 8\]"):
+        score(network, np.zeros(shape, np.float32))
+
+
+def test_a_weight_that_nothing_depends_on_smoothly_has_no_sensitivity() -> None:
+    class Comparing(nn.Module):
+        def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.conv, self.gate, self.head = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 3, 1), nn.Linear(3, 2)
+            self.use = use
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head((self.conv(x) * self.use(self.gate(x))).mean((2, 3)))
+            return result
+
+    network = network_of(seeded(lambda: Comparing(lambda gate: (gate > 0).float())), 1, 4, 4)
+    found = score(network, random_images(2, (1, 4, 4)), columns=("s2",))
+    assert not found.scores[1].any()
+    assert found.scores[0].any()
