@@ -87,4 +87,4 @@ def test_a_file_that_changes_after_loading_is_noticed(tmp_path: Path) -> None:
     bundle = write_bundles(tmp_path, make_plan(3), Network())[0]
     (bundle.directory / "local.onnx").write_bytes(b"not what it was")
     with pytest.raises(BundleError, match=r"local\.onnx"):
-        bundle.read("local.onnx")
+        bundle.path("local.onnx")

@@ -14,6 +14,9 @@ from robustdice.errors import BundleError
 MANIFEST_LIMIT = 64 * 2**20
 """Bytes; a manifest lists neurons, so even a large model's stays far below."""
 
+CHUNK = 2**20
+"""Bytes read at a time: a file may be larger than the memory that a device can spare."""
+
 REMEDY = "copy the device's directory again, or build it again with 'robustdice build'"
 
 
@@ -24,9 +27,10 @@ class Bundle:
     manifest: Manifest
     directory: Path
 
-    def read(self, file: str) -> bytes:
-        """The content of one of the manifest's files; BundleError when it is no longer what was verified."""
-        return _verified(self.directory, file, self.manifest)
+    def path(self, file: str) -> Path:
+        """Where one of the manifest's files is; BundleError when it is no longer what was verified."""
+        _verify(self.directory, file, self.manifest)
+        return self.directory / file
 
 
 def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
@@ -46,19 +50,27 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     if unknown:
         raise BundleError(f"{path / unknown[0]} is not part of the bundle ({MANIFEST_NAME} does not list it); {REMEDY}")
     for file in manifest.files:
-        _verified(path, file, manifest)
+        _verify(path, file, manifest)
     return Bundle(manifest, path)
 
 
-def _verified(directory: Path, file: str, manifest: Manifest) -> bytes:
+def _verify(directory: Path, file: str, manifest: Manifest) -> None:
     path, entry = directory / file, manifest.files[file]
-    content = _content(path, entry.size)
-    if len(content) != entry.size:
-        raise BundleError(f"{path} has {len(content)} bytes, expected {entry.size}: it is truncated; {REMEDY}")
-    found = hashlib.sha256(content).hexdigest()
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as opened:
+            while size <= entry.size and (chunk := opened.read(CHUNK)):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; {REMEDY}") from None
+    if size > entry.size:
+        raise BundleError(f"{path} has more than the expected {entry.size} bytes; {REMEDY}")
+    if size < entry.size:
+        raise BundleError(f"{path} has {size} bytes, expected {entry.size}: it is truncated; {REMEDY}")
+    found = digest.hexdigest()
     if found != entry.sha256:
         raise BundleError(f"{path} has SHA-256 {found[:16]}..., expected {entry.sha256[:16]}...: it changed; {REMEDY}")
-    return content
 
 
 def _content(path: Path, limit: int) -> bytes:

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, required=True)
     options = parser.parse_args()
     os.sched_setaffinity(0, {options.core})
-    session = open_session(options.model.read_bytes(), 1)
+    session = open_session(options.model, 1)
     shape = [1, *map(int, options.shape.split(","))]
     frame = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     name = session.get_inputs()[0].name

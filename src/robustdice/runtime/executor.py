@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,26 +82,27 @@ def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
     return (*exchange.shape[: exchange.axis - 1], width, *exchange.shape[exchange.axis :])
 
 
-def open_session(model: bytes, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU for a serialised model; idle threads sleep instead of spinning."""
+def open_session(model: Path, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU for a model file; idle threads sleep instead of spinning.
+
+    From a file, because a session that is made from bytes keeps a second copy of the weights.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def _session(bundle: Bundle, file: str, threads: int) -> Any:
-    content = bundle.read(file)
+    path = bundle.path(file)
     try:
-        return open_session(content, threads)
+        return open_session(path, threads)
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(
-            f"{bundle.directory / file} cannot be loaded: {reason}; build the bundle again for this ONNX Runtime"
-        ) from None
+        raise BundleError(f"{path} cannot be loaded: {reason}; build the bundle again for this ONNX Runtime") from None
 
 
 def _place(neurons: tuple[int, ...], features: int) -> slice | NDArray[np.intp]:
