@@ -1,0 +1,314 @@
+"""Model sources: torchvision by name, .pt2 files with their sidecar, factories; and everything that can be wrong."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import urllib.error
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nets import Plain, Residual, export, random_images, seeded
+from robustdice.demo.network import digits_cnn
+from robustdice.errors import DataError, ModelError
+from robustdice.model.digits import PREPROCESSING
+from robustdice.model.load import import_torchvision, load_model, quiet, reload_model
+
+SIDECAR = {
+    "input_size": [3, 8, 8],
+    "resize": None,
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "classes": ["a", "b", "c", "d", "e"],
+}
+
+
+def save(module: nn.Module, path: Path, *shape: int, sidecar: object = None) -> str:
+    with quiet():
+        torch.export.save(export(module, *shape), path)
+    if sidecar is not None:
+        path.with_suffix(".json").write_text(sidecar if isinstance(sidecar, str) else json.dumps(sidecar))
+    return str(path)
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in, with a module of factories."""
+    (tmp_path / "factories.py").write_text(
+        """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    preprocessing = {"input_size": [1, 4, 4], "mean": [0.1], "std": [0.9]}
+
+def net():
+    return Net(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+
+def trained(random_weights=False):
+    model = net()
+    if not random_weights:
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.1)
+    return model
+
+def unsized():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+
+class Branching(nn.Module):
+    preprocessing = {"input_size": [1, 4, 4]}
+    def forward(self, x):
+        return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+def fails():
+    raise OSError("no such\\nfile")
+
+def text():
+    return "a network"
+
+number = 3
+"""
+    )
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("factories", "broken"):
+        sys.modules.pop(name, None)
+
+
+def test_a_pt2_file_comes_back_with_its_sidecar(tmp_path: Path) -> None:
+    module = seeded(Residual)
+    network = load_model(save(module, tmp_path / "net.pt2", 3, 8, 8, sidecar=SIDECAR))
+    images = torch.from_numpy(random_images(2, (3, 8, 8)))
+    torch.testing.assert_close(network.run(images), module(images))
+    assert network.preprocessing == {key: value for key, value in SIDECAR.items() if value is not None}
+    assert network.reference.source == str(tmp_path / "net.pt2")
+    assert network.reference.random_weights_seed is None
+    assert network.outputs == 5
+
+
+def test_what_is_said_overrides_the_sidecar(tmp_path: Path) -> None:
+    source = save(seeded(Residual), tmp_path / "net.pt2", 3, 8, 8, sidecar=SIDECAR)
+    network = load_model(source, preprocessing={"mean": [0, 0, 0], "resize": 9})
+    assert network.preprocessing == {**SIDECAR, "mean": [0.0, 0.0, 0.0], "resize": 9}
+
+
+def test_a_pt2_file_needs_no_sidecar(tmp_path: Path) -> None:
+    assert load_model(save(seeded(Plain), tmp_path / "net.pt2", 1, 8, 8)).preprocessing == {}
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "message"),
+    [
+        ("{", r"net\.json is not JSON"),
+        ("[1]", r"net\.json is not a JSON object; see docs/formats\.md"),
+        ({"input_size": [3, 9, 8]}, r"inputs of shape \[3, 8, 8\], but input_size says \[3, 9, 8\]; correct --size"),
+        ({"classes": ["a"]}, "5 outputs, but 1 classes are named; correct --classes"),
+    ],
+)
+def test_a_sidecar_that_does_not_fit_is_refused(tmp_path: Path, sidecar: object, message: str) -> None:
+    source = save(seeded(Residual), tmp_path / "net.pt2", 3, 8, 8, sidecar=sidecar)
+    with pytest.raises(ModelError, match=message):
+        load_model(source)
+
+
+def test_a_sidecar_with_an_unknown_word_is_refused(tmp_path: Path) -> None:
+    source = save(seeded(Residual), tmp_path / "net.pt2", 3, 8, 8, sidecar={"crop": 3})
+    with pytest.raises(DataError, match="unknown preprocessing key 'crop'"):
+        load_model(source)
+
+
+def test_what_is_no_pt2_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no model file .*missing\.pt2"):
+        load_model(str(tmp_path / "missing.pt2"))
+    source = save(seeded(Plain), tmp_path / "net.pt2", 1, 8, 8)
+    content = Path(source).read_bytes()
+    for damaged in (b"", b"hello", content[: len(content) // 2]):
+        Path(source).write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"net\.pt2 is not a torch\.export program"):
+            load_model(source)
+    with pytest.raises(ModelError, match=r"--random-weights is for .* a \.pt2 file brings its weights"):
+        load_model(source, random_weights=True)
+
+
+class Touch:
+    """What an attacker would put into a model file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_pt2_file_is_unpickled(tmp_path: Path) -> None:
+    source = save(seeded(Plain), tmp_path / "net.pt2", 1, 8, 8)
+    hostile = io.BytesIO()
+    torch.save({"a": Touch(tmp_path / "owned")}, hostile)
+    with zipfile.ZipFile(source) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    inputs = [name for name in entries if "sample_inputs" in name]
+    assert inputs
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, hostile.getvalue() if name in inputs else content)
+    with pytest.raises(ModelError, match=r"net\.pt2 is not a torch\.export program"):
+        load_model(source)
+    assert not (tmp_path / "owned").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    Path(source).write_bytes(pickle.dumps(Touch(tmp_path / "owned")))
+    with pytest.raises(ModelError):
+        load_model(source)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.usefixtures("factories")
+def test_a_factory_is_found_in_the_working_directory() -> None:
+    network = load_model("factories:trained")
+    assert network.preprocessing == {"input_size": [1, 4, 4], "mean": [0.1], "std": [0.9]}
+    torch.testing.assert_close(network.run(torch.zeros(1, 1, 4, 4)), torch.full((1, 3), 0.1 + 8 * 0.1 * 0.1))
+    assert [layer.name for layer in network.plan_layers] == ["0", "2"]
+
+
+@pytest.mark.usefixtures("factories")
+def test_random_weights_follow_the_seed_and_are_said_to_be_random() -> None:
+    one, again = (load_model("factories:trained", random_weights=True, seed=1).reference for _ in range(2))
+    other = load_model("factories:trained", random_weights=True, seed=2).reference
+    assert one == again
+    assert one.digest != other.digest
+    assert (one.random_weights_seed, other.random_weights_seed) == (1, 2)
+    assert load_model("factories:trained", seed=7).reference.random_weights_seed is None
+
+
+@pytest.mark.usefixtures("factories")
+def test_loading_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_model("factories:trained", random_weights=True, seed=1)
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+@pytest.mark.usefixtures("factories")
+def test_a_factory_that_draws_its_weights_can_be_loaded_again() -> None:
+    network = load_model("factories:net", seed=9)  # the seed is that of samples and the like
+    assert reload_model(network.reference).reference == network.reference
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("factories:missing", "cannot import the model 'factories:missing': .*missing"),
+        ("nowhere:net", "cannot import the model 'nowhere:net': No module named 'nowhere'"),
+        ("broken:net", "cannot import the model 'broken:net': division by zero"),
+        (":net", "cannot import the model"),
+        ("factories:fails", "factories:fails failed: OSError: no such$"),
+        ("factories:text", "returned a str; expected a torch.nn.Module"),
+        ("factories:number", "factories:number is a int; expected a function"),
+        ("factories:unsized", "the input size of factories:unsized is not known; say it with --size"),
+        ("factories:Branching", "factories:Branching does not export: .*torch.export must be able to trace it"),
+        ("resnet18", "'resnet18' is not a model: expected torchvision:NAME, a .pt2 file, or package.module:factory"),
+    ],
+)
+def test_sources_that_give_no_model_are_refused(source: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(source)
+
+
+@pytest.mark.usefixtures("factories")
+def test_sizes_are_checked_before_they_are_used() -> None:
+    network = load_model("factories:unsized", preprocessing={"input_size": [1, 4, 4]})
+    assert network.input_shape == (1, 4, 4)
+    with pytest.raises(DataError, match="damaged"):
+        load_model("factories:unsized", preprocessing={"input_size": ["a", 4, 4]})
+    with pytest.raises(ModelError, match="does not export: Given groups=1"):
+        load_model("factories:unsized", preprocessing={"input_size": [3, 4, 4]})
+
+
+@pytest.mark.usefixtures("factories")
+def test_random_weights_of_a_factory_that_knows_none_are_refused() -> None:
+    with pytest.raises(ModelError, match="factories:net takes no argument random_weights"):
+        load_model("factories:net", random_weights=True)
+
+
+def test_a_changed_model_is_noticed(tmp_path: Path) -> None:
+    source = save(seeded(Residual), tmp_path / "net.pt2", 3, 8, 8, sidecar=SIDECAR)
+    network = load_model(source, preprocessing={"mean": [0, 0, 0]})
+    assert reload_model(network.reference).reference == network.reference
+    save(seeded(Residual, seed=1), tmp_path / "net.pt2", 3, 8, 8)
+    with pytest.raises(ModelError, match=r"net\.pt2 has changed since the plan was made .* make a new plan"):
+        reload_model(network.reference)
+    (tmp_path / "net.pt2").unlink()
+    with pytest.raises(ModelError, match="there is no model file"):
+        reload_model(network.reference)
+
+
+def test_the_digest_is_the_same_in_another_process() -> None:
+    source = "robustdice.demo.network:digits_cnn"
+    program = f"from robustdice.model.load import load_model; print(load_model({source!r}).reference.digest)"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    assert other == load_model(source).reference.digest
+
+
+def test_the_demos_network_is_a_model() -> None:
+    network = load_model("robustdice.demo.network:digits_cnn")
+    assert [layer.name for layer in network.plan_layers] == [
+        "features.0",
+        "features.4",
+        "features.8",
+        "classifier.1",
+        "classifier.4",
+    ]
+    assert [layer.neurons for layer in network.plan_layers] == [32, 64, 96, 128, 10]
+    assert [layer.neuron_outputs for layer in network.plan_layers] == [256, 64, 4, 1, 1]
+    assert network.preprocessing == {key: value for key, value in PREPROCESSING.items() if value is not None}
+    images = torch.from_numpy(random_images(2, (1, 32, 32)))
+    torch.testing.assert_close(network.run(images), digits_cnn()(images))
+
+
+def test_torchvision_without_weights_names_them_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_arguments: object, **_keywords: object) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    import_torchvision()
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(
+        ModelError, match=r"weights of torchvision:squeezenet1_1 .*pth .*Name or service.*random-weights"
+    ):
+        load_model("torchvision:squeezenet1_1")
+
+
+def test_torchvision_models_bring_their_preprocessing() -> None:
+    network = load_model("torchvision:squeezenet1_1", random_weights=True, seed=3)
+    assert network.preprocessing == {
+        "input_size": [3, 224, 224],
+        "resize": 256,
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    assert network.reference.source == "torchvision:squeezenet1_1"
+    assert network.reference.random_weights_seed == 3
+    assert (network.outputs, len(network.layers), network.layers[-1].fill) == (1000, 26, -np.inf)
+    assert network.layers[-1].value is network.output
+
+
+def test_unknown_torchvision_models_are_refused() -> None:
+    with pytest.raises(ModelError, match="torchvision has no classification model 'resnet19'"):
+        load_model("torchvision:resnet19")
