@@ -126,7 +126,7 @@ def make_plan(network: Network, method: str, devices: int) -> Plan:
         importance if method == "robustdice" else None,
         devices=devices,
         method=method,
-        threshold=0.2 if method == "robustdice" else None,
+        threshold=0.1 if method == "robustdice" else None,
         shared_weights=network.shared_weights,
         model=network.reference,
     )

@@ -82,6 +82,18 @@ class TwoHeads(nn.Module):
         return result
 
 
+def flat() -> nn.Module:
+    """Operations on blocks of features: a neuron of the convolution is 16 columns of the matrix."""
+    convolution = [nn.Conv2d(1, 6, 3, padding=1), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*convolution, nn.BatchNorm1d(96), nn.PReLU(96), nn.Linear(96, 4))
+
+
+def signal() -> nn.Module:
+    """One axis instead of two."""
+    first = [nn.Conv1d(2, 4, 3, padding="same"), nn.BatchNorm1d(4), nn.ReLU(), nn.MaxPool1d(2)]
+    return nn.Sequential(*first, nn.Conv1d(4, 6, 3, groups=2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, (3, 8, 8)),
     "plain": (Plain, (1, 8, 8)),
@@ -89,6 +101,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "channels_last": (ChannelsLast, (3, 8, 8)),
     "extras": (Extras, (2, 8, 8)),
     "two_heads": (TwoHeads, (3, 6, 6)),
+    "flat": (flat, (1, 8, 8)),
+    "signal": (signal, (2, 16)),
     "digits": (digits_cnn, (1, 32, 32)),
 }
 MADE: dict[str, tuple[nn.Module, Network, OnnxGraph]] = {}

@@ -178,7 +178,7 @@ def build_network(
     if not all(isinstance(size, int) for size in input_shape) or len(input_shape) < 1:
         raise ModelError(f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed")
     _check_types(module, source_node)
-    batch = exported[0] if isinstance(exported[0], int) else 3
+    batch = exported[0] if isinstance(exported[0], int) else 2
     example = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     output, shapes, per_image = _run_beside(module, program.module(check_guards=False), example)
     output_node = _strip_softmax(module)
