@@ -15,7 +15,8 @@ from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
 
-BATCH = 64
+BATCH_ELEMENTS = 1_000_000
+"""Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def evaluate(
     clean = 0
     with torch.no_grad():
         done = 0
-        for images, labels in dataset.batches(BATCH):
+        for images, labels in dataset.batches(_images_at_once(network)):
             batch, wanted = torch.from_numpy(images), torch.from_numpy(labels)
             clean += count_correct(network.run(batch), wanted)
             for key, masks in distinct.items():
@@ -90,6 +91,11 @@ def evaluate(
         memory_share=plan.memory_share,
         accuracy={failed: correct[keys[failed]] / len(dataset) for failed in every},
     )
+
+
+def _images_at_once(network: Network) -> int:
+    largest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
+    return int(np.clip(BATCH_ELEMENTS // largest, 8, 64))
 
 
 def count_correct(scores: torch.Tensor, labels: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ from robustdice.model.canonical import attribute, execute
 from robustdice.model.network import Network, NetworkLayer
 from robustdice.progress import Progress, silent
 
-BATCH_ELEMENTS = 4_000_000
+BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 
 
