@@ -23,6 +23,8 @@ DEVICES = 4
 SCORING_IMAGES = 64
 ACT_AFTER = 20
 """Frames of a phase that are answered before something is done to a device."""
+TIMEOUT_SECONDS = 10.0
+"""For each answer. Far more than it takes: a machine that is busy with other things must not spoil the story."""
 MODEL = "robustdice.demo.network:digits_cnn"
 
 
@@ -112,7 +114,7 @@ def run_demo(memory: str, frames: int | None, seed: int, console: Console) -> di
     predicted = _predict(network, plan, test, count, evaluations["robustdice"])
     with tempfile.TemporaryDirectory(prefix="robustdice-demo-") as directory:
         rd.build(network, plan, Path(directory) / "build")
-        with rd.LocalCluster(Path(directory) / "build") as cluster:
+        with rd.LocalCluster(Path(directory) / "build", timeout_seconds=TIMEOUT_SECONDS) as cluster:
             results = []
             for phase in PHASES:
                 result = _run_phase(cluster, phase, images, labels, predicted)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -77,14 +77,17 @@ def bench_build(
     latencies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
         model = Path(temporary) / "model.onnx"
-        model.write_bytes(_whole_model(network))
+        model.write_bytes(whole_model(network))
         with LocalCluster(root, cores=cores, timeout_seconds=30.0, window=window) as cluster:
             _stream(cluster, frame, min(seconds, 1.0))
             for done in range(rounds):
-                alone.append(_measure_single(model, network, seconds, available[0]))
-                rate, times = _stream(cluster, frame, seconds)
-                together.append(rate)
-                latencies.extend(times)
+                for who in ("alone", "together") if done % 2 == 0 else ("together", "alone"):
+                    if who == "alone":
+                        alone.extend(measure_whole(model, network.input_shape, seconds, available[:1]))
+                    else:
+                        rate, times = _stream(cluster, frame, seconds)
+                        together.append(rate)
+                        latencies.extend(times)
                 on_progress(done + 1, rounds)
             devices = _figures(cluster, plan)
     return BenchResult(
@@ -97,15 +100,18 @@ def bench_build(
     )
 
 
-def _whole_model(network: Network) -> bytes:
+def whole_model(network: Network) -> bytes:
+    """The unpartitioned model as ONNX."""
     graph, source, result = export_onnx(network), network.input.name, network.output.name
     return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)[0]
 
 
-def _measure_single(model: Path, network: Network, seconds: float, core: int) -> float:
-    command = [sys.executable, "-m", "robustdice.meter.single", str(model), ",".join(map(str, network.input_shape))]
-    command += ["--seconds", str(seconds), "--core", str(core)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]) -> list[float]:
+    """Frames per second of the whole model in one process on each of ``cores``, all at the same time."""
+    command = [sys.executable, "-m", "robustdice.meter.single", str(model), ",".join(map(str, shape))]
+    command += ["--seconds", str(seconds), "--core"]
+    processes = [subprocess.Popen([*command, str(core)], stdout=subprocess.PIPE, text=True) for core in cores]  # noqa: S603
+    return [float(process.communicate()[0]) for process in processes]
 
 
 def _stream(cluster: LocalCluster, frame: NDArray[np.float32], seconds: float) -> tuple[float, list[float]]:
