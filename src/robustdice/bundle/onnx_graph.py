@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from robustdice.errors import ModelError
-from robustdice.model.canonical import arguments, aten
+from robustdice.model.canonical import arguments, aten, attribute
 from robustdice.model.network import Network, NetworkLayer
 
 IR_VERSION = 9
@@ -28,12 +28,14 @@ Array = NDArray[np.generic]
 class OnnxGraph:
     """The whole network: ``producers`` has the node that makes each value; every tensor of the network's
     graph is a value under its node's name. ``types`` has the ONNX element type and the number of axes of these,
-    ``per_image`` the names of those whose first axis is the batch."""
+    ``per_image`` the names of those whose first axis is the batch. ``parameters`` names the arrays that count as
+    weights: constants of other types (index tables and the like) do not."""
 
     producers: Mapping[str, onnx.NodeProto]
     arrays: Mapping[str, Array]
     types: Mapping[str, tuple[int, int]]
     per_image: frozenset[str]
+    parameters: frozenset[str]
     opset: int
 
 
@@ -87,7 +89,15 @@ def export_onnx(network: Network) -> OnnxGraph:
         value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
         for value in (*proto.graph.input, *proto.graph.output)
     }
-    return OnnxGraph(producers, arrays, types, frozenset(node.name for node in network.per_image), opset)
+    names = {str(node.target) for node in network.nodes if node.op == "get_attr"}
+    return OnnxGraph(
+        producers=producers,
+        arrays=arrays,
+        types=types,
+        per_image=frozenset(node.name for node in network.per_image),
+        parameters=frozenset(name for name in names if attribute(network.module, name).is_floating_point()),
+        opset=opset,
+    )
 
 
 def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:

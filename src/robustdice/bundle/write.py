@@ -24,7 +24,7 @@ from robustdice.bundle.manifest import (
 from robustdice.bundle.onnx_graph import Cut, OnnxGraph, cut, cut_layer, export_onnx, make_model
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
-from robustdice.model.canonical import arguments, attribute
+from robustdice.model.canonical import arguments
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import Plan
 
@@ -110,14 +110,8 @@ def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: 
     part = cut(graph, [node.name for node in stage.local_inputs], outputs)
     inputs = tuple(node.name for node in stage.local_inputs)
     content, arrays = make_model([part], inputs, outputs, graph.opset, graph.types)
-    weights = sum(part.arrays[name].nbytes for name in arrays & _parameters(network))
+    weights = sum(part.arrays[name].nbytes for name in arrays & graph.parameters)
     return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, weights)
-
-
-def _parameters(network: Network) -> frozenset[str]:
-    """The names of what counts as weights: constants in other types (index tables and the like) do not."""
-    names = {str(node.target) for node in network.nodes if node.op == "get_attr"}
-    return frozenset(name for name in names if attribute(network.module, name).is_floating_point())
 
 
 def _write_device(
@@ -217,7 +211,6 @@ def _piece(
     cuts: list[Cut] = []
     outputs: list[str] = []
     inputs: dict[str, None] = {}
-    parameters = _parameters(network)
     weights = 0
     for index in sorted({layer for layer, _ in shards}):
         layer = network.layers[index]
@@ -229,7 +222,9 @@ def _piece(
         cuts.append(part)
         outputs.append(prefix + layer.value.name)
         inputs[arguments(layer.node)[0].name] = None
-        weights += sum(array.nbytes for name, array in part.arrays.items() if name.removeprefix(prefix) in parameters)
+        weights += sum(
+            array.nbytes for name, array in part.arrays.items() if name.removeprefix(prefix) in graph.parameters
+        )
     content, _ = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
     piece = Piece(
         file=file,
