@@ -59,7 +59,7 @@ def write_bundles(
     exchanged = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
     stages = split_into_stages(network, exchanged)
     graph = graph or export_onnx(network)
-    locals_ = [_local_model(network, graph, stage, number) for number, stage in enumerate(stages)]
+    locals_ = [_local_model(graph, stage, number) for number, stage in enumerate(stages)]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _is_of_a_build(path: Path) -> bool:
     return all(file.name in _IN_BUNDLES or file.suffix == ".onnx" for file in path.iterdir())
 
 
-def _local_model(network: Network, graph: OnnxGraph, stage: StageGraph, number: int) -> tuple[Local, _Model] | None:
+def _local_model(graph: OnnxGraph, stage: StageGraph, number: int) -> tuple[Local, _Model] | None:
     if not stage.local_outputs:
         return None
     outputs = tuple(node.name for node in stage.local_outputs)
