@@ -311,7 +311,7 @@ def bench(
 @app.command(epilog="Example: robustdice demo --memory 0.6")
 def demo(
     memory: Annotated[str, typer.Option(help="the most that a device may hold, as for 'plan'")] = "0.5",
-    frames: Annotated[int | None, typer.Option(min=1, help="frames in each phase (default: all test images)")] = None,
+    frames: Annotated[int, typer.Option(min=8, help="test images that are streamed in each phase")] = 250,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
