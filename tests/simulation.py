@@ -60,6 +60,8 @@ class Node:
     speed: float = 1.0
     values: dict[FrameId, dict[int, frozenset[ShardId]]] = field(default_factory=dict)
     tick_at: float | None = None
+    free_at: float = 0.0
+    """When the executor has done all that it was told to."""
     standstills: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -189,7 +191,8 @@ class World:
         last = isinstance(task, RunStage) and task.stage + 1 == len(manifest.stages)
         done = Computed(task, shards, outputs=stages[task.stage] if last else None)
         seconds = self.compute_seconds * node.speed * (0.5 + self.random.random())
-        self.at(self.now + seconds, self._deliver, node.device, node.incarnation, done)
+        node.free_at = max(self.now, node.free_at) + seconds  # one after the other
+        self.at(node.free_at, self._deliver, node.device, node.incarnation, done)
 
     # -- network
 
@@ -248,6 +251,7 @@ class World:
             return
         node.incarnation += 1
         node.tick_at = None
+        node.free_at = self.now
         node.engine = Engine(self.manifests[device], self.settings, f"{node.incarnation}")
         for peer in range(self.plan.devices):
             if peer != device:

@@ -76,7 +76,7 @@ def test_chaos(first: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first", range(1000, 3000, 100))
+@pytest.mark.parametrize("first", range(1000, 1500, 100))
 def test_chaos_at_length(first: int) -> None:
     for seed in range(first, first + 100):
         chaos(seed)
@@ -195,8 +195,9 @@ def test_frames_that_the_client_no_longer_waits_for_are_dropped() -> None:
     engine = Engine(make_manifest(make_plan(3), 0))
     (task,) = admitted(engine, 0)
     assert isinstance(task, RunStage)
-    for number in (1, 2):
-        assert not admitted(engine, number)
+    (reserve,) = admitted(engine, 1)
+    assert isinstance(reserve, RunStage)
+    assert not admitted(engine, 2)
     actions = admitted(engine, 3, oldest=2)
     assert actions == [Forget(FrameId("c0", 0)), Forget(FrameId("c0", 1))]
     assert engine.in_flight == 2

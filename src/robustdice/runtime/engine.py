@@ -7,7 +7,7 @@ is when a deadline passes. Whoever was silent is suspect, and its shards become 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +37,10 @@ EXTENSION = 3.0
 """So much longer may a device take that nobody can stand in for."""
 
 
+QUEUED_TASKS = 2
+"""That the executor is given at once."""
+
+
 class Engine:
     """Device ``manifest.device``. ``incarnation`` is a text that no earlier run of it has used."""
 
@@ -53,8 +57,11 @@ class Engine:
         """Frames that only peers spoke of; at most 2 ``window``, never one of ``_frames`` or ``_finished``."""
         self._finished: OrderedDict[FrameId, None] = OrderedDict()
         """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
-        self._busy: tuple[Task, float] | None = None
-        """What the executor computes, and since when. One at a time."""
+        self._tasks: deque[Task] = deque()
+        """What the executor computes, and what it does next: at most ``QUEUED_TASKS``, of different frames. With one
+        in reserve it need not wait while this device hands over what it has just computed."""
+        self._computing_since = 0.0
+        """When the executor began with the first of them."""
         self._head: FrameId | None = None
         """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
         younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
@@ -214,9 +221,9 @@ class Engine:
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
         for frame in list(self._frames.values()):
-            if self._busy is not None:
+            if len(self._tasks) == QUEUED_TASKS:
                 return
-            if frame.id not in self._frames:
+            if frame.id not in self._frames or any(task.frame == frame.id for task in self._tasks):
                 continue
             if frame.owes and (task := self._owed(frame)):
                 self._run(task, now)
@@ -244,12 +251,15 @@ class Engine:
         self._run(task, now)
 
     def _run(self, task: Task, now: float) -> None:
-        self._busy = task, now
+        if not self._tasks:
+            self._computing_since = now
+        self._tasks.append(task)
         self._actions.append(task)
 
     def _on_computed(self, event: Computed, now: float) -> None:
-        task, started = event.task, self._busy[1] if self._busy else now
-        self._busy = None
+        task, started = event.task, self._computing_since
+        self._tasks.popleft()
+        self._computing_since = now
         frame = self._frames.get(task.frame)
         if frame is None:
             return
