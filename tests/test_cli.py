@@ -242,7 +242,9 @@ def test_every_command_has_help_with_an_example() -> None:
         "demo",
     ):
         assert command in text
-        assert f"Example: robustdice {command}" in " ".join(run(command, "--help").stdout.split())
+        words = run(command, "--help").stdout.split()
+        assert f"Example: robustdice {command}" in " ".join(words)
+        assert {"--json", "--seed"} <= set(words)
 
 
 @pytest.mark.slow

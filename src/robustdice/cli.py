@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import robustdice as rd
 from robustdice.errors import DataError, RobustdiceError
 from robustdice.images import read_image
-from robustdice.progress import Progress as OnProgress
 from robustdice.report import tables
+from robustdice.terminal import (
+    JsonLines,
+    err,
+    escape,
+    interrupt_on_sigterm,
+    out,
+    print_json,
+    progress,
+    stop_on_signals,
+    waiting,
+)
 
 SCORING_SAMPLES = 64
 
@@ -37,8 +41,6 @@ app = typer.Typer(
     "[bold]device[/] runs one, [bold]up[/] runs all of them here, [bold]infer[/] asks them. "
     "To see all of it in a minute: [bold]robustdice demo[/].",
 )
-out = Console()
-err = Console(stderr=True)
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="torchvision:NAME, a .pt2 file, or package.module:factory")
@@ -55,6 +57,7 @@ Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file wi
 Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
 Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
 Seed = Annotated[int, typer.Option(help="of everything random")]
+UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="what 'robustdice build' wrote")]
 
@@ -71,10 +74,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Layers, neurons, parameters, exchanges and their sizes."""
-    with _waiting("loading the model"):
+    with waiting("loading the model"):
         network = _load_model(model, random_weights, seed, size, mean, std, classes)
     if as_json:
-        _print_json(tables.network_json(network))
+        print_json(tables.network_json(network))
     else:
         out.print(tables.network_table(network))
 
@@ -99,12 +102,12 @@ def score(
     s3 is exact: one forward pass per neuron and image, from the neuron's layer on. That is a minute for a small
     network and hours for a large one, which --use s1,s2 does without.
     """
-    with _waiting("loading the model"):
+    with waiting("loading the model"):
         network = _load_model(model, random_weights, seed, size, mean, std, classes)
     importance = _score(network, data, samples, seed, use.split(","))
     importance.save(output)
     if as_json:
-        _print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
+        print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
     else:
         out.print(tables.importance_table(importance))
         out.print(f"Scores of {len(importance.names)} layers are in {output}.")
@@ -135,7 +138,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Which device holds which neurons, and which are copied."""
-    with _waiting("loading the model"):
+    with waiting("loading the model"):
         network = _load_model(model, random_weights, seed, size, mean, std, classes)
     importance = columns = None
     if method == "robustdice":
@@ -146,13 +149,13 @@ def plan(
             importance = _score(network, data, samples, seed, columns)
         else:
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
-    with _waiting("clustering and distributing"):
+    with waiting("clustering and distributing"):
         made = rd.partition(
             network, importance, devices=devices, method=method, memory=memory, threshold=threshold, columns=columns
         )
     made.save(output)
     if as_json:
-        _print_json(tables.plan_json(made))
+        print_json(tables.plan_json(made))
     else:
         out.print(tables.plan_table(made))
         out.print(tables.plan_summary(made))
@@ -170,13 +173,13 @@ def evaluate(
 ) -> None:
     """Accuracy for every set of failed devices, before anything is deployed."""
     made = rd.Plan.load(plan)
-    with _waiting("loading the model"):
+    with waiting("loading the model"):
         network = rd.reload_model(made.model)
     dataset = _load_data(data, network, samples, seed)
-    with _progress("evaluating") as advance:
+    with progress("evaluating") as advance:
         result = rd.evaluate(network, made, dataset, max_failed=max_failed, on_progress=advance)
     if as_json:
-        _print_json(tables.evaluation_json(result))
+        print_json(tables.evaluation_json(result))
     else:
         out.print(tables.evaluation_table(result))
 
@@ -190,29 +193,30 @@ def build(
     ] = "standby",
     host: Annotated[str, typer.Option(help="address of the devices in cluster.toml, to be edited")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="device K listens on this port + K (default: free ones)")] = None,
+    seed: UnusedSeed = 0,  # noqa: ARG001
     as_json: Json = False,
 ) -> None:
     """One self-contained bundle per device, and DIR/cluster.toml."""
     made = rd.Plan.load(plan)
-    with _waiting("loading the model"):
+    with waiting("loading the model"):
         network = rd.reload_model(made.model)
-    with _waiting("writing the bundles"):
+    with waiting("writing the bundles"):
         rd.build(network, made, output, spares=spares, host=host, base_port=port)
     if as_json:
-        _print_json({"directory": str(output), "bytes_per_device": made.bytes_per_device})
+        print_json({"directory": str(output), "bytes_per_device": made.bytes_per_device})
     else:
         for device, size in enumerate(made.bytes_per_device):
-            out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights")
-        out.print(f"Next: robustdice verify {output}, then robustdice up {output} to try it here.")
+            out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights", soft_wrap=True)
+        out.print(f"Next: robustdice verify {output}, then robustdice up {output} to try it here.", soft_wrap=True)
 
 
 @app.command(epilog="Example: robustdice verify build")
 def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> None:
     """Run the bundles in one process and compare them with the model, for every failure set."""
-    with _progress("verifying") as advance:
+    with progress("verifying") as advance:
         result = rd.verify(directory, seed=seed, on_progress=advance)
     if as_json:
-        _print_json(tables.verification_json(result))
+        print_json(tables.verification_json(result))
     else:
         out.print(tables.verification_table(result))
     if result.max_relative_error > 1e-4:
@@ -226,30 +230,41 @@ def device(
     directory: Annotated[Path, typer.Argument(metavar="DIR/device-K", help="the bundle of the device")],
     cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="cluster.toml, if not in or beside DIR")] = None,
     threads: Annotated[int, typer.Option(min=1, help="threads to compute with")] = 1,
+    seed: UnusedSeed = 0,  # noqa: ARG001
+    as_json: Annotated[bool, typer.Option("--json", help="log one JSON object a line")] = False,
 ) -> None:
     """Run one device in the foreground; Ctrl-C stops it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    rd.run_device(directory, cluster, threads, stop=_stop_on_signals())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    rd.run_device(directory, cluster, threads, stop=stop_on_signals())
 
 
 @app.command(epilog="Example: robustdice up build")
 def up(
     directory: BuildDirectory,
     threads: Annotated[int, typer.Option(min=1, help="threads that each device computes with")] = 1,
+    seed: UnusedSeed = 0,  # noqa: ARG001
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each device and event")] = False,
 ) -> None:
     """Run all devices of a build on this machine, to try it out; Ctrl-C stops them."""
-    stop = _stop_on_signals()
+
+    def say(text: str, **facts: Any) -> None:
+        print(json.dumps(facts), flush=True) if as_json else out.print(text, soft_wrap=True)
+
+    stop = stop_on_signals()
     with rd.LocalCluster(directory, threads) as cluster:
         pids = {number: cluster.process(number) for number in range(len(cluster.client.cluster.devices))}
         for number, pid in pids.items():
-            out.print(f"device {number} is up, process {pid} (try: kill -9 {pid}, or kill -STOP {pid})")
-        out.print(f"Ask them from another terminal: robustdice infer {directory} IMAGES... Ctrl-C stops them.")
+            text = f"device {number} is up, process {pid} (try: kill -9 {pid}, or kill -STOP {pid})"
+            say(text, event="up", device=number, process=pid)
+        say(f"Ask them from another terminal: robustdice infer {directory} IMAGES... Ctrl-C stops them.", event="ready")
         while not stop.wait(0.2):
             for number, pid in pids.items():
                 if pid is not None and cluster.process(number) is None:
-                    out.print(f"device {number} has ended; the others go on")
+                    say(f"device {number} has ended; the others go on", event="ended", device=number)
                     pids[number] = None
-    out.print("All devices are stopped.")
+    say("All devices are stopped.", event="stopped")
 
 
 @app.command(epilog="Example: robustdice infer build photo.jpg other.png")
@@ -257,6 +272,7 @@ def infer(
     directory: BuildDirectory,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files")],
     timeout: Annotated[float, typer.Option(min=0.01, help="seconds to wait for each answer")] = 2.0,
+    seed: UnusedSeed = 0,  # noqa: ARG001
     as_json: Json = False,
 ) -> None:
     """Ask the running devices of a build: class, probability, coverage, latency."""
@@ -277,13 +293,17 @@ def infer(
 
 
 @app.command(epilog="Example: robustdice status build")
-def status(directory: BuildDirectory, as_json: Json = False) -> None:
+def status(
+    directory: BuildDirectory,
+    seed: UnusedSeed = 0,  # noqa: ARG001
+    as_json: Json = False,
+) -> None:
     """Who is up, and what each has done."""
     with rd.Client(directory / "cluster.toml") as client:
         devices = [entry.name for entry in client.cluster.devices]
         found = client.status()
     if as_json:
-        _print_json({name: found.get(number) for number, name in enumerate(devices)})
+        print_json({name: found.get(number) for number, name in enumerate(devices)})
     else:
         out.print(tables.status_table(devices, found))
 
@@ -300,10 +320,10 @@ def bench(
     """Frames per second of the devices (one core each), beside the unpartitioned model in one process on one core."""
     from robustdice.meter.throughput import bench_build  # noqa: PLC0415 -- not needed on a device
 
-    with _progress("measuring") as advance:
+    with progress("measuring") as advance:
         result = bench_build(directory, seconds=seconds, rounds=rounds, window=window, seed=seed, on_progress=advance)
     if as_json:
-        _print_json(tables.bench_json(result))
+        print_json(tables.bench_json(result))
     else:
         out.print(tables.bench_table(result))
 
@@ -318,10 +338,10 @@ def demo(
     """The whole story on this machine, on scikit-learn's digits, in about a minute."""
     from robustdice.demo.story import run_demo  # noqa: PLC0415 -- needs the workshop
 
-    _stop_on_signals_by_interrupt()
+    interrupt_on_sigterm()
     result = run_demo(memory, frames, seed, Console(quiet=True) if as_json else out)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 def main() -> None:
@@ -329,27 +349,13 @@ def main() -> None:
     try:
         app()
     except RobustdiceError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _load_model(
@@ -384,45 +390,5 @@ def _load_data(source: str, network: rd.Network, samples: int | None, seed: int,
 
 def _score(network: rd.Network, data: str, samples: int | None, seed: int, columns: list[str]) -> rd.Importance:
     images = _load_data(data, network, samples, seed, "train").images()
-    with _progress("scoring") as advance:
+    with progress("scoring") as advance:
         return rd.score(network, images, columns=columns, on_progress=advance)
-
-
-@contextlib.contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    with err.status(f"{what} ..."):
-        yield
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[OnProgress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _stop_on_signals() -> threading.Event:
-    """An event that SIGINT and SIGTERM set, instead of ending the process."""
-    stop = threading.Event()
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop
-
-
-def _stop_on_signals_by_interrupt() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that whatever was started is ended."""
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, handle)
