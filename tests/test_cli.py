@@ -185,7 +185,7 @@ def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
         (["inspect", "resnet18"], "expected torchvision:NAME"),
         (["inspect", "torchvision:nothing"], "no classification model"),
         (["inspect", "robustdice.nowhere:factory"], "cannot import"),
-        (["inspect", MODEL, "--size", "3,32,32"], "does not export"),
+        (["inspect", MODEL, "--size", "1,4,4"], "does not export"),
         (["inspect", MODEL, "--size", "big"], "--size takes numbers"),
         (["inspect", MODEL, "--classes", "missing.txt"], "cannot read missing.txt"),
         (["plan", MODEL, "--devices", "17", "--method", "lop", "-o", "p.json"], "2 to 16 devices"),
