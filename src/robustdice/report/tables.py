@@ -197,17 +197,17 @@ def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     """What ``infer`` prints."""
-    table = make_table("Answers", "image", "class", "probability", "coverage", "from spares", "down", "latency")
+    table = make_table("Answers", "class", "sure %", "coverage %", "spares %", "down", "ms", "image")
     for answer in answers:
         index, probability = answer["class_index"], answer["probability"]
         table.add_row(
-            answer["path"],
             "no answer" if index is None else str(answer["class_name"] or index),
-            "" if probability is None else percent(probability),
-            percent(answer["coverage"]),
-            percent(answer["from_spares"]),
-            ", ".join(map(str, answer["down"])) or "none",
-            f"{answer['latency_ms']:.1f} ms",
+            "" if probability is None else f"{100 * probability:.1f}",
+            f"{100 * answer['coverage']:.1f}",
+            f"{100 * answer['from_spares']:.1f}",
+            ",".join(map(str, answer["down"])) or "none",
+            f"{answer['latency_ms']:.1f}",
+            answer["path"],
         )
     return table
 
@@ -229,7 +229,7 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]])
             str(said["in_flight"]),
             f"{said['frames_per_second']:.1f}",
             f"{said['weight_bytes'] / 1e6:.2f} MB",
-            f"{fault['reason']}, {fault['seconds_ago']:.0f} s ago" if fault else "none",
+            f"device {fault['device']}, {fault['seconds_ago']:.0f} s ago: {fault['reason']}" if fault else "none",
         )
     return table
 
