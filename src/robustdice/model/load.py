@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import logging
 import os
 import sys
 import types
@@ -249,10 +250,18 @@ def _nothing_unpickled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the deprecation warnings that torch raises about its own insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without the deprecation warnings that torch raises about its own insides, and the tracebacks that it logs.
+
+    What goes wrong is said once, by the error that follows.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:
