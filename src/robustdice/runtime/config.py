@@ -58,7 +58,7 @@ class Cluster:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Cluster:
         """Read ``cluster.toml``; ClusterError with the reason when it is missing or not valid."""
-        remedy = "write a new one with 'robustdice init'"
+        remedy = "write a new one with 'robustdice build'"
         try:
             document = tomllib.loads(Path(path).read_bytes().decode())
         except OSError as error:
@@ -122,12 +122,12 @@ def read_secret(path: Path) -> tuple[bytes, bytes]:
         secret = path.read_text("ascii").strip()
     except OSError as error:
         raise ClusterError(
-            f"cannot read the secret key {path}: {error.strerror}; 'robustdice init' writes it"
+            f"cannot read the secret key {path}: {error.strerror}; 'robustdice build' writes it"
         ) from None
     except ValueError:
         secret = ""
     if not KEY.fullmatch(secret):
-        raise ClusterError(f"{path} is not a secret key (40 characters, Z85); 'robustdice init' writes a new one")
+        raise ClusterError(f"{path} is not a secret key (40 characters, Z85); 'robustdice build' writes a new one")
     return zmq.curve_public(secret.encode()), secret.encode()
 
 

@@ -119,7 +119,7 @@ class ZeroMQTransport:
         if keys[0] != entry.public_key.encode():
             raise ClusterError(
                 f"the secret key of device {device} does not belong to its public key in the cluster file: "
-                "copy both from one 'robustdice init' or 'build'"
+                "copy both from one 'robustdice build'"
             )
         self.dropped = 0
         self._codec = codec
