@@ -1,0 +1,18 @@
+"""The application that commands register with."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="robustdice",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run a pretrained CNN on a handful of unreliable devices, so that answers keep coming while devices fail.\n\n"
+    "In the workshop: [bold]inspect[/] a model, [bold]score[/] its neurons, make a [bold]plan[/], [bold]evaluate[/] "
+    "what accuracy failures leave, [bold]build[/] a bundle per device and [bold]verify[/] it. On the devices: "
+    "[bold]device[/] runs one, [bold]up[/] runs all of them here, [bold]infer[/] asks them. "
+    "To see all of it in a minute: [bold]robustdice demo[/].",
+)

@@ -1,0 +1,70 @@
+"""Arguments that several commands take, and what they turn into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import robustdice as rd
+from robustdice.errors import DataError
+from robustdice.terminal import progress
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="torchvision:NAME, a .pt2 file, or package.module:factory")
+]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="seeded random weights, not pretrained ones")]
+Size = Annotated[str | None, typer.Option(metavar="C,H,W", help="input size, where the model's source does not say it")]
+Mean = Annotated[str | None, typer.Option(metavar="X,...", help="mean of each channel, for pixels from 0 to 1")]
+Std = Annotated[str | None, typer.Option(metavar="X,...", help="standard deviation of each channel")]
+Classes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="class folders in the order of the outputs, the first word of each line"),
+]
+Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
+Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
+Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
+Seed = Annotated[int, typer.Option(help="of everything random")]
+UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
+BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="what 'robustdice build' wrote")]
+
+
+def load_model(
+    source: str,
+    random_weights: bool,
+    seed: int,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    classes: Path | None,
+) -> rd.Network:
+    """The model that MODEL and the options beside it name; DataError when an option is not of its form."""
+    declared: dict[str, Any] = {}
+    for key, text, kind in (("input_size", size, int), ("mean", mean, float), ("std", std, float)):
+        if text is not None:
+            try:
+                declared[key] = [kind(number) for number in text.split(",")]
+            except ValueError:
+                option = "--size" if key == "input_size" else f"--{key}"
+                raise DataError(f"{option} takes numbers with commas between them, not {text!r}") from None
+    if classes is not None:
+        try:
+            lines = classes.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise DataError(f"cannot read {classes}: {error.strerror}") from None
+        declared["classes"] = [line.split()[0] for line in lines if line.strip()]
+    return rd.load_model(source, random_weights=random_weights, seed=seed, preprocessing=declared)
+
+
+def load_data(source: str, network: rd.Network, samples: int | None, seed: int, split: Any = "test") -> rd.Dataset:
+    """The images that DATA and --samples name."""
+    return rd.load_data(source, network.preprocessing, network.outputs, split=split).sample(samples, seed)
+
+
+def score_with(network: rd.Network, data: str, samples: int | None, seed: int, columns: list[str]) -> rd.Importance:
+    """Scores from the images that DATA and --samples name."""
+    images = load_data(data, network, samples, seed, "train").images()
+    with progress("scoring") as advance:
+        return rd.score(network, images, columns=columns, on_progress=advance)

@@ -1,0 +1,214 @@
+"""The commands of the workshop: from a model to verified bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import robustdice as rd
+from robustdice.cli.app import app
+from robustdice.cli.options import (
+    BuildDirectory,
+    Classes,
+    Data,
+    Json,
+    Mean,
+    ModelArgument,
+    RandomWeights,
+    Samples,
+    Seed,
+    Size,
+    Std,
+    UnusedSeed,
+    Use,
+    load_data,
+    load_model,
+    score_with,
+)
+from robustdice.errors import RobustdiceError
+from robustdice.report import tables
+from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress, waiting
+
+SCORING_SAMPLES = 64
+
+
+@app.command(epilog="Example: robustdice inspect torchvision:resnet18 --random-weights")
+def inspect(
+    model: ModelArgument,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Layers, neurons, parameters, exchanges and their sizes."""
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    if as_json:
+        print_json(tables.network_json(network))
+    else:
+        out.print(tables.network_table(network))
+
+
+@app.command(epilog="Example: robustdice score resnet20.pt2 --data cifar10-train.zip --samples 64 -o scores.npz")
+def score(
+    model: ModelArgument,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the scores (.npz)")],
+    use: Use = "s1,s2,s3",
+    samples: Samples = SCORING_SAMPLES,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Importance of every neuron: L1 norm (s1), connection sensitivity (s2), removal divergence (s3).
+
+    s3 is exact: one forward pass per neuron and image, from the neuron's layer on. That is a minute for a small
+    network and hours for a large one, which --use s1,s2 does without.
+    """
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    importance = score_with(network, data, samples, seed, use.split(","))
+    importance.save(output)
+    if as_json:
+        print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
+    else:
+        out.print(tables.importance_table(importance))
+        out.print(f"Scores of {len(importance.names)} layers are in {output}.")
+
+
+@app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
+def plan(
+    model: ModelArgument,
+    devices: Annotated[int, typer.Option(help="number of devices, 2 to 16")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="where to write the plan (.json)")],
+    method: Annotated[
+        str, typer.Option(help="robustdice, lop (no replicas) or full (replicas of everything)")
+    ] = "robustdice",
+    memory: Annotated[
+        str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="cluster threshold, instead of --memory")] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
+    use: Use = "s1,s2,s3",
+    samples: Samples = SCORING_SAMPLES,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which device holds which neurons, and which are copied."""
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    importance = columns = None
+    if method == "robustdice":
+        columns = use.split(",")
+        if scores is not None:
+            importance = rd.Importance.load(scores)
+        elif data is not None:
+            importance = score_with(network, data, samples, seed, columns)
+        else:
+            raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
+    with waiting("clustering and distributing"):
+        made = rd.partition(
+            network, importance, devices=devices, method=method, memory=memory, threshold=threshold, columns=columns
+        )
+    made.save(output)
+    if as_json:
+        print_json(tables.plan_json(made))
+    else:
+        out.print(tables.plan_table(made))
+        out.print(tables.plan_summary(made))
+        out.print(f"The plan is in {output}.")
+
+
+@app.command(epilog="Example: robustdice evaluate plan.json --data cifar10-test.zip --samples 1000")
+def evaluate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
+    data: Data,
+    max_failed: Annotated[int | None, typer.Option(min=0, help="most devices down at once (all but one)")] = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy for every set of failed devices, before anything is deployed."""
+    made = rd.Plan.load(plan)
+    with waiting("loading the model"):
+        network = rd.reload_model(made.model)
+    dataset = load_data(data, network, samples, seed)
+    with progress("evaluating") as advance:
+        result = rd.evaluate(network, made, dataset, max_failed=max_failed, on_progress=advance)
+    if as_json:
+        print_json(tables.evaluation_json(result))
+    else:
+        out.print(tables.evaluation_table(result))
+
+
+@app.command(epilog="Example: robustdice build plan.json -o build --spares standby")
+def build(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where to write the bundles")],
+    spares: Annotated[
+        str, typer.Option(help="standby (computed when needed) or hot (computed on every frame)")
+    ] = "standby",
+    host: Annotated[str, typer.Option(help="address of the devices in cluster.toml, to be edited")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="device K listens on this port + K (default: free ones)")] = None,
+    seed: UnusedSeed = 0,  # noqa: ARG001
+    as_json: Json = False,
+) -> None:
+    """One self-contained bundle per device, and DIR/cluster.toml."""
+    made = rd.Plan.load(plan)
+    with waiting("loading the model"):
+        network = rd.reload_model(made.model)
+    with waiting("writing the bundles"):
+        rd.build(network, made, output, spares=spares, host=host, base_port=port)
+    if as_json:
+        print_json({"directory": str(output), "bytes_per_device": made.bytes_per_device})
+    else:
+        for device, size in enumerate(made.bytes_per_device):
+            out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights", soft_wrap=True)
+        out.print(f"Next: robustdice verify {output}, then robustdice up {output} to try it here.", soft_wrap=True)
+
+
+@app.command(epilog="Example: robustdice verify build")
+def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> None:
+    """Run the bundles in one process and compare them with the model, for every failure set."""
+    with progress("verifying") as advance:
+        result = rd.verify(directory, seed=seed, on_progress=advance)
+    if as_json:
+        print_json(tables.verification_json(result))
+    else:
+        out.print(tables.verification_table(result))
+    if result.max_relative_error > 1e-4:
+        raise RobustdiceError(
+            f"the bundles differ from the model by {result.max_relative_error:.1e}, more than 1e-4; build them again"
+        )
+
+
+@app.command(epilog="Example: robustdice demo --memory 0.6")
+def demo(
+    memory: Annotated[str, typer.Option(help="the most that a device may hold, as for 'plan'")] = "0.5",
+    frames: Annotated[int, typer.Option(min=8, help="test images that are streamed in each phase")] = 250,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole story on this machine, on scikit-learn's digits, in about a minute."""
+    from robustdice.demo.story import run_demo  # noqa: PLC0415 -- needs the workshop
+
+    interrupt_on_sigterm()
+    result = run_demo(memory, frames, seed, Console(quiet=True) if as_json else out)
+    if as_json:
+        print_json(result)
