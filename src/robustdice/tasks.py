@@ -127,7 +127,7 @@ def _on_dask(
     except ModuleNotFoundError:
         raise ClusterError("--scheduler needs Dask: pip install 'robustdice[workshop]'") from None
     try:
-        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise ClusterError(
             f"no Dask scheduler answers at {scheduler!r} ({error}); start one with 'dask scheduler' and workers with "
@@ -145,11 +145,8 @@ def _on_dask(
             return future
 
         ahead = QUEUED_PER_THREAD * max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
-        running: Any = as_completed(
-            [  # type: ignore[no-untyped-call]
-                submit(key) for key, _ in zip(pending, range(ahead), strict=False)
-            ]
-        )
+        first = [submit(key) for _, key in zip(range(ahead), pending, strict=False)]
+        running: Any = as_completed(first)  # type: ignore[no-untyped-call]
         for future in running:
             try:
                 result = future.result()
