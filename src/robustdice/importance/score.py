@@ -5,23 +5,35 @@ What is scored is what is dealt out: a neuron, or in a grouped convolution a who
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
 
 from robustdice.errors import DataError, PlanError
+from robustdice.importance.exact import removal_divergences, removal_macs
+from robustdice.importance.gradients import DRAWS, EVERY_CLASS_UP_TO, gradient_scores, sum_filters, units_of
 from robustdice.importance.values import COLUMNS, Importance
-from robustdice.model.canonical import attribute, execute
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.canonical import attribute
+from robustdice.model.load import reload_model
+from robustdice.model.network import Network, best_device
+from robustdice.plan import ModelReference
 from robustdice.progress import Progress, silent
+from robustdice.tasks import Checkpoint, run_tasks
 
-BATCH_ELEMENTS = 1_000_000
-"""Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
+S3_METHODS = ("auto", "exact", "fisher")
+
+AUTO_EXACT_MACS = 2 * 10**12
+"""``auto`` computes s3 exactly up to this many multiply-adds: about a minute on two cores."""
+TASK_MACS = 10**11
+"""Roughly what a task costs: seconds, so that little is lost by an interruption."""
+GRADIENTS = "gradients"
 
 
 def score(
@@ -29,189 +41,150 @@ def score(
     images: NDArray[np.float32],
     *,
     columns: Sequence[str] = COLUMNS,
+    s3: str = "auto",
+    seed: int = 0,
+    scheduler: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     on_progress: Progress = silent,
 ) -> Importance:
     """Score every unit of every layer with ``images``, float32 [n, channels, height, width]; no labels are needed.
 
     s1 is the L1 norm of filter and bias, s2 the connection sensitivity against the model's own answers, s3 the
-    exact Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange. DataError when the
-    images do not fit the model; PlanError when ``columns`` names another score.
+    Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange: ``exact``, ``fisher`` (to
+    second order, from a few backward passes; ``seed`` draws the classes where there are many) or ``auto``,
+    exact where that takes about a minute. ``checkpoint`` keeps what is finished when the work is interrupted, and is
+    left to the caller; ``scheduler`` is a Dask scheduler's address. DataError when the images do not fit the model;
+    PlanError when ``columns`` or ``s3`` name something else; OutputError when the checkpoint is of other work.
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise PlanError(f"unknown score {unknown[0]!r}; known: {', '.join(COLUMNS)}")
+    if s3 not in S3_METHODS:
+        raise PlanError(f"s3 is computed as {', '.join(S3_METHODS)}, not {s3!r}")
     if images.shape[1:] != network.input_shape or not len(images):
         raise DataError(
             f"images of shape {list(images.shape)}, the model takes [n, {', '.join(map(str, network.input_shape))}]"
         )
-    batch = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
-    scorers = {
-        "s1": lambda: filter_norms(network),
-        "s2": lambda: connection_sensitivities(network, batch),
-        "s3": lambda: removal_divergences(network, batch, on_progress=on_progress),
-    }
-    found = {name: scorers[name]() for name in columns}
+    settings: dict[str, Any] = {"samples": len(images)}
+    if "s3" in columns:
+        settings["s3"] = choose_s3(network, len(images)) if s3 == "auto" else s3
+        settings["s3_chosen_by"] = "auto" if s3 == "auto" else "request"
+        if settings["s3"] == "fisher":
+            few = network.outputs <= EVERY_CLASS_UP_TO
+            settings["s3_classes"] = "all" if few else f"likeliest and {DRAWS} drawn with seed {seed}"
+    work = _Work(network, torch.from_numpy(np.ascontiguousarray(images, np.float32)), tuple(columns), settings, seed)
+    kept = None
+    if checkpoint is not None:
+        of = {"model": network.reference.digest, "images": hashlib.sha256(images.tobytes()).hexdigest()}
+        kept = Checkpoint(checkpoint, {"what": "scores", **of, "columns": list(columns), "seed": seed, **settings})
+    costs = work.tasks()
+    total = sum(costs.values())
+    work.on_part = lambda done, parts: on_progress(costs[GRADIENTS] * done // parts, total)
+    found = run_tasks(
+        _run,
+        list(costs),
+        lambda key: key,
+        work,
+        recreate=partial(_recreate, network.reference, images, tuple(columns), settings, seed),
+        scheduler=scheduler,
+        checkpoint=kept,
+        cost=costs.__getitem__,
+        on_progress=on_progress,
+    )
+    by_column = {name: work.column(name, found) for name in columns}
     return Importance(
         names=tuple(layer.layer.name for layer in network.layers),
         scores=tuple(
-            np.stack([found[name][index] for name in columns], axis=1) for index in range(len(network.layers))
+            np.stack([by_column[name][index] for name in columns], axis=1) for index in range(len(network.layers))
         ),
         columns=tuple(columns),
         model=network.reference,
-        settings={"samples": len(images), **({"s3": "exact"} if "s3" in columns else {})},
+        settings=settings,
     )
+
+
+def choose_s3(network: Network, images: int) -> str:
+    """``exact`` where that costs little enough, else ``fisher``."""
+    macs = sum(units_of(layer) * removal_macs(network, index) for index, layer in enumerate(network.layers))
+    return "exact" if images * macs <= AUTO_EXACT_MACS else "fisher"
 
 
 def filter_norms(network: Network) -> list[NDArray[np.float64]]:
     """s1: sum of |weights| and |bias| of every unit's filters, float64 [units] per layer."""
     return [
-        _per_unit(layer, [attribute(network.module, name).detach().abs() for name in layer.filters])
+        sum_filters(layer, [attribute(network.module, name).detach().abs() for name in layer.filters])
         for layer in network.layers
     ]
 
 
-def connection_sensitivities(network: Network, images: torch.Tensor) -> list[NDArray[np.float64]]:
-    """s2: sum of |dL/dw * w| over every unit's filters and biases, float64 [units] per layer.
+@dataclass
+class _Work:
+    """What all tasks of a scoring run have in common, and how the run is made of tasks.
 
-    L is the mean cross-entropy over all images against the model's own top-1 answer.
+    Tasks are ``gradients`` (s2, and s3 if it is not exact) and ``exact LAYER FIRST LAST`` for units of a layer.
     """
-    names = sorted({name for layer in network.layers for name in layer.filters})
-    weights = [attribute(network.module, name) for name in names]
-    before = [weight.requires_grad for weight in weights]
-    gradients = [torch.zeros_like(weight) for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        for part in torch.split(images, _images_at_once(network, network.nodes, gradients=True)):
-            scores = network.run(part)
-            loss = torch.nn.functional.cross_entropy(scores, scores.detach().argmax(1), reduction="sum") / len(images)
-            # A weight may have no path to the scores (through a comparison, say): then nothing depends on it.
-            found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            for so_far, gradient in zip(gradients, found, strict=True):
-                so_far.add_(gradient)
-    finally:
-        for weight, flag in zip(weights, before, strict=True):
-            weight.requires_grad_(flag)
-    products = {
-        name: (weight.detach() * gradient).abs()
-        for name, weight, gradient in zip(names, weights, gradients, strict=True)
-    }
-    return [_per_unit(layer, [products[name] for name in layer.filters]) for layer in network.layers]
+
+    network: Network
+    images: torch.Tensor
+    columns: tuple[str, ...]
+    settings: dict[str, Any]
+    seed: int
+    on_part: Callable[[int, int], None] = silent
+
+    @property
+    def exact(self) -> bool:
+        return self.settings.get("s3") == "exact"
+
+    def tasks(self) -> dict[str, int]:
+        """Every task and the multiply-adds that it costs, roughly."""
+        costs: dict[str, int] = {}
+        forward = len(self.images) * sum(layer.layer.neurons * layer.layer.neuron_macs for layer in self.network.layers)
+        if "s2" in self.columns or ("s3" in self.columns and not self.exact):
+            costs[GRADIENTS] = 5 * forward
+        if self.exact:
+            for index, layer in enumerate(self.network.layers):
+                each = len(self.images) * removal_macs(self.network, index)
+                at_once = max(1, (TASK_MACS - forward) // max(1, each))
+                for first in range(0, units_of(layer), at_once):
+                    last = min(first + at_once, units_of(layer))
+                    costs[f"exact {index} {first} {last}"] = forward + (last - first) * each
+        return costs
+
+    def column(self, name: str, found: dict[str, Any]) -> list[NDArray[np.float64]]:
+        """A score of every layer, from the tasks' results."""
+        if name == "s1":
+            return filter_norms(self.network)
+        if name == "s3" and self.exact:
+            return [
+                np.array(
+                    [value for key, values in found.items() if key.startswith(f"exact {index} ") for value in values]
+                )
+                for index in range(len(self.network.layers))
+            ]
+        return [np.array(values) for values in found[GRADIENTS][name]]
 
 
-def removal_divergences(
-    network: Network, images: torch.Tensor, *, on_progress: Progress = silent
-) -> list[NDArray[np.float64]]:
-    """s3: divergence of the output distribution when a unit is lost, mean over the images, float64 [units] per layer.
-
-    The network runs once up to every exchange; from there on many removals share a batch.
-    """
-    sums = [torch.zeros(_units(layer), dtype=torch.float64) for layer in network.layers]
-    suffixes = [_suffix(network, layer.value) for layer in network.layers]
-    total = len(images) * sum(len(units) for units in sums)
-    done = 0
-    with torch.no_grad():
-        for part in torch.split(images, _images_at_once(network, network.nodes)):
-            values: dict[fx.Node, Any] = {network.input: part}
-            execute(network.module, network.nodes, values)
-            intact = values[network.output].double().softmax(1)
-            for layer, suffix, units in zip(network.layers, suffixes, sums, strict=True):
-                at_once = max(1, _images_at_once(network, [layer.value, *suffix]) // len(part))
-                for chosen in torch.split(torch.arange(len(units)), at_once):
-                    removed = _run_without(network, layer, suffix, values, chosen)
-                    units[chosen] += jensen_shannon(intact, removed.double().softmax(2)).sum(1)
-                    done += len(chosen) * len(part)
-                    on_progress(done, total)
-    return [(units / len(images)).numpy() for units in sums]
+def _run(work: _Work, task: str) -> Any:
+    images = work.images.to(best_device())
+    if task != GRADIENTS:
+        index, first, last = map(int, task.split()[1:])
+        return removal_divergences(work.network, images, index, range(first, last)).tolist()
+    s2, s3 = gradient_scores(
+        work.network,
+        images,
+        sensitivity="s2" in work.columns,
+        divergence="s3" in work.columns and not work.exact,
+        seed=work.seed,
+        on_progress=work.on_part,
+    )
+    named = {"s2": s2, "s3": s3}
+    return {name: [values.tolist() for values in layers] for name, layers in named.items() if layers is not None}
 
 
-def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence (natural logarithm) of distributions over the last axis."""
-    middle = (p + q) / 2
-    divergence = torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)
-    return divergence.nan_to_num(0.0).sum(-1).clamp_min(0) / 2
-
-
-def _run_without(
-    network: Network,
-    layer: NetworkLayer,
-    suffix: Sequence[fx.Node],
-    values: dict[fx.Node, Any],
-    units: torch.Tensor,
-) -> torch.Tensor:
-    """Class scores [removals, images, outputs] when one unit after the other is lost."""
-    lost = torch.zeros(len(units), layer.layer.neurons, dtype=torch.bool)
-    group = layer.layer.group
-    for row, unit in enumerate(units.tolist()):
-        lost[row, unit * group : (unit + 1) * group] = True
-    intact = values[layer.value]
-    altered = intact.unsqueeze(0).masked_fill(layer.broadcast(lost), layer.fill).flatten(0, 1)
-    changed = _Overlay(network, values, {layer.value: altered}, len(units))
-    remaining = Counter(used for node in suffix for used in node.all_input_nodes)
-    for node in suffix:
-        execute(network.module, [node], changed)
-        for used in node.all_input_nodes:
-            remaining[used] -= 1
-            if not remaining[used] and used is not network.output:
-                changed.pop(used, None)
-    result = changed[network.output]
-    return result.reshape(len(units), len(intact), -1)  # type: ignore[no-any-return]
-
-
-class _Overlay(dict[fx.Node, Any]):
-    """Values of a batch of removals; what does not depend on them is repeated from the intact run when it is read."""
-
-    def __init__(self, network: Network, intact: dict[fx.Node, Any], changed: dict[fx.Node, Any], repeats: int) -> None:
-        super().__init__(changed)
-        self._per_image = network.per_image
-        self._intact = intact
-        self._repeats = repeats
-
-    def __missing__(self, node: fx.Node) -> Any:
-        value = self._intact[node]
-        if node in self._per_image:
-            value = value.repeat(self._repeats, *(1,) * (value.ndim - 1))
-        self[node] = value
-        return value
-
-
-def _suffix(network: Network, value: fx.Node) -> list[fx.Node]:
-    """The nodes to run again when ``value`` changes, in order: those that depend on it, and whatever else they
-    read that depends on the batch but cannot be repeated along it (sizes, tensors with the batch on another axis)."""
-    dependent, of_input = {value}, {network.input}
-    for node in network.nodes:
-        if node.op == "call_function":
-            if not dependent.isdisjoint(node.all_input_nodes):
-                dependent.add(node)
-            if not of_input.isdisjoint(node.all_input_nodes):
-                of_input.add(node)
-    chosen: set[fx.Node] = set()
-    pending = list(dependent - {value})
-    while pending:
-        node = pending.pop()
-        chosen.add(node)
-        pending.extend(
-            used
-            for used in node.all_input_nodes
-            if used in of_input and used not in chosen and used not in dependent and used not in network.per_image
-        )
-    return [node for node in network.nodes if node in chosen]
-
-
-def _images_at_once(network: Network, nodes: Sequence[fx.Node], *, gradients: bool = False) -> int:
-    """How many images (or copies of one) keep every temporary below the limit."""
-    sizes = [
-        int(np.prod(network.shapes[node][1:])) for node in nodes if node in network.shapes and node.op != "get_attr"
-    ]
-    largest = sum(sizes) // 8 if gradients else max(sizes)
-    return max(1, BATCH_ELEMENTS // max(1, largest))
-
-
-def _units(layer: NetworkLayer) -> int:
-    return layer.layer.neurons // layer.layer.group
-
-
-def _per_unit(layer: NetworkLayer, filters: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-    total = torch.zeros(_units(layer), dtype=torch.float64)
-    for values in filters:
-        total += values.double().reshape(_units(layer), -1).sum(1)
-    return total.numpy()
+def _recreate(
+    reference: ModelReference,
+    images: NDArray[np.float32],
+    columns: tuple[str, ...],
+    settings: dict[str, Any],
+    seed: int,
+) -> _Work:
+    return _Work(reload_model(reference), torch.from_numpy(images), columns, settings, seed)

@@ -319,8 +319,11 @@ def attribute(module: fx.GraphModule, name: str) -> torch.Tensor:
 
 
 def execute(module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Run ``nodes`` in order. ``values`` has what they need from outside and receives what they compute."""
+    """Run ``nodes`` in order. ``values`` has what they need from outside and receives what they compute; what it
+    has already is not computed again."""
     for node in nodes:
+        if node in values:
+            continue
         if node.op == "get_attr":
             values[node] = attribute(module, str(node.target))
         elif node.op == "call_function":

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,17 +107,31 @@ class Network:
         """The graph's nodes, in an order in which they can be computed."""
         return list(self.module.graph.nodes)
 
+    @cached_property
+    def _constants(self) -> dict[torch.device, dict[fx.Node, torch.Tensor]]:
+        return {}
+
+    def constants(self, device: torch.device) -> dict[fx.Node, torch.Tensor]:
+        """Every parameter and buffer of the graph, detached and on ``device``: what :func:`execute` starts from."""
+        if device not in self._constants:
+            self._constants[device] = {
+                node: attribute(self.module, str(node.target)).detach().to(device)
+                for node in self.nodes
+                if node.op == "get_attr"
+            }
+        return dict(self._constants[device])
+
     def run(self, images: torch.Tensor, survivors: Survivors | None = None) -> torch.Tensor:
         """Class scores (before any softmax) [batch, outputs] of ``images`` [batch, channels, height, width].
 
         With ``survivors``, neurons that are not there are filled in at their layer's exchange.
         """
-        values: dict[fx.Node, Any] = {self.input: images}
+        values: dict[fx.Node, Any] = {**self.constants(images.device), self.input: images}
         exchanges = {} if survivors is None else exchange_masks(self, survivors)
         remaining = {node: len(node.users) for node in self.nodes}
         for node in self.nodes:
             execute(self.module, [node], values)
-            if node in exchanges and node in values:
+            if node in exchanges:
                 values[node] = exchanges[node](values[node])
             for used in node.all_input_nodes:
                 remaining[used] -= 1
@@ -125,6 +140,15 @@ class Network:
         result = values[self.output]
         assert isinstance(result, torch.Tensor)
         return result
+
+
+def best_device() -> torch.device:
+    """A GPU when there is one. Always float32: TF32 is off, for nobody has measured what it does to rankings."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda")
 
 
 def check_plan_fits(network: Network, plan: Plan) -> None:
