@@ -1,42 +1,64 @@
-"""Network, plan, labelled images -> the accuracy that is left for every set of failed devices."""
+"""Network, plans, labelled images -> the accuracy that is left for every set of failed devices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
+from robustdice.failure.passes import Masks, run_under
 from robustdice.model.data import Dataset
-from robustdice.model.network import Network, check_plan_fits
+from robustdice.model.load import reload_model
+from robustdice.model.network import Network, best_device, check_plan_fits
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
+from robustdice.tasks import Checkpoint, run_tasks
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
+MAX_SETS = 256
+"""Of more failure sets than this, some are drawn."""
+
+Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Images [n, channels, height, width] and their labels [n]."""
 
 
 @dataclass(frozen=True)
 class SizeSummary:
-    """Accuracy over all failure sets of one size."""
+    """Accuracy over the failure sets of one size: ``sets`` of the ``of`` that exist were measured."""
 
     worst: float
     mean: float
     best: float
+    sets: int
+    of: int
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the sets are a sample: then the worst may be worse, and the best better, than what was seen."""
+        return self.sets < self.of
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Measured top-1 accuracy (fractions) on ``samples`` images of ``data``: of the unpartitioned float32 model
-    (``clean``), and of the plan for every failure set."""
+    (``clean``), and of the plan for failure sets: all of each size, or a sample of them."""
 
     clean: float
     samples: int
     data: str
     method: str
+    devices: int
     memory_share: float
     accuracy: Mapping[FailureSet, float]
 
@@ -47,7 +69,8 @@ class Evaluation:
         summaries = {}
         for size in sizes:
             values = [value for failed, value in self.accuracy.items() if len(failed) == size]
-            summaries[size] = SizeSummary(min(values), float(np.mean(values)), max(values))
+            exist = math.comb(self.devices, size)
+            summaries[size] = SizeSummary(min(values), float(np.mean(values)), max(values), len(values), exist)
         return summaries
 
 
@@ -57,40 +80,175 @@ def evaluate(
     dataset: Dataset,
     *,
     max_failed: int | None = None,
+    max_sets: int = MAX_SETS,
+    seed: int = 0,
+    scheduler: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     on_progress: Progress = silent,
 ) -> Evaluation:
     """Run ``dataset`` through the network as the plan leaves it for every failure set of up to ``max_failed``
-    devices (default: all but one). Failure sets that leave the same neurons share their passes.
+    devices (default: all but one), or for ``max_sets`` of them, drawn with ``seed``, where there are more.
 
-    PlanError when the plan was made for another model.
+    ``checkpoint`` keeps what is finished when the work is interrupted, and is left to the caller; ``scheduler`` is a
+    Dask scheduler's address. PlanError when the plan was made for another model; OutputError when the checkpoint is
+    of other work.
     """
-    check_plan_fits(network, plan)
-    largest = plan.devices - 1 if max_failed is None else max_failed
-    if not 0 <= largest < plan.devices:
-        raise PlanError(f"of {plan.devices} devices 0 to {plan.devices - 1} can fail, not {largest}")
-    every = [failed for size in range(largest + 1) for failed in failure_sets(plan.devices, size)]
-    survivors = {failed: plan.surviving_neurons(failed) for failed in every}
-    keys = {failed: b"".join(mask.tobytes() for mask in masks) for failed, masks in survivors.items()}
-    distinct = {keys[failed]: [torch.tensor(mask) for mask in survivors[failed]] for failed in every}
-    correct = dict.fromkeys(distinct, 0)
-    clean = 0
-    with torch.no_grad():
-        done = 0
-        for images, labels in dataset.batches(_images_at_once(network)):
-            batch, wanted = torch.from_numpy(images), torch.from_numpy(labels)
-            clean += count_correct(network.run(batch), wanted)
-            for key, masks in distinct.items():
-                correct[key] += count_correct(network.run(batch, masks), wanted)
-            done += len(images)
-            on_progress(done, len(dataset))
-    return Evaluation(
-        clean=clean / len(dataset),
-        samples=len(dataset),
-        data=dataset.name,
-        method=plan.method,
-        memory_share=plan.memory_share,
-        accuracy={failed: correct[keys[failed]] / len(dataset) for failed in every},
+    (result,) = evaluate_plans(
+        network,
+        [plan],
+        dataset,
+        max_failed=max_failed,
+        max_sets=max_sets,
+        seed=seed,
+        scheduler=scheduler,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
     )
+    return result
+
+
+def evaluate_plans(
+    network: Network,
+    plans: Sequence[Plan],
+    dataset: Dataset,
+    *,
+    max_failed: int | None = None,
+    max_sets: int = MAX_SETS,
+    seed: int = 0,
+    scheduler: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    on_progress: Progress = silent,
+) -> list[Evaluation]:
+    """As :func:`evaluate`, several plans of one network on the same images: what they have in common is shared."""
+    for plan in plans:
+        check_plan_fits(network, plan)
+    chosen = [choose_failure_sets(plan.devices, max_failed, max_sets, seed) for plan in plans]
+    states = _States(
+        network, [[plan.surviving_neurons(failed) for failed in sets] for plan, sets in zip(plans, chosen, strict=True)]
+    )
+    size = _images_at_once(network)
+    kept = None
+    if checkpoint is not None:
+        sets = [[sorted(failed) for failed in of_plan] for of_plan in chosen]
+        of = {"plans": [plan.digest for plan in plans], "sets": sets, "data": dataset.name, "batch": size}
+        labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
+        kept = Checkpoint(checkpoint, {"what": "evaluation", **of, "labels": labels, "samples": len(dataset)})
+    starts = [str(start) for start in range(0, len(dataset), size)]
+    with _ReadAhead(lambda start: _read(dataset, int(start), size), starts) as read:
+        counts = run_tasks(
+            _count,
+            starts,
+            read,
+            states,
+            recreate=partial(_recreate, plans, chosen),
+            scheduler=scheduler,
+            checkpoint=kept,
+            cost=lambda start: min(size, len(dataset) - int(start)),
+            on_progress=on_progress,
+        )
+    totals = np.sum(list(counts.values()), axis=0) / len(dataset)
+    return [
+        Evaluation(
+            clean=float(totals[states.clean]),
+            samples=len(dataset),
+            data=dataset.name,
+            method=plan.method,
+            devices=plan.devices,
+            memory_share=plan.memory_share,
+            accuracy={failed: float(totals[state]) for failed, state in zip(sets, of_plan, strict=True)},
+        )
+        for plan, sets, of_plan in zip(plans, chosen, states.of_plans, strict=True)
+    ]
+
+
+def choose_failure_sets(devices: int, max_failed: int | None, max_sets: int, seed: int) -> list[FailureSet]:
+    """The failure sets of up to ``max_failed`` devices (all but one) to measure, by size.
+
+    All of them, as long as these are no more than ``max_sets``. Else every size gets its share, the small ones all
+    that they have, and of the larger ones that many are drawn, each at most once.
+    """
+    largest = devices - 1 if max_failed is None else max_failed
+    if not 0 <= largest < devices:
+        raise PlanError(f"of {devices} devices 0 to {devices - 1} can fail, not {largest}")
+    sizes = sorted(range(largest + 1), key=lambda size: math.comb(devices, size))
+    left, shares = max(max_sets, len(sizes)), {}
+    for position, size in enumerate(sizes):
+        shares[size] = min(math.comb(devices, size), left // (len(sizes) - position))
+        left -= shares[size]
+    chosen: list[FailureSet] = []
+    for size in range(largest + 1):
+        if shares[size] == math.comb(devices, size):
+            chosen.extend(failure_sets(devices, size))
+            continue
+        generator = np.random.default_rng([seed, size])
+        drawn: set[FailureSet] = set()
+        while len(drawn) < shares[size]:
+            drawn.add(frozenset(generator.choice(devices, size, replace=False).tolist()))
+        chosen.extend(sorted(drawn, key=sorted))
+    return chosen
+
+
+class _States:
+    """The different sets of surviving neurons of some plans: ``masks`` of each, and their numbers.
+
+    ``of_plans`` has the state of every failure set of every plan, ``clean`` that of the intact network.
+    """
+
+    def __init__(self, network: Network, survivors: Sequence[Sequence[Masks]]) -> None:
+        self.network = network
+        self.masks: list[Masks] = []
+        numbers: dict[bytes, int] = {}
+
+        def number(masks: Masks) -> int:
+            key = b"".join(mask.tobytes() for mask in masks)
+            if key not in numbers:
+                numbers[key] = len(self.masks)
+                self.masks.append(masks)
+            return numbers[key]
+
+        self.clean = number([np.ones(layer.neurons, dtype=np.bool_) for layer in network.plan_layers])
+        self.of_plans = [[number(masks) for masks in of_plan] for of_plan in survivors]
+
+
+def _count(states: _States, batch: Batch) -> list[int]:
+    """How many images of the batch each state answers rightly."""
+    images, labels = (torch.from_numpy(array).to(best_device()) for array in batch)
+    return [count_correct(scores, labels) for scores in run_under(states.network, images, states.masks)]
+
+
+def _recreate(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> _States:
+    return _States(reload_model(plans[0].model), _survivors(plans, chosen))
+
+
+def _survivors(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> list[list[Masks]]:
+    return [[plan.surviving_neurons(failed) for failed in sets] for plan, sets in zip(plans, chosen, strict=True)]
+
+
+def _read(dataset: Dataset, start: int, size: int) -> Batch:
+    stop = min(start + size, len(dataset))
+    return dataset.images(start, stop), dataset.labels[start:stop]
+
+
+class _ReadAhead:
+    """Items in the order of ``keys``, each read by a second thread while the one before it is worked on."""
+
+    def __init__(self, read: Callable[[str], Batch], keys: Sequence[str]) -> None:
+        self._read = read
+        self._following = dict(itertools.pairwise(keys))
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[str, Future[Batch]] | None = None
+
+    def __enter__(self) -> _ReadAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __call__(self, key: str) -> Batch:
+        future = self._ahead[1] if self._ahead and self._ahead[0] == key else self._thread.submit(self._read, key)
+        following = self._following.get(key)
+        self._ahead = None if following is None else (following, self._thread.submit(self._read, following))
+        return future.result()
 
 
 def _images_at_once(network: Network) -> int:
