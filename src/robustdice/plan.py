@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from robustdice.errors import PlanError
 from robustdice.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_DEVICES = 16
 BYTES_PER_WEIGHT = {"float32": 4}
 """Representations a copy can be kept in, and the bytes of one weight."""
@@ -39,6 +39,10 @@ class Layer:
     ``neuron_weights`` counts the parameters of one neuron: its filter, its bias, and what belongs to
     it in the tail. ``neuron_macs`` are its multiply-adds for one image, ``neuron_outputs`` the
     activations that it hands over at the exchange.
+
+    What of that is the tail's is counted in ``tail_weights`` and ``tail_macs``; before the tail a neuron has
+    ``neuron_preactivations``. ``reads_group``: every group reads input channels of its own (grouped and depthwise
+    convolutions); otherwise all neurons read the same input.
     """
 
     name: str
@@ -47,6 +51,10 @@ class Layer:
     neuron_weights: int
     neuron_macs: int
     neuron_outputs: int
+    tail_weights: int = 0
+    tail_macs: int = 0
+    neuron_preactivations: int = 1
+    reads_group: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,15 @@ class Holder:
 
 @dataclass(frozen=True)
 class Shard:
-    """The neurons of one layer that have the same holders in the same order (the first is the primary)."""
+    """The neurons of one layer that have the same holders in the same order (the first is the primary).
+
+    A *parity* shard has no neurons of its own: it is the sum of the layer's shards ``parity_of`` (positions), each
+    padded with zeros to the longest. It is a spare of all of them: whichever one is missing is it minus the others.
+    """
 
     neurons: tuple[int, ...]
     holders: tuple[Holder, ...]
+    parity_of: tuple[int, ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -73,6 +86,23 @@ class Shard:
         """The first holder that is not in ``failed``, or None when nobody is left."""
         down = frozenset(failed)
         return next((device for device in self.devices if device not in down), None)
+
+
+def shard_width(shards: Sequence[Shard], number: int) -> int:
+    """How many neurons' worth of values shard ``number`` of a layer has: a parity shard as many as its longest."""
+    shard = shards[number]
+    return max(len(shards[member].neurons) for member in shard.parity_of) if shard.parity_of else len(shard.neurons)
+
+
+def publishers(shards: Sequence[Shard], failed: Iterable[int]) -> tuple[int | None, ...]:
+    """For every shard of one layer: the first holder that is up, or None when nobody is left. A parity shard is
+    published only when it is of use: when exactly one of its members has nobody left."""
+    down = frozenset(failed)
+    found = [None if shard.parity_of else shard.publisher(down) for shard in shards]
+    for number, shard in enumerate(shards):
+        if shard.parity_of and sum(found[member] is None for member in shard.parity_of) == 1:
+            found[number] = shard.publisher(down)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -111,11 +141,18 @@ class Plan:
     def bytes_per_device(self) -> tuple[int, ...]:
         """Bytes of parameters that each device holds."""
         held = np.full(self.devices, 4 * self.shared_weights, dtype=np.int64)
-        for layer, shards in zip(self.layers, self.shards, strict=True):
-            for shard in shards:
+        for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
+            by_all = layer.tail_weights if self.exchanged_before_tail(index) else 0
+            held += 4 * layer.neurons * by_all
+            for number, shard in enumerate(shards):
+                # Filters over different inputs cannot be added up: their parity has all of them.
+                summed = not (shard.parity_of and layer.reads_group)
+                neurons = (
+                    shard_width(shards, number) if summed else sum(len(shards[m].neurons) for m in shard.parity_of)
+                )
                 for holder in shard.holders:
                     width = BYTES_PER_WEIGHT[holder.representation]
-                    held[holder.device] += width * layer.neuron_weights * len(shard.neurons)
+                    held[holder.device] += width * (layer.neuron_weights - by_all) * neurons
         return tuple(int(b) for b in held)
 
     @property
@@ -127,6 +164,19 @@ class Plan:
         """Whether every device holds the whole layer: all compute it, and it has no exchange."""
         return all(len(shard.holders) == self.devices for shard in self.shards[layer])
 
+    def exchanged_before_tail(self, layer: int) -> bool:
+        """Whether devices hand each other pre-activations, and each computes the whole tail: sums need that."""
+        return any(shard.parity_of for shard in self.shards[layer])
+
+    @property
+    def exchanged_activations(self) -> int:
+        """Activations of one image that are handed over while every device is up, each counted once."""
+        return sum(
+            layer.neurons * (layer.neuron_preactivations if self.exchanged_before_tail(index) else layer.neuron_outputs)
+            for index, layer in enumerate(self.layers)
+            if not self.held_by_all(index)
+        )
+
     @property
     def healthy_compute_share(self) -> float:
         """The largest device's share of the model's multiply-adds while every device is up and spares
@@ -136,22 +186,25 @@ class Plan:
             if self.held_by_all(index):
                 work += layer.neurons * layer.neuron_macs
             else:
+                by_all = layer.tail_macs if self.exchanged_before_tail(index) else 0
+                work += layer.neurons * by_all
                 for shard in shards:
-                    work[shard.devices[0]] += len(shard.neurons) * layer.neuron_macs
+                    work[shard.devices[0]] += len(shard.neurons) * (layer.neuron_macs - by_all)
         return float(work.max() / sum(layer.neurons * layer.neuron_macs for layer in self.layers))
 
     def publishers(self, failed: Iterable[int]) -> tuple[tuple[int | None, ...], ...]:
-        """For every layer and shard: the first holder that is up, or None when nobody is left."""
+        """For every layer and shard: the first holder that is up, or None, as :func:`publishers` says."""
         down = self.failure_set(failed)
-        return tuple(tuple(shard.publisher(down) for shard in shards) for shards in self.shards)
+        return tuple(publishers(shards, down) for shards in self.shards)
 
     def surviving_neurons(self, failed: Iterable[int]) -> tuple[NDArray[np.bool_], ...]:
-        """For every layer: which neurons still have a publisher, bool[neurons]."""
+        """For every layer: which neurons still have a publisher or follow from a parity shard, bool[neurons]."""
         masks = []
-        for layer, shards, publishers in zip(self.layers, self.shards, self.publishers(failed), strict=True):
+        for layer, shards, found in zip(self.layers, self.shards, self.publishers(failed), strict=True):
             mask = np.zeros(layer.neurons, dtype=np.bool_)
-            for shard, publisher in zip(shards, publishers, strict=True):
-                mask[list(shard.neurons)] = publisher is not None
+            repaired = any(shard.parity_of and device is not None for shard, device in zip(shards, found, strict=True))
+            for shard, device in zip(shards, found, strict=True):
+                mask[list(shard.neurons)] = repaired or device is not None
             mask.flags.writeable = False
             masks.append(mask)
         return tuple(masks)
@@ -209,6 +262,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
     return {
         "neurons": list(shard.neurons),
         "holders": [[holder.device, holder.representation] for holder in shard.holders],
+        **({"parity_of": list(shard.parity_of)} if shard.parity_of else {}),
     }
 
 
@@ -217,6 +271,7 @@ def shard_from_json(document: Mapping[str, Any]) -> Shard:
     return Shard(
         neurons=tuple(int(neuron) for neuron in document["neurons"]),
         holders=tuple(Holder(int(device), str(kind)) for device, kind in document["holders"]),
+        parity_of=tuple(int(number) for number in document.get("parity_of", ())),
     )
 
 
@@ -268,18 +323,23 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"layer {layer.name}: the shards do not hold each of its {layer.neurons} neurons once")
         for shard in shards:
             _check_shard(plan, layer, shard)
+        if problem := parity_problem(shards):
+            raise PlanError(f"layer {layer.name}: {problem}")
 
 
 def _check_layer(layer: Layer) -> None:
     for name, value in asdict(layer).items():
-        if name != "name" and not (isinstance(value, int) and value >= 1):
-            raise PlanError(f"layer {layer.name}: {name} must be a whole number of at least 1, got {value!r}")
+        least = 0 if name.startswith(("tail_", "reads_")) else 1
+        if name != "name" and not (isinstance(value, int) and value >= least):
+            raise PlanError(f"layer {layer.name}: {name} must be a whole number of at least {least}, got {value!r}")
+    if layer.tail_weights >= layer.neuron_weights or layer.tail_macs >= layer.neuron_macs:
+        raise PlanError(f"layer {layer.name}: the tail has more than the whole layer")
     if layer.neurons % layer.group:
         raise PlanError(f"layer {layer.name}: {layer.neurons} neurons are not a multiple of their group, {layer.group}")
 
 
 def _check_shard(plan: Plan, layer: Layer, shard: Shard) -> None:
-    if not shard.neurons or list(shard.neurons) != sorted(shard.neurons):
+    if bool(shard.neurons) == bool(shard.parity_of) or list(shard.neurons) != sorted(shard.neurons):
         raise PlanError(f"layer {layer.name}: a shard's neurons must be in ascending order, at least one")
     groups = {neuron // layer.group for neuron in shard.neurons}
     if len(groups) * layer.group != len(shard.neurons):
@@ -294,3 +354,16 @@ def _check_shard(plan: Plan, layer: Layer, shard: Shard) -> None:
             raise PlanError(
                 f"layer {layer.name}: unknown representation {kind!r}; known: {', '.join(BYTES_PER_WEIGHT)}"
             )
+
+
+def parity_problem(shards: Sequence[Shard]) -> str | None:
+    """What is wrong with the parity shard of a layer, if it has one: it comes last, is the sum of all others, and is
+    held by devices that hold none of these."""
+    *members, last = shards
+    if any(shard.parity_of for shard in members):
+        return "only the last shard can be a parity shard"
+    if last.parity_of and last.parity_of != tuple(range(len(members))):
+        return f"the parity shard must be of all {len(members)} other shards, in order, not of {last.parity_of}"
+    if last.parity_of and {d for shard in members for d in shard.devices}.intersection(last.devices):
+        return "a device holds both the parity shard and one of those that it is the sum of"
+    return None

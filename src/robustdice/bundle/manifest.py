@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustdice.errors import BundleError
-from robustdice.plan import Shard, shard_from_json, shard_to_json
+from robustdice.plan import Shard, parity_problem, shard_from_json, shard_to_json, shard_width
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -34,6 +34,9 @@ class Exchange:
     batch axis, which is 0), each ``features`` entries wide. What nobody hands over is ``fill``: zero, or minus
     infinity where the layer's neurons are the class scores. ``shards`` are all shards of the layer, in the
     plan's order, whoever holds them.
+
+    Where the exchange comes before the layer's tail, every device computes the tail of everything; ``mask`` then
+    names a second value, bool[neurons], which says what was there, for a lost neuron counts as lost after its tail.
     """
 
     layer: str
@@ -42,7 +45,12 @@ class Exchange:
     axis: int
     features: int
     fill: float
+    mask: str | None
     shards: tuple[Shard, ...]
+
+    def entries(self, shard: int) -> int:
+        """How many entries a shard's array has along the axis."""
+        return shard_width(self.shards, shard) * self.features
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,7 @@ def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
         axis=int(document["axis"]),
         features=int(document["features"]),
         fill=float(document["fill"]),
+        mask=None if document["mask"] is None else str(document["mask"]),
         shards=tuple(shard_from_json(shard) for shard in document["shards"]),
     )
 
@@ -220,6 +229,8 @@ def _check(manifest: Manifest) -> None:
         neurons = sorted(neuron for shard in exchange.shards for neuron in shard.neurons)
         width = exchange.shape[exchange.axis - 1]
         require(neurons == list(range(len(neurons))), "a layer's neurons")
+        require(bool(exchange.shards) and not parity_problem(exchange.shards), "a parity shard")
+        require(all(bool(s.neurons) != bool(s.parity_of) for s in exchange.shards), "an empty shard")
         require(len(neurons) * exchange.features == width, "a layer's width")
     named = {part.file for stage in manifest.stages for part in (stage.local, *stage.pieces) if part is not None}
     require(named == set(manifest.files), "its list of files")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -175,6 +175,77 @@ def cut_layer(graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64],
                     attribute.i = attribute.i * len(neurons) // layer.layer.neurons
         nodes.append(copy)
     return Cut(tuple(nodes), arrays)
+
+
+def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[np.int64]], prefix: str) -> Cut:
+    """What computes the sum of the values of ``members`` (neurons each), padded with zeros to the longest.
+
+    Where all neurons read the same input, the sum of their filters gives the sum of their values; in a grouped
+    convolution, whose filters read different channels, the values themselves are added up. ``layer`` has no tail.
+    """
+    longest = max(members, key=len)
+    if not layer.input_channels:
+        whole = cut_layer(graph, layer, longest, prefix)
+        arrays = dict(whole.arrays)
+        for parameter in layer.parameters:
+            summed = np.zeros(arrays[prefix + parameter.name].shape, np.float64)
+            for neurons in members:
+                part = np.asarray(
+                    _take(graph.arrays[parameter.name], neurons, parameter.axis, parameter.features), np.float64
+                )
+                summed[(slice(None),) * parameter.axis + (slice(part.shape[parameter.axis]),)] += part
+            arrays[prefix + parameter.name] = summed.astype(np.float32)
+        return Cut(whole.nodes, arrays)
+    nodes: list[onnx.NodeProto] = []
+    arrays = {}
+    terms = []
+    rank = len(layer.shape) + 1
+    for number, neurons in enumerate(members):
+        inner = f"{prefix}{number}/"
+        part_cut = cut_layer(graph, layer, neurons, inner)
+        nodes.extend(part_cut.nodes)
+        arrays.update(part_cut.arrays)
+        ends = np.zeros(2 * rank, dtype=np.int64)
+        ends[rank + layer.axis] = len(longest) - len(neurons)
+        arrays[f"{inner}pads/indices"] = ends
+        terms.append(f"{inner}{layer.value.name}/padded")
+        nodes.append(helper.make_node("Pad", [f"{inner}{layer.value.name}", f"{inner}pads/indices"], [terms[-1]]))
+    nodes.append(helper.make_node("Sum", terms, [prefix + layer.value.name]))
+    return Cut(tuple(nodes), arrays)
+
+
+def mask_name(layer: NetworkLayer) -> str:
+    """The name of the value that says which neurons of a layer are there: bool[neurons]."""
+    return f"{layer.value.name}__mask"
+
+
+def with_mask(graph: OnnxGraph, layer: NetworkLayer) -> OnnxGraph:
+    """The graph with the layer's value, after its tail, filled where the layer's mask says that a neuron is lost."""
+    value, mask = layer.value.name, mask_name(layer)
+    whole, wide, shaped = f"{value}/whole", f"{mask}/wide", f"{mask}/shaped"
+    tail_end = onnx.NodeProto()
+    tail_end.CopyFrom(graph.producers[value])
+    tail_end.output[:] = [whole if output == value else output for output in tail_end.output]
+    entries = np.repeat(np.arange(layer.layer.neurons), layer.features)
+    shape = np.ones(len(layer.shape) + 1, dtype=np.int64)
+    shape[layer.axis] = -1
+    arrays: dict[str, Array] = {
+        f"{mask}/entries": entries,
+        f"{mask}/shape": shape,
+        f"{value}/fill": np.array(layer.fill, np.float32),
+    }
+    nodes = (
+        tail_end,
+        helper.make_node("Gather", [mask, f"{mask}/entries"], [wide]),
+        helper.make_node("Reshape", [wide, f"{mask}/shape"], [shaped]),
+        helper.make_node("Where", [shaped, whole, f"{value}/fill"], [value]),
+    )
+    return replace(
+        graph,
+        producers={**graph.producers, **{output: node for node in nodes for output in node.output if output}},
+        arrays={**graph.arrays, **arrays},
+        types={**graph.types, mask: (TensorProto.BOOL, 1)},
+    )
 
 
 def _take(array: Array, neurons: NDArray[np.int64], axis: int, features: int) -> Array:

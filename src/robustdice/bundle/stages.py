@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from robustdice.model.network import Network
+from robustdice.model.network import Network, NetworkLayer
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class StageGraph:
     keep: tuple[fx.Node, ...]
 
 
-def split_into_stages(network: Network, exchanged: Collection[int]) -> list[StageGraph]:
+def split_into_stages(network: Network, exchanged: Mapping[int, NetworkLayer]) -> list[StageGraph]:
     """Every node as early as possible: a stage has all layers whose inputs the exchanges before it complete.
 
-    Layers that are not ``exchanged`` are computed by every device, like all that lies between layers.
+    ``exchanged`` has the layers that are exchanged, by their position in the network, each up to the value that is
+    handed over. Other layers are computed by every device, like all that lies between layers.
     """
-    layers = {network.layers[index].node: index for index in exchanged}
+    layers = {layer.node: index for index, layer in exchanged.items()}
     stage_of_value = {network.input: 0}  # the stage from which on a tensor is there
     stage_of_layer: dict[int, int] = {}
     computed: dict[fx.Node, int] = {}  # tensors computed by every device, and in which stage
@@ -39,7 +40,7 @@ def split_into_stages(network: Network, exchanged: Collection[int]) -> list[Stag
             continue
         stage = max((stage_of_value[used] for used in tensors_used(network, node)), default=0)
         if node in layers:
-            layer = network.layers[layers[node]]
+            layer = exchanged[layers[node]]
             stage_of_layer[layers[node]] = stage
             stage_of_value[layer.value] = stage + 1
             inside.update(_tail(node, layer.value))
@@ -48,7 +49,8 @@ def split_into_stages(network: Network, exchanged: Collection[int]) -> list[Stag
     last = stage_of_value[network.output]
     needed = _last_uses(network, layers, stage_of_layer, computed, last)
     return [
-        _stage(network, number, stage_of_value, stage_of_layer, computed, needed, layers) for number in range(last + 1)
+        _stage(network, number, stage_of_value, stage_of_layer, computed, needed, exchanged)
+        for number in range(last + 1)
     ]
 
 
@@ -96,7 +98,7 @@ def _stage(
     stage_of_layer: dict[int, int],
     computed: dict[fx.Node, int],
     needed: dict[fx.Node, int],
-    layers: dict[fx.Node, int],
+    exchanged: Mapping[int, NetworkLayer],
 ) -> StageGraph:
     here = [node for node, stage in computed.items() if stage == number]
     members = tuple(sorted(index for index, stage in stage_of_layer.items() if stage == number))
@@ -105,7 +107,7 @@ def _stage(
     inputs: dict[fx.Node, None] = {}
     for node in here:
         inputs.update({used: None for used in tensors_used(network, node) if computed.get(used) != number})
-    exchanged_here = {network.layers[index].value for index in layers.values() if index in members}
+    exchanged_here = {exchanged[index].value for index in members}
     keep = tuple(
         value
         for value, stage in stage_of_value.items()

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,22 @@ from robustdice.bundle.manifest import (
     Piece,
     Stage,
 )
-from robustdice.bundle.onnx_graph import Cut, OnnxGraph, cut, cut_layer, export_onnx, make_model
+from robustdice.bundle.onnx_graph import (
+    Cut,
+    OnnxGraph,
+    cut,
+    cut_layer,
+    cut_parity,
+    export_onnx,
+    make_model,
+    mask_name,
+    with_mask,
+)
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
 from robustdice.model.canonical import arguments
-from robustdice.model.network import Network, check_plan_fits
-from robustdice.plan import Plan
+from robustdice.model.network import Network, NetworkLayer, check_plan_fits
+from robustdice.plan import Plan, Shard
 
 SPARES = ("standby", "hot")
 _BESIDE_BUNDLES = {"plan.json", "cluster.toml", "client.key"}
@@ -56,10 +66,17 @@ def write_bundles(
         raise PlanError(f"spares are {' or '.join(SPARES)}, not {spares!r}")
     check_plan_fits(network, plan)
     check_replaceable(directory)
-    exchanged = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
+    exchanged = {
+        index: layer.without_tail if plan.exchanged_before_tail(index) else layer
+        for index, layer in enumerate(network.layers)
+        if not plan.held_by_all(index)
+    }
     stages = split_into_stages(network, exchanged)
     graph = graph or export_onnx(network)
-    locals_ = [_local_model(graph, stage, number) for number, stage in enumerate(stages)]
+    masked = [layer for index, layer in enumerate(network.layers) if _mask(network, exchanged, index)]
+    for layer in masked:
+        graph = with_mask(graph, layer)
+    locals_ = [_local_model(graph, stage, number, masked) for number, stage in enumerate(stages)]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +120,21 @@ def _is_of_a_build(path: Path) -> bool:
     return all(file.name in _IN_BUNDLES or file.suffix == ".onnx" for file in path.iterdir())
 
 
-def _local_model(graph: OnnxGraph, stage: StageGraph, number: int) -> tuple[Local, _Model] | None:
+def _mask(network: Network, exchanged: Mapping[int, NetworkLayer], index: int) -> str | None:
+    """The name of an exchange's mask: it needs one when a tail follows it."""
+    layer = network.layers[index]
+    return mask_name(layer) if index in exchanged and exchanged[index].value is not layer.value else None
+
+
+def _local_model(
+    graph: OnnxGraph, stage: StageGraph, number: int, masked: Sequence[NetworkLayer]
+) -> tuple[Local, _Model] | None:
     if not stage.local_outputs:
         return None
     outputs = tuple(node.name for node in stage.local_outputs)
-    part = cut(graph, [node.name for node in stage.local_inputs], outputs)
-    inputs = tuple(node.name for node in stage.local_inputs)
+    masks = [mask_name(layer) for layer in masked if layer.node in stage.local_inputs]
+    inputs = (*(node.name for node in stage.local_inputs), *masks)
+    part = cut(graph, inputs, outputs)
     content, arrays = make_model([part], inputs, outputs, graph.opset, graph.types)
     weights = sum(part.arrays[name].nbytes for name in arrays & graph.parameters)
     return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, weights)
@@ -120,7 +146,7 @@ def _write_device(
     graph: OnnxGraph,
     stages: Sequence[StageGraph],
     locals_: Sequence[tuple[Local, _Model] | None],
-    exchanged: Sequence[int],
+    exchanged: Mapping[int, NetworkLayer],
     device: int,
     spares: str,
     target: Path,
@@ -140,13 +166,13 @@ def _write_device(
             write(local[0].file, local[1])
         pieces = []
         for count, shards in enumerate(_piece_shards(plan, stage.layers, device, spares)):
-            piece, model = _piece(network, plan, graph, exchanged, shards, f"stage-{number:03d}-piece-{count}.onnx")
+            piece, model = _piece(plan, graph, exchanged, shards, f"stage-{number:03d}-piece-{count}.onnx")
             write(piece.file, model)
             pieces.append(piece)
         manifest_stages.append(
             Stage(
                 local=None if local is None else local[0],
-                exchanges=tuple(exchanged.index(layer) for layer in stage.layers),
+                exchanges=tuple(list(exchanged).index(layer) for layer in stage.layers),
                 pieces=tuple(pieces),
                 keep=tuple(node.name for node in stage.keep),
             )
@@ -168,7 +194,9 @@ def _write_device(
         outputs=network.outputs,
         classes=tuple(plan.model.preprocessing.get("classes", ())),
         preprocessing={key: value for key, value in plan.model.preprocessing.items() if key != "classes"},
-        exchanges=tuple(_exchange(network, plan, layer) for layer in exchanged),
+        exchanges=tuple(
+            _exchange(layer, _mask(network, exchanged, index), plan.shards[index]) for index, layer in exchanged.items()
+        ),
         stages=tuple(manifest_stages),
         files=files,
         weight_bytes=weight_bytes,
@@ -176,8 +204,7 @@ def _write_device(
     (target / MANIFEST_NAME).write_bytes(manifest.to_json())
 
 
-def _exchange(network: Network, plan: Plan, index: int) -> Exchange:
-    layer = network.layers[index]
+def _exchange(layer: NetworkLayer, mask: str | None, shards: tuple[Shard, ...]) -> Exchange:
     return Exchange(
         layer=layer.layer.name,
         value=layer.value.name,
@@ -185,7 +212,8 @@ def _exchange(network: Network, plan: Plan, index: int) -> Exchange:
         axis=layer.axis,
         features=layer.features,
         fill=layer.fill,
-        shards=plan.shards[index],
+        mask=mask,
+        shards=shards,
     )
 
 
@@ -195,16 +223,17 @@ def _piece_shards(plan: Plan, layers: Sequence[int], device: int, spares: str) -
     for layer in layers:
         for number, shard in enumerate(plan.shards[layer]):
             if device in shard.devices:
-                before = frozenset(shard.devices[: shard.devices.index(device)])
+                members = [plan.shards[layer][member].devices for member in shard.parity_of]
+                first = shard.devices[: shard.devices.index(device)]
+                before = frozenset(first).union(*members)  # a parity shard is a spare of all its members
                 pieces.setdefault(before if spares == "standby" else frozenset(), []).append((layer, number))
     return [pieces[before] for before in sorted(pieces, key=lambda before: (len(before), sorted(before)))]
 
 
 def _piece(
-    network: Network,
     plan: Plan,
     graph: OnnxGraph,
-    exchanged: Sequence[int],
+    exchanged: Mapping[int, NetworkLayer],
     shards: Sequence[tuple[int, int]],
     file: str,
 ) -> tuple[Piece, _Model]:
@@ -213,23 +242,24 @@ def _piece(
     inputs: dict[str, None] = {}
     weights = 0
     for index in sorted({layer for layer, _ in shards}):
-        layer = network.layers[index]
-        neurons = np.array(
-            [n for which, number in shards if which == index for n in plan.shards[index][number].neurons]
-        )
+        layer, of_layer = exchanged[index], plan.shards[index]
+        mine = [of_layer[number] for which, number in shards if which == index]
         prefix = f"{layer.layer.name}/"
-        part = cut_layer(graph, layer, neurons, prefix)
+        if mine[0].parity_of:  # then it is the only one of this layer here
+            part = cut_parity(graph, layer, [np.array(of_layer[m].neurons) for m in mine[0].parity_of], prefix)
+        else:
+            part = cut_layer(graph, layer, np.array([n for shard in mine for n in shard.neurons]), prefix)
         cuts.append(part)
         outputs.append(prefix + layer.value.name)
         inputs[arguments(layer.node)[0].name] = None
         weights += sum(
-            array.nbytes for name, array in part.arrays.items() if name.removeprefix(prefix) in graph.parameters
+            array.nbytes for name, array in part.arrays.items() if name.rpartition("/")[2] in graph.parameters
         )
     content, _ = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
     piece = Piece(
         file=file,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        shards=tuple((exchanged.index(layer), number) for layer, number in shards),
+        shards=tuple((list(exchanged).index(layer), number) for layer, number in shards),
     )
     return piece, _Model(content, weights)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,10 +43,10 @@ Survivors = Sequence[torch.Tensor]
 class NetworkLayer:
     """A layer, and where it lies in the graph.
 
-    ``node`` is the convolution or linear node, ``value`` the end of its tail: what is exchanged. The value's shape
-    (without the batch axis) is ``shape``; neurons lie along ``axis`` (counted with the batch axis), ``features``
-    entries each. ``fill`` stands in for a lost neuron. ``parameters`` hold one slice per neuron,
-    ``filters`` names those that count in the scores. ``input_channels`` is 0 when every
+    ``node`` is the convolution or linear node, ``value`` the end of its tail: what is exchanged. ``shape`` is the
+    value's shape (without the batch axis), ``own_shape`` that of ``node``; neurons lie along ``axis`` of the value
+    (counted with the batch axis), ``features`` entries each. ``fill`` stands in for a lost neuron. ``parameters``
+    hold one slice per neuron, ``filters`` names those that count in the scores. ``input_channels`` is 0 when every
     neuron reads the whole input, else the number of input channels that each group of neurons reads.
     """
 
@@ -54,12 +54,29 @@ class NetworkLayer:
     node: fx.Node
     value: fx.Node
     shape: tuple[int, ...]
+    own_shape: tuple[int, ...]
     axis: int
     features: int
     fill: float
     parameters: tuple[ParameterSlice, ...]
     filters: tuple[str, ...]
     input_channels: int
+
+    @property
+    def without_tail(self) -> NetworkLayer:
+        """The layer alone, for exchanging before the tail: its value are the pre-activations."""
+        if self.value is self.node:
+            return self
+        own = {str(argument.target) for argument in self.node.args[1:3] if isinstance(argument, fx.Node)}
+        return replace(
+            self,
+            value=self.node,
+            shape=self.own_shape,
+            axis=1 if self.node.target in _CONVOLUTIONS else len(self.own_shape),
+            features=1,
+            fill=0.0,
+            parameters=tuple(parameter for parameter in self.parameters if parameter.name in own),
+        )
 
     def broadcast(self, per_neuron: torch.Tensor) -> torch.Tensor:
         """A tensor [..., neurons] in the shape that combines with the exchanged value [..., batch, ...]."""
@@ -317,7 +334,7 @@ def _find_layers(
             value, channels = following, reached
             in_tails.add(following)
         name = _unique_name(re.sub(rf"(\.weight)?({COPY_MARK}\d+)?$", "", str(node.args[1].target), count=1), names)
-        layers.append(_network_layer(name, node, value, channels, shapes, output))
+        layers.append(_network_layer(name, node, value, start, channels, shapes, output))
     if not layers:
         raise ModelError("the model has no convolution or linear layer: there is nothing to distribute")
     sliced = {parameter.name for layer in layers for parameter in layer.parameters}
@@ -360,16 +377,19 @@ def _network_layer(
     name: str,
     node: fx.Node,
     value: fx.Node,
+    start: Channels,
     channels: Channels,
     shapes: Shapes,
     output: Any,
 ) -> NetworkLayer:
+    """``start`` are the neurons at ``node``, ``channels`` at the end of the tail, ``value``."""
     x, *_, groups = arguments(node, None, None, None, 1, 0, 1, 1) if node.target in _CONVOLUTIONS else (node.args[0], 1)
     weights = sum(
         math.prod(shape) // (shape[s.axis] // s.features)
         for s in channels.parameters
         for shape in [_parameter_shape(node.graph, s.name, shapes)]
     )
+    own_weights = sum(math.prod(_parameter_shape(node.graph, name, shapes)[1:]) for name in start.filters)
     shape = shapes[value][1:]
     return NetworkLayer(
         layer=Layer(
@@ -379,10 +399,15 @@ def _network_layer(
             neuron_weights=weights,
             neuron_macs=channels.macs,
             neuron_outputs=math.prod(shape) // channels.neurons,
+            tail_weights=weights - own_weights,
+            tail_macs=channels.macs - start.macs,
+            neuron_preactivations=math.prod(shapes[node][1:]) // channels.neurons,
+            reads_group=groups > 1,
         ),
         node=node,
         value=value,
         shape=shape,
+        own_shape=shapes[node][1:],
         axis=channels.axis,
         features=channels.features,
         fill=-math.inf if value is output else 0.0,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance
+from robustdice.partitioning.cdc import cdc
 from robustdice.partitioning.lop import lop
 from robustdice.partitioning.replicate import full
 from robustdice.partitioning.request import Answer, Request
@@ -14,7 +15,7 @@ from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
 
 __all__ = ["METHODS", "partition"]
 
-METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lop": lop, "full": full}
+METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lop": lop, "cdc": cdc, "full": full}
 """The ways to partition, by name."""
 
 

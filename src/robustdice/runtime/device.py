@@ -140,7 +140,7 @@ class Worker(threading.Thread):
         values = self._kept.pop(task.frame)
         for exchange in manifest.stages[task.stage - 1].exchanges:
             shards = {shard: array for (other, shard), array in task.gathered.items() if other == exchange}
-            values[manifest.exchanges[exchange].value] = self._executor.assemble(exchange, shards)
+            values.update(self._executor.assemble(exchange, shards))
         return values
 
 

@@ -31,7 +31,7 @@ class Executor:
         self.manifest = bundle.manifest
         self._sessions = {file: _session(bundle, file, threads) for file in bundle.manifest.files}
         self._places = [
-            [_place(shard.neurons, exchange.features) for shard in exchange.shards]
+            [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges
         ]
 
@@ -50,22 +50,31 @@ class Executor:
         for position, name in zip(dict.fromkeys(exchange for exchange, _ in part.shards), part.outputs, strict=True):
             exchange = self.manifest.exchanges[position]
             mine = [shard for other, shard in part.shards if other == position]
-            widths = [len(exchange.shards[shard].neurons) * exchange.features for shard in mine]
+            widths = [exchange.entries(shard) for shard in mine]
             arrays = np.split(outputs[name], np.cumsum(widths)[:-1], axis=exchange.axis)
             shards.update({(position, shard): array for shard, array in zip(mine, arrays, strict=True)})
         return shards
 
-    def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Array:
-        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number); ``fill`` where one is missing."""
+    def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Values:
+        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number), and its mask if it has one.
+
+        A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise.
+        """
         spec = self.manifest.exchanges[exchange]
         places = self._places[exchange]
-        if len(places) == 1 and len(shards) == 1:
-            return shards[0]
-        value: Array = np.empty((batch, *spec.shape), np.float32)
-        for number, place in enumerate(places):
-            at = (slice(None),) * spec.axis + (place,)
-            value[at] = shards.get(number, spec.fill)
-        return value
+        there = _repair(spec, shards)
+        if len(places) == 1 and len(there) == 1:
+            value = there[0]
+        else:
+            value = np.empty((batch, *spec.shape), np.float32)
+            for number, place in enumerate(places):
+                value[(slice(None),) * spec.axis + (place,)] = there.get(number, spec.fill)
+        if spec.mask is None:
+            return {spec.value: value}
+        mask = np.zeros(spec.shape[spec.axis - 1] // spec.features, np.bool_)
+        for number in there:
+            mask[list(spec.shards[number].neurons)] = True
+        return {spec.value: value, spec.mask: mask}
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that the stages after ``stage`` still need."""
@@ -76,10 +85,24 @@ class Executor:
         return dict(zip(outputs, results, strict=True))
 
 
+def _repair(exchange: Exchange, shards: Mapping[int, Array]) -> dict[int, Array]:
+    """The shards with neurons: those that are there, and the one missing if the parity shard gives it."""
+    last = len(exchange.shards) - 1
+    members = exchange.shards[last].parity_of
+    there = {number: array for number, array in shards.items() if not exchange.shards[number].parity_of}
+    missing = [number for number in members if number not in there]
+    if last not in shards or len(missing) != 1:
+        return there
+    rest = shards[last].copy()
+    for array in there.values():
+        rest[(slice(None),) * exchange.axis + (slice(array.shape[exchange.axis]),)] -= array
+    there[missing[0]] = rest[(slice(None),) * exchange.axis + (slice(exchange.entries(missing[0])),)]
+    return there
+
+
 def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
     """The shape of a shard's array, without the batch axis."""
-    width = len(exchange.shards[shard].neurons) * exchange.features
-    return (*exchange.shape[: exchange.axis - 1], width, *exchange.shape[exchange.axis :])
+    return (*exchange.shape[: exchange.axis - 1], exchange.entries(shard), *exchange.shape[exchange.axis :])
 
 
 def open_session(model: Path, threads: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.messages import Array, FrameId, ShardId
@@ -59,17 +59,23 @@ class InFlight:
     """Nobody left the view during the current wait, so that its length may be learnt from."""
 
     def publisher(self, shard: ShardId) -> int | None:
-        """The first holder in this frame's view."""
+        """The first holder in this frame's view; of a parity shard, only while one of its members has none."""
+        number, position = shard
+        shards = self.manifest.exchanges[number].shards
+        alone = [m for m in shards[position].parity_of if self._holder((number, m)) is None]
+        return None if shards[position].parity_of and len(alone) != 1 else self._holder(shard)
+
+    def _holder(self, shard: ShardId) -> int | None:
         holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
         return next((device for device in holders if device in self.live), None)
 
     def replaceable(self, device: int) -> bool:
-        """Whether everything that this stage misses from ``device`` has another holder in this frame's view."""
-        exchanges = self.manifest.exchanges
+        """Whether this stage can have everything that it misses from ``device`` without it, in this frame's view."""
+        view = replace(self, live=self.live - {device})
+        lost = [shard for shard, publisher in self.missing().items() if publisher == device]
         return all(
-            self.live & set(exchanges[e].shards[s].devices) - {device}
-            for (e, s), publisher in self.missing().items()
-            if publisher == device
+            view._holder(shard) is not None or any(e == shard[0] and self._is_parity((e, s)) for e, s in view.missing())
+            for shard in lost
         )
 
     def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int) -> None:
@@ -86,8 +92,24 @@ class InFlight:
 
     def missing(self) -> dict[ShardId, int]:
         """What this stage still waits for: shards that have not come, and their live publishers."""
-        publishers = {shard: self.publisher(shard) for shard in self.shards_of(self.stage) if shard not in self.sources}
-        return {shard: device for shard, device in publishers.items() if device is not None}
+        found: dict[ShardId, int] = {}
+        for exchange in self.manifest.stages[self.stage].exchanges:
+            shards = self.manifest.exchanges[exchange].shards
+            absent = [(exchange, s) for s in range(len(shards)) if (exchange, s) not in self.sources]
+            holders = {shard: self._holder(shard) for shard in absent}
+            lost = [shard for shard, device in holders.items() if device is None and not self._is_parity(shard)]
+            # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
+            found.update(
+                {
+                    shard: device
+                    for shard, device in holders.items()
+                    if device is not None and (len(lost) == 1 or not self._is_parity(shard))
+                }
+            )
+        return found
+
+    def _is_parity(self, shard: ShardId) -> bool:
+        return bool(self.manifest.exchanges[shard[0]].shards[shard[1]].parity_of)
 
     def gather(self, stage: int, me: int) -> dict[ShardId, Array]:
         """Take a finished stage's shards out of ``got``; a spare of our own stands in for what did not come."""
@@ -110,7 +132,10 @@ class InFlight:
         """Least share of neurons present and largest share from a spare, over the exchanges; and all sources."""
         present, spares, sources = 1.0, 0.0, []
         for number, exchange in enumerate(self.manifest.exchanges):
-            origin = tuple(self.sources.get((number, s), -1) for s in range(len(exchange.shards)))
+            origin = [self.sources.get((number, s), -1) for s in range(len(exchange.shards))]
+            members = exchange.shards[-1].parity_of
+            if origin[-1] >= 0 and [origin[m] for m in members].count(-1) == 1:
+                origin[origin.index(-1)] = origin[-1]
             sizes = [len(shard.neurons) for shard in exchange.shards]
             there = sum(size for size, source in zip(sizes, origin, strict=True) if source >= 0)
             from_spare = sum(
@@ -119,7 +144,7 @@ class InFlight:
                 if source not in {-1, shard.devices[0]}
             )
             present, spares = min(present, there / sum(sizes)), max(spares, from_spare / sum(sizes))
-            sources.append(origin)
+            sources.append(tuple(origin))
         return present, spares, tuple(sources)
 
 

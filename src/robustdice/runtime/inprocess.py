@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from robustdice.bundle.read import Bundle
 from robustdice.errors import BundleError, ClusterError
+from robustdice.plan import publishers
 from robustdice.runtime.executor import Array, Executor, ShardId
 
 
@@ -57,7 +58,7 @@ class InProcess:
                 kept = executor.keep(number, values[device])
                 for exchange in stage.exchanges:
                     mine = {shard: array for (e, shard), array in shards.items() if e == exchange}
-                    kept[manifest.exchanges[exchange].value] = executor.assemble(exchange, mine, batch)
+                    kept.update(executor.assemble(exchange, mine, batch))
                 values[device] = kept
         outputs = [values[device][manifest.output].reshape(batch, -1) for device in live]
         if any(not np.array_equal(outputs[0], other, equal_nan=True) for other in outputs[1:]):
@@ -68,7 +69,9 @@ class InProcess:
         executor = self._executors[device]
         published: dict[ShardId, Array] = {}
         for number, piece in enumerate(executor.manifest.stages[stage].pieces):
-            mine = {(e, s) for e, s in piece.shards if self._manifest.exchanges[e].shards[s].publisher(down) == device}
+            mine = {
+                (e, s) for e, s in piece.shards if publishers(self._manifest.exchanges[e].shards, down)[s] == device
+            }
             if mine:
                 computed = executor.run_piece(stage, number, values)
                 published.update({shard: computed[shard] for shard in mine})

@@ -148,7 +148,7 @@ class Codec:
         self._manifest = manifest
         exchanges = manifest.exchanges if manifest else ()
         self._shapes = [
-            [(1, *e.shape[: e.axis - 1], len(shard.neurons) * e.features, *e.shape[e.axis :]) for shard in e.shards]
+            [(1, *e.shape[: e.axis - 1], e.entries(number), *e.shape[e.axis :]) for number in range(len(e.shards))]
             for e in exchanges
         ]
         sizes = [4 * math.prod(shape) for shapes in self._shapes for shape in shapes]
