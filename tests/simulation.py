@@ -181,7 +181,7 @@ class World:
         if isinstance(task, RunStage):
             for shard, token in task.gathered.items():
                 assert token == (task.frame, shard), f"seed {self.seed}: a wrong array"
-            stages[task.stage] = stages.get(task.stage - 1, frozenset()) | set(task.gathered)
+            stages[task.stage] = stages.get(task.stage - 1, frozenset()) | self._repaired(set(task.gathered))
         assert task.stage in stages, f"seed {self.seed}: the values of stage {task.stage} are gone"
         shards = {
             shard: (task.frame, shard)
@@ -193,6 +193,15 @@ class World:
         seconds = self.compute_seconds * node.speed * (0.5 + self.random.random())
         node.free_at = max(self.now, node.free_at) + seconds  # one after the other
         self.at(node.free_at, self._deliver, node.device, node.incarnation, done)
+
+    def _repaired(self, gathered: set[ShardId]) -> set[ShardId]:
+        """With the single shard of an exchange that its parity shard gives."""
+        repaired = set(gathered)
+        for e, exchange in enumerate(self.manifests[0].exchanges):
+            members = {(e, m) for m in exchange.shards[-1].parity_of}
+            if (e, len(members)) in gathered and len(members - gathered) == 1:
+                repaired |= members
+        return repaired
 
     # -- network
 
@@ -344,7 +353,9 @@ class World:
             sizes = [len(shard.neurons) for shard in exchange.shards]
             shares.append(sum(size for s, size in enumerate(sizes) if (e, s) in told) / sum(sizes))
             for s, source in enumerate(message.sources[e]):
-                assert source == -1 or source in exchange.shards[s].devices
+                parity = exchange.shards[-1]
+                able = (*exchange.shards[s].devices, *(parity.devices if parity.parity_of else ()))
+                assert source == -1 or source in able
         assert message.coverage == min(shares), f"seed {self.seed}: coverage"
         self.answers.setdefault(number, []).append((self.now, message))
         up = sum(node.engine is not None and node.frozen_since is None for node in self.nodes)

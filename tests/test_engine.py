@@ -16,11 +16,12 @@ from simulation import Network, World
 FAULTS = ("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping")
 
 
-def chaos(seed: int) -> World:
+def chaos(seed: int, parity: bool = False) -> World:
     """A world with up to five faults in its first seconds, and none after ``world.calm``."""
     draw = random.Random(seed)  # noqa: S311
     devices = draw.choice([2, 3, 3, 4, 4, 5])
-    plan = make_plan(devices, holders=draw.choice([1, 2, min(3, devices)]), interleaved=draw.random() < 0.5)
+    holders, interleaved = draw.choice([1, 2, min(3, devices)]), draw.random() < 0.5
+    plan = make_plan(devices, holders, interleaved, parity)
     network = Network(duplication=0.05, slow=draw.choice([0.0, 0.02]), loss=draw.choice([0.0, 0.0, 0.002]))
     world = World(plan, seed, draw.choice(["hot", "standby"]), network, draw.choice([1, 3, 6]), draw.random() < 0.3)
     world.interval = 0.03
@@ -74,12 +75,46 @@ def test_chaos(first: int) -> None:
         chaos(seed)
 
 
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_chaos_with_parity(first: int) -> None:
+    for seed in range(first, first + 10):
+        chaos(seed, parity=True)
+
+
+@pytest.mark.parametrize("spares", ["hot", "standby"])
+@pytest.mark.parametrize("lost", range(4))
+def test_a_parity_shard_repairs_the_loss_of_any_one_device(spares: str, lost: int) -> None:
+    world = World(make_plan(4, parity=True), 1, spares)
+    world.start_client(0.2, 3.0)
+    world.at(1.0, world.crash, lost)
+    world.run(6.0)
+    world.check()
+    assert min(world.coverage()) == 1.0
+    late = [answer for _, answer in world.answers[max(world.answers)]]
+    assert {answer.down for answer in late} == {(lost,)}
+    assert all((answer.from_spares > 0) == (lost != 3) for answer in late)
+    assert {d for answer in late for exchange in answer.sources for d in exchange} <= {-1, 0, 1, 2, 3} - {lost}
+
+
+def test_with_two_devices_down_parity_repairs_nothing_and_coverage_says_so() -> None:
+    world = World(make_plan(4, parity=True), 1)
+    world.start_client(0.2, 4.0)
+    world.at(1.0, world.crash, 0)
+    world.at(1.5, world.crash, 1)
+    world.run(7.0)
+    world.check()
+    late = [answer for _, answer in world.answers[max(world.answers)]]
+    assert {answer.coverage for answer in late} == {2 / 8}  # conv1: 3, 3 and 2 neurons
+    assert {answer.from_spares for answer in late} == {0.0}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("parity", [False, True])
 @pytest.mark.parametrize("first", range(1000, 1500, 100))
-def test_chaos_at_length(first: int) -> None:
+def test_chaos_at_length(first: int, parity: bool) -> None:
     for seed in range(first, first + 100):
-        chaos(seed)
+        chaos(seed, parity)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,16 +1,31 @@
 """Accuracy under every failure set, against a loop over images in the original module."""
 
+import itertools
+import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nets import Residual, network_of, random_images, random_plan, seeded, without
-from robustdice.errors import PlanError
-from robustdice.failure.evaluate import Evaluation, count_correct, evaluate
+from nets import Residual, network_of, random_images, random_plan, relative_error, seeded, without
+from robustdice.errors import OutputError, PlanError
+from robustdice.failure import passes
+from robustdice.failure.availability import expect
+from robustdice.failure.evaluate import (
+    Evaluation,
+    choose_failure_sets,
+    count_correct,
+    evaluate,
+    evaluate_plans,
+)
+from robustdice.failure.passes import run_under
 from robustdice.model.data import Dataset
-from robustdice.model.network import Network, Survivors
+from robustdice.model.network import Network
 from robustdice.plan import Holder, ModelReference, Plan, Shard, failure_sets
 
 SHAPE = (3, 8, 8)
@@ -73,19 +88,142 @@ def test_failures_that_leave_the_same_neurons_share_their_passes(
     network: Network, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = random_plan(network, 4, seed=0, everywhere=range(5))
-    passes = 0
-    run = Network.run
+    executed = 0
+    run = passes.execute
 
-    def counted(self: Network, images: torch.Tensor, survivors: Survivors | None = None) -> torch.Tensor:
-        nonlocal passes
-        passes += 1
-        return run(self, images, survivors)
+    def counted(module: Any, nodes: list[Any], values: dict[Any, Any]) -> None:
+        nonlocal executed
+        executed += len(nodes)
+        run(module, nodes, values)
 
-    monkeypatch.setattr(Network, "run", counted)
+    monkeypatch.setattr(passes, "execute", counted)
     found = evaluate(network, plan, dataset)
     assert len(found.accuracy) == 15
     assert set(found.accuracy.values()) == {found.clean}
-    assert passes <= 2 * 2  # two batches, clean and all neurons there
+    assert executed == 2 * len(network.nodes)  # two batches, each once: clean and all neurons there are the same
+
+
+def test_what_comes_before_the_first_difference_is_computed_once(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convolutions: list[Any] = []
+    run = passes.execute
+
+    def counted(module: Any, nodes: list[Any], values: dict[Any, Any]) -> None:
+        convolutions.extend(node for node in nodes if node in {layer.node for layer in network.layers})
+        run(module, nodes, values)
+
+    monkeypatch.setattr(passes, "execute", counted)
+    plan = random_plan(network, 3, seed=4, everywhere=(0, 1))
+    sets = [plan.surviving_neurons(failed) for size in range(3) for failed in failure_sets(3, size)]
+    run_under(network, torch.from_numpy(IMAGES[:2]), sets)
+    counts = [convolutions.count(layer.node) for layer in network.layers]
+    assert counts[:3] == [1, 1, 1]
+    assert counts == sorted(counts)
+    assert 1 < counts[-1] <= len(sets)
+
+
+@given(seed=st.integers(0, 10**6), devices=st.integers(2, 4))
+def test_shared_passes_give_what_separate_ones_give(network: Network, seed: int, devices: int) -> None:
+    random = np.random.default_rng(seed)
+    everywhere = random.choice(5, int(random.integers(0, 5)), replace=False).tolist()
+    plan = random_plan(network, devices, seed, everywhere)
+    sets = [plan.surviving_neurons(failed) for size in range(devices) for failed in failure_sets(devices, size)]
+    images = torch.from_numpy(IMAGES[:3])
+    for masks, found in zip(sets, run_under(network, images, sets), strict=True):
+        with torch.no_grad():
+            expected = network.run(images, [torch.tensor(mask) for mask in masks])
+        assert relative_error(found.numpy(), expected.numpy()) < 1e-6
+
+
+def test_several_plans_are_evaluated_as_each_alone(network: Network, dataset: Dataset) -> None:
+    plans = [random_plan(network, devices, seed) for devices, seed in ((2, 1), (3, 2), (3, 3))]
+    together = evaluate_plans(network, plans, dataset)
+    assert together == [evaluate(network, plan, dataset) for plan in plans]
+
+
+def test_many_failure_sets_are_sampled_and_say_so() -> None:
+    chosen = choose_failure_sets(16, None, 256, seed=3)
+    assert chosen == choose_failure_sets(16, None, 256, seed=3) != choose_failure_sets(16, None, 256, seed=4)
+    assert len(chosen) == len(set(chosen)) == 256
+    sizes = [sum(len(failed) == size for failed in chosen) for size in range(16)]
+    assert sizes[0] == 1
+    assert sizes[1] == sizes[15] == 16
+    assert min(sizes[1:]) >= 16
+    assert [len(failed) for failed in chosen] == sorted(len(failed) for failed in chosen)
+    whole = choose_failure_sets(8, None, 256, seed=3)
+    assert whole == [failed for size in range(8) for failed in failure_sets(8, size)]
+    found = Evaluation(0.9, 10, "d", "m", 16, 0.5, dict.fromkeys(chosen, 0.5)).by_size
+    assert not found[1].sampled
+    assert found[8].sampled
+    assert (found[8].sets, found[8].of) == (sizes[8], 12870)
+
+
+def test_interrupted_evaluation_goes_on_where_it_was(network: Network, tmp_path: Path) -> None:
+    plan, kept, reads = random_plan(network, 3), tmp_path / "evaluation", []
+
+    def read(index: int) -> Any:
+        reads.append(index)
+        return IMAGES[index]
+
+    dataset = Dataset("random", LABELS, read)
+
+    def interrupt(done: int, _total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network, plan, dataset, checkpoint=kept, on_progress=interrupt)
+    reads.clear()
+    resumed = evaluate(network, plan, dataset, checkpoint=kept)
+    assert set(reads) == {64, 65, 66, 67, 68, 69}
+    assert resumed == evaluate(network, plan, dataset)
+    with pytest.raises(OutputError, match="results of other work"):
+        evaluate(network, random_plan(network, 2), dataset, checkpoint=kept)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    up=st.lists(st.floats(0, 1), min_size=1, max_size=4).filter(lambda up: len(up) in {1, 4}),
+)
+def test_expected_accuracy_is_the_sum_over_all_failure_sets(seed: int, up: list[float]) -> None:
+    random = np.random.default_rng(seed)
+    every = [failed for size in range(4) for failed in failure_sets(4, size)]
+    accuracy = {failed: float(random.choice([0.0, 0.25, 0.5, 1.0])) for failed in every}
+    found = expect(Evaluation(0.9, 10, "d", "m", 4, 0.5, accuracy), up)
+    each = up * 4 if len(up) == 1 else up
+    expected = none = 0.0
+    for state in itertools.product([False, True], repeat=4):
+        probability = math.prod(p if there else 1 - p for p, there in zip(each, state, strict=True))
+        failed = frozenset(device for device, there in enumerate(state) if not there)
+        expected += probability * accuracy.get(failed, 0.0)
+        none += probability * (len(failed) == 4)
+    assert found.expected_accuracy == pytest.approx(expected)
+    assert found.no_answer_probability == pytest.approx(none)
+    assert sum(share for _, share in found.distribution) == pytest.approx(1)
+    assert list(found.distribution) == sorted(found.distribution)
+    assert not found.estimated
+
+
+def test_availability_of_sampled_sets_is_an_estimate() -> None:
+    chosen = choose_failure_sets(16, None, 256, seed=0)
+    found = expect(Evaluation(0.9, 10, "d", "m", 16, 0.5, {f: 1 - len(f) / 16 for f in chosen}), 0.75)
+    assert found.estimated
+    assert found.expected_accuracy == pytest.approx(0.75)  # the mean share of devices that are up
+    assert found.at_least(0.5) == pytest.approx(0.75)
+    assert found.at_least(1.0) <= found.at_least(0.9) <= found.at_least(0.5)
+
+
+@pytest.mark.parametrize(
+    ("up", "message"),
+    [([0.5, 0.5], "2 availabilities for 4 devices"), (1.5, "between 0 and 1, not 1.5"), (float("nan"), "not nan")],
+)
+def test_wrong_availabilities_are_refused(up: float | list[float], message: str) -> None:
+    accuracy = {failed: 0.5 for size in range(4) for failed in failure_sets(4, size)}
+    with pytest.raises(PlanError, match=message):
+        expect(Evaluation(0.9, 10, "d", "m", 4, 0.5, accuracy), up)
+    with pytest.raises(PlanError, match="with 2 devices down nothing was measured"):
+        expect(Evaluation(0.9, 10, "d", "m", 4, 0.5, {f: 0.5 for f in accuracy if len(f) < 2}), 0.5)
 
 
 def test_failures_can_be_limited(network: Network, dataset: Dataset) -> None:
@@ -99,12 +237,12 @@ def test_failures_can_be_limited(network: Network, dataset: Dataset) -> None:
 def test_progress_is_told_in_images(network: Network, dataset: Dataset) -> None:
     told: list[tuple[int, int]] = []
     evaluate(network, random_plan(network, 2), dataset, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(64, 70), (70, 70)]
+    assert told == [(0, 70), (64, 70), (70, 70)]
 
 
 def test_summaries_are_worst_mean_and_best_of_each_size() -> None:
     accuracy = {(): 0.9, (0,): 0.5, (1,): 0.7, (2,): 0.6, (0, 1): 0.1, (0, 2): 0.4, (1, 2): 0.1}
-    found = Evaluation(0.95, 10, "d", "m", 0.5, {frozenset(failed): value for failed, value in accuracy.items()})
+    found = Evaluation(0.95, 10, "d", "m", 3, 0.5, {frozenset(failed): value for failed, value in accuracy.items()})
     summaries = {size: (s.worst, round(s.mean, 9), s.best) for size, s in found.by_size.items()}
     assert summaries == {0: (0.9, 0.9, 0.9), 1: (0.5, 0.6, 0.7), 2: (0.1, 0.2, 0.4)}
 

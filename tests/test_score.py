@@ -1,17 +1,25 @@
 """The three scores against literal oracles: loops over neurons, the original module, hooks, NumPy."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from nets import Branches, Floats, Plain, Residual, network_of, random_images, seeded, without
-from robustdice.errors import DataError
+from robustdice.errors import DataError, OutputError, PlanError
+from robustdice.importance import exact, gradients
 from robustdice.importance import score as scoring
-from robustdice.importance.score import jensen_shannon, score
+from robustdice.importance.exact import jensen_shannon
+from robustdice.importance.gradients import gradient_scores
+from robustdice.importance.score import choose_s3, score
+from robustdice.model.data import load_data
+from robustdice.model.load import load_model
 from robustdice.model.network import Network
 
 FILTERS = (("conv1",), ("conv2",), ("expand", "depthwise"), ("grouped",), ("head",))
@@ -136,7 +144,8 @@ def test_micro_batches_change_nothing(network: Network, monkeypatch: pytest.Monk
     images = random_images(5, SHAPE)
     whole = score(network, images)
     for limit in (1, 1000, 3000):
-        monkeypatch.setattr(scoring, "BATCH_ELEMENTS", limit)
+        monkeypatch.setattr(exact, "BATCH_ELEMENTS", limit)
+        monkeypatch.setattr(gradients, "GRADIENT_ELEMENTS", limit)
         parts = score(network, images)
         for a, b in zip(whole.scores, parts.scores, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
@@ -178,8 +187,8 @@ def test_scores_name_layers_model_and_settings(network: Network) -> None:
     assert found.names == ("conv1", "conv2", "expand", "grouped", "head")
     assert found.columns == ("s1", "s2", "s3")
     assert found.model == network.reference
-    assert found.settings == {"samples": 2, "s3": "exact"}
-    assert progress[-1] == (2 * sum(UNITS), 2 * sum(UNITS))
+    assert found.settings == {"samples": 2, "s3": "exact", "s3_chosen_by": "auto"}
+    assert progress[-1][0] == progress[-1][1] > 0
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
 
 
@@ -219,3 +228,110 @@ def test_a_weight_that_nothing_depends_on_smoothly_has_no_sensitivity() -> None:
     found = score(network, random_images(2, (1, 4, 4)), columns=("s2",))
     assert not found.scores[1].any()
     assert found.scores[0].any()
+
+
+def fisher_of(module: nn.Module, images: Floats, tail: str, entries: Sequence[int]) -> float:
+    """1/8 of the mean of sum over y of p_y (a . d log p_y / d a)^2, image by image and class by class."""
+    total = 0.0
+    for image in torch.from_numpy(images):
+        kept: list[Tensor] = []
+        handle = module.get_submodule(tail).register_forward_hook(lambda _m, _i, output: kept.append(output))
+        log_p = module(image[None]).double().log_softmax(1)[0]
+        handle.remove()
+        for y in range(len(log_p)):
+            (gradient,) = torch.autograd.grad(log_p[y], kept[0], retain_graph=True)
+            slope = (kept[0] * gradient)[0, list(entries)].sum().item()
+            total += log_p[y].exp().item() * slope**2
+    return total / 8 / len(images)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Residual, SHAPE), (Plain, (1, 8, 8)), (Branches, (2, 6, 6))])
+def test_fisher_is_the_second_order_divergence(make: type[nn.Module], shape: tuple[int, ...]) -> None:
+    module, images = seeded(make), random_images(3, shape)
+    network = network_of(module, *shape)
+    found = score(network, images, columns=("s3",), s3="fisher")
+    assert found.settings["s3_classes"] == "all"
+    for layer, scores, tail in zip(network.layers, found.scores, module.tails, strict=True):  # type: ignore[arg-type]
+        for index, value in enumerate(scores[:, 0]):
+            width = layer.features * layer.layer.group
+            entries = range(index * width, (index + 1) * width)
+            if np.isinf(layer.fill):  # the loss of a class score has a closed form, which needs no approximation
+                expected = removal(module, images, tail, entries, layer.fill)
+            else:
+                expected = fisher_of(module, images, tail, entries)
+            assert value == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_drawn_classes_estimate_all_of_them_without_bias(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.from_numpy(random_images(4, SHAPE))
+    _, every = gradient_scores(network, images, sensitivity=False)
+    monkeypatch.setattr(gradients, "EVERY_CLASS_UP_TO", 2)
+    _, first = gradient_scores(network, images, seed=1)
+    _, again = gradient_scores(network, images, seed=1)
+    _, other = gradient_scores(network, images, seed=2)
+    assert every is not None
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    monkeypatch.setattr(gradients, "DRAWS", 400)
+    _, many = gradient_scores(network, images, seed=1)
+    assert many is not None
+    for exactly, estimate in zip(every, many, strict=True):
+        np.testing.assert_allclose(estimate, exactly, rtol=0.3, atol=1e-6)
+
+
+def test_fisher_ranks_neurons_as_the_exact_divergence_does() -> None:
+    network = load_model("robustdice.demo.network:digits_cnn")
+    images = load_data("digits", network.preprocessing, network.outputs, split="train").sample(32).images()
+    exactly, fast = (score(network, images, columns=("s3",), s3=how).scores for how in ("exact", "fisher"))
+    assert spearmanr(np.concatenate(exactly), np.concatenate(fast)).statistic > 0.9
+
+
+def test_auto_is_exact_where_that_is_cheap(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_s3(network, 64) == "exact"
+    assert choose_s3(network, 10**9) == "fisher"
+    monkeypatch.setattr("robustdice.importance.score.AUTO_EXACT_MACS", 0)
+    found = score(network, random_images(2, SHAPE), columns=("s3",))
+    assert (found.settings["s3"], found.settings["s3_chosen_by"]) == ("fisher", "auto")
+    with pytest.raises(PlanError, match="auto, exact, fisher, not 'guess'"):
+        score(network, random_images(2, SHAPE), s3="guess")
+
+
+def test_interrupted_scoring_goes_on_where_it_was(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, kept = random_images(3, SHAPE), tmp_path / "scores.partial"
+    ran: list[str] = []
+    monkeypatch.setattr("robustdice.importance.score._run", counting := _counting(ran))
+    whole = score(network, images)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        score(network, images, checkpoint=kept, on_progress=interrupt)
+    before = list(ran)
+    ran.clear()
+    resumed = score(network, images, checkpoint=kept)
+    assert before
+    assert ran
+    assert not set(before) & set(ran)
+    assert counting is not None
+    for a, b in zip(whole.scores, resumed.scores, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(OutputError, match="results of other work"):
+        score(network, random_images(4, SHAPE), checkpoint=kept)
+
+
+def _counting(ran: list[str]) -> Callable[[Any, str], Any]:
+    run = scoring._run
+
+    def counted(work: Any, task: str) -> Any:
+        ran.append(task)
+        return run(work, task)
+
+    return counted

@@ -14,8 +14,11 @@ from robustdice.importance.values import Importance
 from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
 
 if TYPE_CHECKING:
+    from robustdice.failure.availability import Expectation as Expectation
+    from robustdice.failure.availability import expect as expect
     from robustdice.failure.evaluate import Evaluation as Evaluation
     from robustdice.failure.evaluate import evaluate as evaluate
+    from robustdice.failure.evaluate import evaluate_plans as evaluate_plans
     from robustdice.importance.score import score as score
     from robustdice.model.data import Dataset as Dataset
     from robustdice.model.data import load_data as load_data
@@ -37,10 +40,13 @@ _LAZY = {
     "Client": "robustdice.runtime.client",
     "Dataset": "robustdice.model.data",
     "Evaluation": "robustdice.failure.evaluate",
+    "Expectation": "robustdice.failure.availability",
     "LocalCluster": "robustdice.runtime.cluster",
     "Network": "robustdice.model.network",
     "build": "robustdice.workshop",
     "evaluate": "robustdice.failure.evaluate",
+    "evaluate_plans": "robustdice.failure.evaluate",
+    "expect": "robustdice.failure.availability",
     "load_data": "robustdice.model.data",
     "load_model": "robustdice.model.load",
     "partition": "robustdice.workshop",
@@ -56,6 +62,7 @@ __all__ = [
     "Client",
     "Dataset",
     "Evaluation",
+    "Expectation",
     "Holder",
     "Importance",
     "Layer",
@@ -66,6 +73,8 @@ __all__ = [
     "Shard",
     "build",
     "evaluate",
+    "evaluate_plans",
+    "expect",
     "failure_sets",
     "load_data",
     "load_model",

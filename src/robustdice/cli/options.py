@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 import robustdice as rd
 from robustdice.errors import DataError
-from robustdice.terminal import progress
+from robustdice.terminal import err, progress
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="torchvision:NAME, a .pt2 file, or package.module:factory")
@@ -24,6 +26,10 @@ Classes = Annotated[
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
 Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
+S3 = Annotated[str, typer.Option("--s3", metavar="HOW", help="exact, fisher (seconds instead of minutes) or auto")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="compute on a Dask cluster, such as tcp://10.0.0.1:8786")
+]
 Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
 Seed = Annotated[int, typer.Option(help="of everything random")]
 UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]
@@ -44,11 +50,7 @@ def load_model(
     declared: dict[str, Any] = {}
     for key, text, kind in (("input_size", size, int), ("mean", mean, float), ("std", std, float)):
         if text is not None:
-            try:
-                declared[key] = [kind(number) for number in text.split(",")]
-            except ValueError:
-                option = "--size" if key == "input_size" else f"--{key}"
-                raise DataError(f"{option} takes numbers with commas between them, not {text!r}") from None
+            declared[key] = [kind(number) for number in numbers(text, "--size" if kind is int else f"--{key}", kind)]
     if classes is not None:
         try:
             lines = classes.read_text(encoding="utf-8").splitlines()
@@ -58,13 +60,50 @@ def load_model(
     return rd.load_model(source, random_weights=random_weights, seed=seed, preprocessing=declared)
 
 
+def numbers(text: str, option: str, kind: type[int] | type[float] = float) -> list[float]:
+    """The numbers of an option that takes several; DataError when they are none."""
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise DataError(f"{option} takes numbers with commas between them, not {text!r}") from None
+
+
+@contextlib.contextmanager
+def resumable(kept: Path | None) -> Iterator[None]:
+    """Says on Ctrl-C that what is finished is kept, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is not None and kept.exists():
+            err.print(f"What is finished is kept in {kept}: the same command goes on from there.", soft_wrap=True)
+        raise
+
+
 def load_data(source: str, network: rd.Network, samples: int | None, seed: int, split: Any = "test") -> rd.Dataset:
     """The images that DATA and --samples name."""
     return rd.load_data(source, network.preprocessing, network.outputs, split=split).sample(samples, seed)
 
 
-def score_with(network: rd.Network, data: str, samples: int | None, seed: int, columns: list[str]) -> rd.Importance:
+def score_with(
+    network: rd.Network,
+    data: str,
+    samples: int | None,
+    seed: int,
+    columns: list[str],
+    s3: str,
+    scheduler: str | None,
+    checkpoint: Path | None = None,
+) -> rd.Importance:
     """Scores from the images that DATA and --samples name."""
     images = load_data(data, network, samples, seed, "train").images()
     with progress("scoring") as advance:
-        return rd.score(network, images, columns=columns, on_progress=advance)
+        return rd.score(
+            network,
+            images,
+            columns=columns,
+            s3=s3,
+            seed=seed,
+            scheduler=scheduler,
+            checkpoint=checkpoint,
+            on_progress=advance,
+        )

@@ -11,6 +11,7 @@ from rich.console import Console
 import robustdice as rd
 from robustdice.cli.app import app
 from robustdice.cli.options import (
+    S3,
     BuildDirectory,
     Classes,
     Data,
@@ -19,6 +20,7 @@ from robustdice.cli.options import (
     ModelArgument,
     RandomWeights,
     Samples,
+    Scheduler,
     Seed,
     Size,
     Std,
@@ -26,6 +28,8 @@ from robustdice.cli.options import (
     Use,
     load_data,
     load_model,
+    numbers,
+    resumable,
     score_with,
 )
 from robustdice.errors import RobustdiceError
@@ -61,6 +65,8 @@ def score(
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the scores (.npz)")],
     use: Use = "s1,s2,s3",
+    s3: S3 = "auto",
+    scheduler: Scheduler = None,
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -72,13 +78,17 @@ def score(
 ) -> None:
     """Importance of every neuron: L1 norm (s1), connection sensitivity (s2), removal divergence (s3).
 
-    s3 is exact: one forward pass per neuron and image, from the neuron's layer on. That is a minute for a small
-    network and hours for a large one, which --use s1,s2 does without.
+    s3 is exact where that takes about a minute, with a forward pass per neuron and image from the neuron's layer on;
+    else it is computed to second order from a few backward passes (fisher). --s3 chooses. What is finished when the
+    work is interrupted is kept beside FILE, and the same command goes on from there.
     """
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
-    importance = score_with(network, data, samples, seed, use.split(","))
+    kept = output.with_name(f"{output.name}.partial")
+    with resumable(kept):
+        importance = score_with(network, data, samples, seed, use.split(","), s3, scheduler, kept)
     importance.save(output)
+    kept.unlink(missing_ok=True)
     if as_json:
         print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
     else:
@@ -92,7 +102,7 @@ def plan(
     devices: Annotated[int, typer.Option(help="number of devices, 2 to 16")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="where to write the plan (.json)")],
     method: Annotated[
-        str, typer.Option(help="robustdice, lop (no replicas) or full (replicas of everything)")
+        str, typer.Option(help="robustdice, lop (slices), cdc (slices and their sum) or full (replicas of everything)")
     ] = "robustdice",
     memory: Annotated[
         str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
@@ -101,6 +111,8 @@ def plan(
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
     use: Use = "s1,s2,s3",
+    s3: S3 = "auto",
+    scheduler: Scheduler = None,
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -119,7 +131,7 @@ def plan(
         if scores is not None:
             importance = rd.Importance.load(scores)
         elif data is not None:
-            importance = score_with(network, data, samples, seed, columns)
+            importance = score_with(network, data, samples, seed, columns, s3, scheduler)
         else:
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     with waiting("clustering and distributing"):
@@ -135,26 +147,54 @@ def plan(
         out.print(f"The plan is in {output}.")
 
 
-@app.command(epilog="Example: robustdice evaluate plan.json --data cifar10-test.zip --samples 1000")
+@app.command(epilog="Example: robustdice evaluate plan.json --data cifar10-test.zip --samples 1000 --availability 0.99")
 def evaluate(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="what 'robustdice plan' wrote, of one model")],
     data: Data,
     max_failed: Annotated[int | None, typer.Option(min=0, help="most devices down at once (all but one)")] = None,
+    availability: Annotated[
+        str | None, typer.Option(metavar="P,...", help="how likely each device is up: what accuracy to expect")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="keep what is finished there; the same command goes on from it")
+    ] = None,
+    scheduler: Scheduler = None,
     samples: Samples = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Accuracy for every set of failed devices, before anything is deployed."""
-    made = rd.Plan.load(plan)
+    """Accuracy for every set of failed devices, before anything is deployed.
+
+    Where there are more than a few hundred sets, some are drawn, and the table says so. Several plans of one model are
+    evaluated on the same images, which costs less than one after the other.
+    """
+    up = None if availability is None else numbers(availability, "--availability")
+    made = [rd.Plan.load(path) for path in plans]
     with waiting("loading the model"):
-        network = rd.reload_model(made.model)
+        network = rd.reload_model(made[0].model)
     dataset = load_data(data, network, samples, seed)
-    with progress("evaluating") as advance:
-        result = rd.evaluate(network, made, dataset, max_failed=max_failed, on_progress=advance)
+    with resumable(checkpoint), progress("evaluating") as advance:
+        results = rd.evaluate_plans(
+            network,
+            made,
+            dataset,
+            max_failed=max_failed,
+            seed=seed,
+            scheduler=scheduler,
+            checkpoint=checkpoint,
+            on_progress=advance,
+        )
+    expectations = [None if up is None else rd.expect(result, up) for result in results]
+    documents = [tables.evaluation_json(r, e) for r, e in zip(results, expectations, strict=True)]
     if as_json:
-        print_json(tables.evaluation_json(result))
+        print_json(documents[0] if len(documents) == 1 else {"plans": documents})
     else:
-        out.print(tables.evaluation_table(result))
+        for result, expectation in zip(results, expectations, strict=True):
+            out.print(tables.evaluation_table(result))
+            if expectation is not None:
+                out.print(tables.expectation_table(expectation))
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
 
 
 @app.command(epilog="Example: robustdice build plan.json -o build --spares standby")

@@ -12,6 +12,7 @@ from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 
 if TYPE_CHECKING:
+    from robustdice.failure.availability import Expectation
     from robustdice.failure.evaluate import Evaluation
     from robustdice.meter.throughput import BenchResult
     from robustdice.model.network import Network
@@ -95,6 +96,11 @@ def importance_table(importance: Importance) -> Table:
     for name, scores in zip(importance.names, importance.scores, strict=True):
         cells = [f"{np.median(column):.3g}, {column.max():.3g}" for column in scores.T]
         table.add_row(name, str(len(scores)), *cells)
+    how = importance.settings
+    if "s3" in importance.columns and "s3" in how:
+        chosen = "chosen by auto" if how.get("s3_chosen_by") == "auto" else "as asked for"
+        classes = f", classes: {how['s3_classes']}" if "s3_classes" in how else ""
+        table.caption = f"s3 is {how['s3']} ({chosen}{classes}), from {how.get('samples')} images."
     return table
 
 
@@ -105,6 +111,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "memory_share": plan.memory_share,
         "bytes_per_device": list(plan.bytes_per_device),
         "healthy_compute_share": plan.healthy_compute_share,
+        "exchanged_activations": plan.exchanged_activations,
         "digest": plan.digest,
         "settings": dict(plan.settings),
     }
@@ -118,7 +125,8 @@ def plan_table(plan: Plan) -> Table:
         held = [0] * plan.devices
         for shard in shards:
             held[len(shard.holders) - 1] += len(shard.neurons)
-        exchange = "none" if plan.held_by_all(index) else f"{4 * layer.neurons * layer.neuron_outputs / 1e3:.1f} kB"
+        each = layer.neuron_preactivations if plan.exchanged_before_tail(index) else layer.neuron_outputs
+        exchange = "none" if plan.held_by_all(index) else f"{4 * layer.neurons * each / 1e3:.1f} kB"
         table.add_row(layer.name, str(layer.neurons), *(str(n) if n else "" for n in held), exchange)
     return table
 
@@ -126,19 +134,25 @@ def plan_table(plan: Plan) -> Table:
 def plan_summary(plan: Plan) -> str:
     """A plan's costs in one paragraph."""
     sizes = ", ".join(f"{size / 1e6:.2f}" for size in plan.bytes_per_device)
+    after = sum(
+        layer.neurons * layer.neuron_outputs for index, layer in enumerate(plan.layers) if not plan.held_by_all(index)
+    )
+    before = "" if after == plan.exchanged_activations else f", before the layers' tails ({after:,} behind them)"
     return (
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
-        "multiply-adds while all are up."
+        f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per image{before}."
     )
 
 
-def evaluation_json(result: Evaluation) -> dict[str, Any]:
-    """What ``evaluate --json`` prints."""
+def evaluation_json(result: Evaluation, expectation: Expectation | None = None) -> dict[str, Any]:
+    """What ``evaluate --json`` prints for a plan."""
     failures = {}
     for size, summary in result.by_size.items():
         sets = {failure_set_name(f): accuracy for f, accuracy in result.accuracy.items() if len(f) == size}
         failures[str(size)] = {"worst": summary.worst, "mean": summary.mean, "best": summary.best, "sets": sets}
+        if summary.sampled:
+            failures[str(size)] |= {"sampled": True, "of": summary.of}
     return {
         "clean": result.clean,
         "samples": result.samples,
@@ -146,7 +160,35 @@ def evaluation_json(result: Evaluation) -> dict[str, Any]:
         "memory_share": result.memory_share,
         "method": result.method,
         "failures": failures,
+        **({} if expectation is None else {"availability": expectation_json(expectation)}),
     }
+
+
+def expectation_json(expectation: Expectation) -> dict[str, Any]:
+    """The ``availability`` of ``evaluate --json``."""
+    return {
+        "up": list(expectation.up),
+        "expected_accuracy": expectation.expected_accuracy,
+        "no_answer_probability": expectation.no_answer_probability,
+        "estimated": expectation.estimated,
+        "distribution": [{"accuracy": a, "probability": p} for a, p in expectation.distribution],
+    }
+
+
+def expectation_table(expectation: Expectation) -> Table:
+    """What ``evaluate --availability`` prints beside the accuracies."""
+    up = sorted(set(expectation.up))
+    spread = f"{up[0]:g}" if len(up) == 1 else f"{up[0]:g} to {up[-1]:g}"
+    caption = (
+        "From the measured accuracies, failures being independent; all devices down counts as accuracy 0 "
+        f"(probability {expectation.no_answer_probability:.2g})."
+        + (" Estimated: of some sizes only a sample of the failure sets was measured." if expectation.estimated else "")
+    )
+    table = make_table(f"Each device is up with probability {spread}", "accuracy", "", caption=caption)
+    table.add_row("expected", percent(expectation.expected_accuracy))
+    for probability in (0.5, 0.9, 0.99, 0.999):
+        table.add_row(f"at least, {100 * probability:g} % of the time", percent(expectation.at_least(probability)))
+    return table
 
 
 def evaluation_table(result: Evaluation) -> Table:
@@ -160,7 +202,8 @@ def evaluation_table(result: Evaluation) -> Table:
     for size, summary in result.by_size.items():
         sets = [(failure_set_name(f), a) for f, a in result.accuracy.items() if len(f) == size and size]
         each = ", ".join(f"{{{name}}} {100 * accuracy:.1f}" for name, accuracy in sets) if len(sets) <= 6 else ""
-        table.add_row(str(size), percent(summary.worst), percent(summary.mean), percent(summary.best), each)
+        name = f"{size} ({summary.sets} of {summary.of:,} sets, sampled)" if summary.sampled else str(size)
+        table.add_row(name, percent(summary.worst), percent(summary.mean), percent(summary.best), each)
     return table
 
 
