@@ -207,7 +207,8 @@ def test_everything_is_counted_once_in_full_plans() -> None:
 
 
 def stage_layers(network: Network, exchanged: Sequence[int]) -> list[list[str]]:
-    return [[network.layers[i].layer.name for i in s.layers] for s in split_into_stages(network, exchanged)]
+    chosen = {index: network.layers[index] for index in exchanged}
+    return [[network.layers[i].layer.name for i in s.layers] for s in split_into_stages(network, chosen)]
 
 
 def test_layers_of_parallel_branches_share_a_stage() -> None:

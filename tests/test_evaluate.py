@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from nets import Residual, network_of, random_images, random_plan, relative_error, seeded, without
 from robustdice.errors import OutputError, PlanError
-from robustdice.failure import passes
 from robustdice.failure.availability import expect
 from robustdice.failure.evaluate import (
     Evaluation,
@@ -24,6 +23,7 @@ from robustdice.failure.evaluate import (
     evaluate_plans,
 )
 from robustdice.failure.passes import run_under
+from robustdice.model.canonical import execute
 from robustdice.model.data import Dataset
 from robustdice.model.network import Network
 from robustdice.plan import Holder, ModelReference, Plan, Shard, failure_sets
@@ -89,14 +89,14 @@ def test_failures_that_leave_the_same_neurons_share_their_passes(
 ) -> None:
     plan = random_plan(network, 4, seed=0, everywhere=range(5))
     executed = 0
-    run = passes.execute
+    run = execute
 
     def counted(module: Any, nodes: list[Any], values: dict[Any, Any]) -> None:
         nonlocal executed
         executed += len(nodes)
         run(module, nodes, values)
 
-    monkeypatch.setattr(passes, "execute", counted)
+    monkeypatch.setattr("robustdice.failure.passes.execute", counted)
     found = evaluate(network, plan, dataset)
     assert len(found.accuracy) == 15
     assert set(found.accuracy.values()) == {found.clean}
@@ -107,13 +107,13 @@ def test_what_comes_before_the_first_difference_is_computed_once(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convolutions: list[Any] = []
-    run = passes.execute
+    run = execute
 
     def counted(module: Any, nodes: list[Any], values: dict[Any, Any]) -> None:
         convolutions.extend(node for node in nodes if node in {layer.node for layer in network.layers})
         run(module, nodes, values)
 
-    monkeypatch.setattr(passes, "execute", counted)
+    monkeypatch.setattr("robustdice.failure.passes.execute", counted)
     plan = random_plan(network, 3, seed=4, everywhere=(0, 1))
     sets = [plan.surviving_neurons(failed) for size in range(3) for failed in failure_sets(3, size)]
     run_under(network, torch.from_numpy(IMAGES[:2]), sets)

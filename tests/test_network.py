@@ -13,29 +13,29 @@ from robustdice.model.network import Network, build_network
 from robustdice.plan import Layer
 
 RESIDUAL = (
-    Layer("conv1", 6, 1, 3 * 9 + 4, 27 * 64, 16),
-    Layer("conv2", 6, 1, 6 * 9 + 1, 54 * 16, 16),
-    Layer("expand", 8, 1, (6 + 1) + (9 + 1), (6 + 9) * 16, 16),
-    Layer("grouped", 12, 3, 2 * 9 + 1, 18 * 16, 16),
+    Layer("conv1", 6, 1, 3 * 9 + 4, 27 * 64, 16, tail_weights=4, neuron_preactivations=64),
+    Layer("conv2", 6, 1, 6 * 9 + 1, 54 * 16, 16, neuron_preactivations=16),
+    Layer("expand", 8, 1, (6 + 1) + (9 + 1), (6 + 9) * 16, 16, 9 + 1, 9 * 16, 16),
+    Layer("grouped", 12, 3, 2 * 9 + 1, 18 * 16, 16, neuron_preactivations=16, reads_group=True),
     Layer("head", 5, 1, 12 + 1, 12, 1),
 )
 CHANNELS_LAST = (
-    Layer("stem", 6, 1, 3 * 4 + 1, 12 * 16, 16),
-    Layer("depthwise", 6, 1, 9 + 1, 9 * 16, 16),
-    Layer("up", 12, 1, 6 + 1, 6 * 16, 16),
-    Layer("down", 6, 1, 12 + 1 + 1, 12 * 16, 16),
+    Layer("stem", 6, 1, 3 * 4 + 1, 12 * 16, 16, neuron_preactivations=16),
+    Layer("depthwise", 6, 1, 9 + 1, 9 * 16, 16, neuron_preactivations=16, reads_group=True),
+    Layer("up", 12, 1, 6 + 1, 6 * 16, 16, neuron_preactivations=16),
+    Layer("down", 6, 1, 12 + 1 + 1, 12 * 16, 16, tail_weights=1, neuron_preactivations=16),
     Layer("head", 4, 1, 6 + 1, 6, 1),
 )
 PLAIN = (
-    Layer("conv", 6, 1, 9 + 1, 9 * 64, 16),
+    Layer("conv", 6, 1, 9 + 1, 9 * 64, 16, neuron_preactivations=64),
     Layer("fc1", 7, 1, 96 + 1, 96, 1),
     Layer("fc2", 4, 1, 7 + 1, 7, 1),
 )
 BRANCHES = (
-    Layer("left", 4, 1, 2 + 1, 2 * 36, 36),
-    Layer("right", 6, 1, 18 + 1, 18 * 36, 36),
-    Layer("mix", 5, 1, 90 + 1, 90 * 16, 16),
-    Layer("head", 3, 1, 5 + 1, 5 * 16, 1),
+    Layer("left", 4, 1, 2 + 1, 2 * 36, 36, neuron_preactivations=36),
+    Layer("right", 6, 1, 18 + 1, 18 * 36, 36, neuron_preactivations=36),
+    Layer("mix", 5, 1, 90 + 1, 90 * 16, 16, neuron_preactivations=16),
+    Layer("head", 3, 1, 5 + 1, 5 * 16, 1, neuron_preactivations=16),
 )
 NETS: list[tuple[Callable[[], nn.Module], tuple[int, ...], tuple[Layer, ...]]] = [
     (Residual, (3, 8, 8), RESIDUAL),

@@ -214,7 +214,7 @@ def shortened() -> Importance:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "best"}, "unknown method 'best'; known: robustdice, lop, full"),
+        ({"method": "best"}, "unknown method 'best'; known: robustdice, lop, cdc, full"),
         ({"devices": 1}, "2 to 16 devices, not 1"),
         ({"devices": 17}, "2 to 16 devices, not 17"),
         ({"layers": []}, "no layer that can be partitioned"),

@@ -235,7 +235,7 @@ def fisher_of(module: nn.Module, images: Floats, tail: str, entries: Sequence[in
     total = 0.0
     for image in torch.from_numpy(images):
         kept: list[Tensor] = []
-        handle = module.get_submodule(tail).register_forward_hook(lambda _m, _i, output: kept.append(output))
+        handle = module.get_submodule(tail).register_forward_hook(lambda _m, _i, output, to=kept: to.append(output))
         log_p = module(image[None]).double().log_softmax(1)[0]
         handle.remove()
         for y in range(len(log_p)):
@@ -262,7 +262,13 @@ def test_fisher_is_the_second_order_divergence(make: type[nn.Module], shape: tup
             assert value == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_drawn_classes_estimate_all_of_them_without_bias(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_classes_estimate_all_of_them_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubtful = seeded(Residual)
+    head = doubtful.get_submodule("head")
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight *= 0.1  # so that it is not always the second class that is drawn
+    network = network_of(doubtful, *SHAPE)
     images = torch.from_numpy(random_images(4, SHAPE))
     _, every = gradient_scores(network, images, sensitivity=False)
     monkeypatch.setattr(gradients, "EVERY_CLASS_UP_TO", 2)
