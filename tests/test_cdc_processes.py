@@ -1,0 +1,51 @@
+"""A CDC build as real device processes: any one device may die, and every answer stays complete and right."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import robustdice as rd
+from nets import relative_error
+from robustdice.model.data import load_data
+from robustdice.model.load import load_model
+
+
+def test_a_cluster_with_a_parity_device_outlives_any_one_device(tmp_path: Path) -> None:
+    network = load_model("robustdice.demo.network:digits_cnn")
+    images = load_data("digits", network.preprocessing, network.outputs).images(0, 20)
+    plan = rd.partition(network, devices=4, method="cdc")
+    rd.build(network, plan, tmp_path / "build")
+
+    def scores(*failed: int) -> np.ndarray:
+        with torch.no_grad():
+            survivors = [torch.tensor(mask) for mask in plan.surviving_neurons(failed)]
+            return network.run(torch.from_numpy(images), survivors).numpy()
+
+    with rd.LocalCluster(tmp_path / "build", timeout_seconds=5.0) as cluster:
+        for answer, expected in zip(cluster.client.stream(images), scores(), strict=True):
+            assert (answer.coverage, answer.from_spares) == (1.0, 0.0)
+            assert answer.outputs is not None
+            assert relative_error(answer.outputs, expected) < 1e-4
+        for device in (0, 3):  # a slice's, then the parity device
+            cluster.kill(device)
+            for answer, expected in zip(cluster.client.stream(images), scores(), strict=True):
+                assert answer.coverage == 1.0
+                assert answer.outputs is not None
+                assert relative_error(answer.outputs, expected) < 1e-4
+            assert answer.down == (device,)
+            assert (answer.from_spares > 0) == (device == 0)
+            cluster.restart(device)
+            cluster.wait()
+            for _ in range(200):
+                if not cluster.infer(images[0]).down:
+                    break
+            else:
+                raise AssertionError(f"device {device} did not come back: {cluster.log(1)}")
+        cluster.kill(1)
+        cluster.kill(2)
+        answers = list(cluster.client.stream(images))
+        assert answers[-1].down == (1, 2)
+        assert 0 < answers[-1].coverage < 1
+        assert answers[-1].outputs is not None
+        assert relative_error(answers[-1].outputs, scores(1, 2)[-1]) < 1e-4
