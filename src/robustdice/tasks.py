@@ -146,7 +146,7 @@ def _on_dask(
 
         ahead = QUEUED_PER_THREAD * max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
         first = [submit(key) for _, key in zip(range(ahead), pending, strict=False)]
-        running: Any = as_completed(first)  # type: ignore[no-untyped-call]
+        running: Any = as_completed(first, loop=client.loop)  # type: ignore[no-untyped-call]
         for future in running:
             try:
                 result = future.result()
