@@ -30,6 +30,7 @@ S3 = Annotated[str, typer.Option("--s3", metavar="HOW", help="exact, fisher (sec
 Scheduler = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="compute on a Dask cluster, such as tcp://10.0.0.1:8786")
 ]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it: a .png, .svg or .pdf file")]
 Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
 Seed = Annotated[int, typer.Option(help="of everything random")]
 UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]

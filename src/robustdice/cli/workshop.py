@@ -18,6 +18,7 @@ from robustdice.cli.options import (
     Json,
     Mean,
     ModelArgument,
+    Plot,
     RandomWeights,
     Samples,
     Scheduler,
@@ -33,7 +34,7 @@ from robustdice.cli.options import (
     score_with,
 )
 from robustdice.errors import RobustdiceError
-from robustdice.report import tables
+from robustdice.report import plots, tables
 from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress, waiting
 
 SCORING_SAMPLES = 64
@@ -67,6 +68,7 @@ def score(
     use: Use = "s1,s2,s3",
     s3: S3 = "auto",
     scheduler: Scheduler = None,
+    plot: Plot = None,
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -89,6 +91,8 @@ def score(
         importance = score_with(network, data, samples, seed, use.split(","), s3, scheduler, kept)
     importance.save(output)
     kept.unlink(missing_ok=True)
+    if plot is not None:
+        plots.save(plots.importance(importance), plot)
     if as_json:
         print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
     else:
@@ -113,6 +117,7 @@ def plan(
     use: Use = "s1,s2,s3",
     s3: S3 = "auto",
     scheduler: Scheduler = None,
+    plot: Plot = None,
     samples: Samples = SCORING_SAMPLES,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -139,6 +144,8 @@ def plan(
             network, importance, devices=devices, method=method, memory=memory, threshold=threshold, columns=columns
         )
     made.save(output)
+    if plot is not None:
+        plots.save(plots.holders(made), plot)
     if as_json:
         print_json(tables.plan_json(made))
     else:
@@ -159,6 +166,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="keep what is finished there; the same command goes on from it")
     ] = None,
     scheduler: Scheduler = None,
+    plot: Plot = None,
     samples: Samples = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -184,6 +192,8 @@ def evaluate(
             checkpoint=checkpoint,
             on_progress=advance,
         )
+    if plot is not None:
+        plots.save(plots.accuracy(results), plot)
     expectations = [None if up is None else rd.expect(result, up) for result in results]
     documents = [tables.evaluation_json(r, e) for r, e in zip(results, expectations, strict=True)]
     if as_json:

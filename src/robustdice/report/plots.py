@@ -1,0 +1,146 @@
+"""Pictures of results: functions from data to a figure, and one that writes it. Needs matplotlib, and no display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from robustdice.errors import OutputError
+from robustdice.files import write_atomically
+from robustdice.importance.values import Importance, normalise
+from robustdice.plan import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from robustdice.failure.evaluate import Evaluation
+
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def accuracy(evaluations: Sequence[Evaluation]) -> Figure:
+    """Top-1 accuracy against the number of failed devices: a line (mean) and a band (worst to best) per plan."""
+    figure = _figure(7.0, 4.2)
+    axes = figure.add_subplot()
+    draw_accuracy(axes, evaluations)
+    axes.set_xlabel("devices down")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.legend(frameon=False, fontsize=8)
+    first = evaluations[0]
+    sampled = any(summary.sampled for result in evaluations for summary in result.by_size.values())
+    axes.set_title(
+        f"Measured on {first.samples:,} images of {first.data}: mean, and worst to best failure set"
+        + (" (of a sample)" if sampled else ""),
+        fontsize=9,
+        loc="left",
+    )
+    return figure
+
+
+def draw_accuracy(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
+    """The lines and bands of :func:`accuracy`, and the intact model's accuracy."""
+    for number, result in enumerate(evaluations):
+        sizes = list(result.by_size)
+        worst, mean, best = (
+            [100 * getattr(result.by_size[size], key) for size in sizes] for key in ("worst", "mean", "best")
+        )
+        colour = COLOURS[number % len(COLOURS)]
+        label = f"{result.method}, {100 * result.memory_share:.0f} % of the model each"
+        axes.fill_between(sizes, worst, best, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(sizes, mean, color=colour, marker="os^Dvx"[number % 6], markersize=4, label=label)
+    axes.axhline(100 * evaluations[0].clean, color="black", linewidth=0.8, linestyle=":", label="the model alone")
+    axes.set_xticks(range(max(max(result.by_size) for result in evaluations) + 1))
+    axes.set_ylim(0, 100)
+
+
+def holders(plan: Plan) -> Figure:
+    """For every layer, a bar: its neurons by how many devices hold them, and those that only a parity shard backs."""
+    figure = _figure(7.0, 1.4 + 0.17 * len(plan.layers))
+    axes = figure.add_subplot()
+    shades = _shades(plan.devices)
+    for row, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
+        start = 0.0
+        for copies in range(1, plan.devices + 1):
+            held = sum(len(shard.neurons) for shard in shards if len(shard.holders) == copies)
+            width = 100 * held / layer.neurons
+            axes.barh(row, width, left=start, color=shades[copies - 1], height=0.85)
+            start += width
+    for copies, shade in enumerate(shades, start=1):
+        axes.barh(0, 0, color=shade, label=f"{copies}")
+    names = [f"{layer.name} ({layer.neurons})" for layer in plan.layers]
+    axes.set_yticks(range(len(names)), names, fontsize=min(8, 6 + 60 / len(names)))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("neurons of the layer, %")
+    axes.legend(
+        title="held by devices",
+        ncols=plan.devices,
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+    )
+    parity = ", and sums of them on the last device" if any(map(plan.exchanged_before_tail, range(len(names)))) else ""
+    axes.set_title(
+        f"{plan.method}{parity}: at most {100 * plan.memory_share:.0f} % of the model on a device",
+        fontsize=9,
+        loc="right",
+    )
+    return figure
+
+
+def importance(scores: Importance) -> Figure:
+    """Every neuron's scores, each brought to 0..1 within its layer and sorted: a row per layer, a panel per score."""
+    rows = len(scores.names)
+    figure = _figure(2.2 + 2.6 * len(scores.columns), 1.4 + 0.17 * rows)
+    panels: Any = figure.subplots(1, len(scores.columns), squeeze=False, sharey=True)[0]
+    scaled = [normalise(layer) for layer in scores.scores]
+    for column, (name, axes) in enumerate(zip(scores.columns, panels, strict=True)):
+        # A layer has as many neurons as it has: all are stretched over the same width.
+        table = np.array(
+            [
+                np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(layer)), np.sort(layer[:, column])[::-1])
+                if len(layer) > 1
+                else np.full(200, layer[0, column])
+                for layer in scaled
+            ]
+        )
+        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0, 100, rows - 0.5, -0.5))
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("neurons, most important first, %", fontsize=8)
+    names = [f"{name} ({len(layer)})" for name, layer in zip(scores.names, scores.scores, strict=True)]
+    panels[0].set_yticks(range(rows), names, fontsize=min(8, 6 + 60 / rows))
+    figure.colorbar(image, ax=list(panels), label="score, 0..1 within its layer", fraction=0.04)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture; its kind follows from the suffix. OutputError when that is no picture's, or on a full disk."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(f"a picture's name ends with {', '.join(SUFFIXES)}, not {path.name!r}")
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
+    write_atomically(path, content.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 -- heavy, and not on devices
+    except ModuleNotFoundError:
+        raise OutputError("pictures need matplotlib: pip install 'robustdice[workshop]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _shades(count: int) -> list[tuple[float, float, float]]:
+    """From light (one holder) to dark (all)."""
+    light, dark = np.array([0.80, 0.88, 0.95]), np.array([0.03, 0.19, 0.42])
+    steps = np.linspace(0, 1, count)
+    return [tuple(float(part) for part in light + (dark - light) * step) for step in steps]  # type: ignore[misc]
