@@ -92,6 +92,12 @@ def settle(network: Network) -> None:
     """Scale every layer's weights so that its output has deviation 1, and give batch norms the statistics they see."""
     values: dict[fx.Node, object] = {network.input: torch.from_numpy(random_images(2, network.input_shape, seed=1))}
     layers = {layer.node for layer in network.layers}
+
+    def again(nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            del values[node]
+        execute(network.module, nodes, values)
+
     with torch.no_grad():
         for node in network.nodes:
             execute(network.module, [node], values)
@@ -101,7 +107,7 @@ def settle(network: Network) -> None:
                 weight = node.args[1]
                 assert isinstance(weight, fx.Node)
                 attribute(network.module, str(weight.target)).div_(value.std())
-                execute(network.module, [weight, node], values)
+                again([weight, node])
             elif node.target is aten.batch_norm.default:
                 given = values[node.all_input_nodes[0]]
                 assert isinstance(given, torch.Tensor)
@@ -110,8 +116,8 @@ def settle(network: Network) -> None:
                 ):
                     assert isinstance(argument, fx.Node)
                     attribute(network.module, str(argument.target)).copy_(statistic)
-                    execute(network.module, [argument], values)
-                execute(network.module, [node], values)
+                    again([argument])
+                again([node])
 
 
 def make_plan(network: Network, method: str, devices: int) -> Plan:
