@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ from robustdice.cli.options import (
     resumable,
     score_with,
 )
-from robustdice.errors import RobustdiceError
+from robustdice.errors import DataError, ModelError, RobustdiceError
 from robustdice.report import plots, tables
 from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress, waiting
 
@@ -246,6 +247,71 @@ def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> 
         raise RobustdiceError(
             f"the bundles differ from the model by {result.max_relative_error:.1e}, more than 1e-4; build them again"
         )
+
+
+@app.command(
+    epilog="Example: robustdice reproduce --models resnet20.pt2 alexnet.pt2 --data cifar10-test.zip -o results"
+)
+def reproduce(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="directory for results and work")],
+    imagenet: Annotated[
+        str | None, typer.Option(metavar="DIR", help="validation images in WNID folders: the paper's three models")
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option(metavar="MODEL...", help="other models, with --data")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="images for --models")] = None,
+    memory: Annotated[float, typer.Option(min=0.01, max=1, help="share on 4 devices, for --models")] = 0.5,
+    s3: S3 = "auto",
+    scheduler: Scheduler = None,
+    samples: Samples = None,
+    random_weights: RandomWeights = False,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The paper's Table I, Figure 2 and Table II (memory): with its models on ImageNet, or with others.
+
+    Writes figure2.csv, table1.csv, table2.csv, figure2.png and .svg, and report.html with the paper's numbers beside
+    ours. After an interruption the same command goes on where it was.
+    """
+    from robustdice.report import paper  # noqa: PLC0415 -- needs the workshop
+    from robustdice.report.reproduce import SCORING_SAMPLES as SCORED  # noqa: PLC0415
+    from robustdice.report.reproduce import Subject, trends  # noqa: PLC0415
+    from robustdice.report.reproduce import reproduce as run  # noqa: PLC0415
+
+    sources = list(paper.MODELS) if imagenet is not None else [*(models or ()), *(more or ())]
+    images = imagenet if imagenet is not None else data
+    if not sources or images is None or (imagenet is not None and (models or more or data)):
+        raise RobustdiceError("give either --imagenet DIR, or --models MODEL... and --data DATA")
+    subjects, missing = [], []
+    for source in sources:
+        name = Path(source).stem if source.endswith((".pt2", ".onnx")) else source.rpartition(":")[2]
+        try:
+            network = load_model(source, random_weights, seed, None, None, None, classes)
+            scoring = load_data(images, network, SCORED, seed + 1, "train")
+            subjects.append(Subject(name, network, scoring, load_data(images, network, samples, seed)))
+        except (ModelError, DataError) as error:
+            missing.append(str(error))
+    if missing:
+        raise RobustdiceError("\n".join(dict.fromkeys(missing)))
+    command = "robustdice " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
+    with resumable(output / "work"), progress("reproducing") as advance:
+        results = run(
+            subjects,
+            output,
+            memory=memory,
+            s3=s3,
+            seed=seed,
+            scheduler=scheduler,
+            command=command,
+            on_progress=advance,
+        )
+    verdicts = trends(results)
+    if as_json:
+        print_json({"directory": str(output), "trends": verdicts})
+    else:
+        out.print(tables.trends_table(verdicts))
+        out.print(f"The report is {output / 'report.html'}.", soft_wrap=True)
 
 
 @app.command(epilog="Example: robustdice demo --memory 0.6")

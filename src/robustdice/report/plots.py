@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ def accuracy(evaluations: Sequence[Evaluation]) -> Figure:
     draw_accuracy(axes, evaluations)
     axes.set_xlabel("devices down")
     axes.set_ylabel("top-1 accuracy, %")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8, framealpha=1, edgecolor="none")
     first = evaluations[0]
     sampled = any(summary.sampled for result in evaluations for summary in result.by_size.values())
     axes.set_title(
@@ -58,6 +58,23 @@ def draw_accuracy(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
     axes.axhline(100 * evaluations[0].clean, color="black", linewidth=0.8, linestyle=":", label="the model alone")
     axes.set_xticks(range(max(max(result.by_size) for result in evaluations) + 1))
     axes.set_ylim(0, 100)
+
+
+def scenarios(models: Mapping[str, Mapping[int, Sequence[Evaluation]]], names: Mapping[int, str]) -> Figure:
+    """The paper's Figure 2: a row per model, a column per number of devices, a line and a band per method."""
+    figure = _figure(10.0, 0.8 + 2.6 * len(models))
+    panels: Any = figure.subplots(len(models), len(names), squeeze=False, sharey=True)
+    for row, (model, by_devices) in zip(panels, models.items(), strict=True):
+        for axes, (devices, evaluations) in zip(row, by_devices.items(), strict=True):
+            draw_accuracy(axes, evaluations)
+            axes.set_title(f"{names[devices]}: {model}, {devices} devices", fontsize=8)
+        row[0].set_ylabel("top-1 accuracy, %", fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("devices down", fontsize=8)
+    handles, _ = panels[0][0].get_legend_handles_labels()
+    labels = [*(result.method for result in next(iter(next(iter(models.values())).values()))), "the model alone"]
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
 
 
 def holders(plan: Plan) -> Figure:
@@ -92,7 +109,8 @@ def holders(plan: Plan) -> Figure:
     axes.set_title(
         f"{plan.method}{parity}: at most {100 * plan.memory_share:.0f} % of the model on a device",
         fontsize=9,
-        loc="right",
+        loc="left",
+        pad=26,
     )
     return figure
 
@@ -113,7 +131,15 @@ def importance(scores: Importance) -> Figure:
                 for layer in scaled
             ]
         )
-        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0, 100, rows - 0.5, -0.5))
+        image = axes.imshow(
+            table,
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+            extent=(0, 100, rows - 0.5, -0.5),
+        )
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("neurons, most important first, %", fontsize=8)
     names = [f"{name} ({len(layer)})" for name, layer in zip(scores.names, scores.scores, strict=True)]

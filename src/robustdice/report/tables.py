@@ -207,6 +207,14 @@ def evaluation_table(result: Evaluation) -> Table:
     return table
 
 
+def trends_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+    """What ``reproduce`` prints."""
+    table = make_table("Do the paper's trends hold?", "model", "claim", "holds")
+    for verdict in verdicts:
+        table.add_row(verdict["model"], verdict["claim"], "yes" if verdict["holds"] else ", ".join(verdict["fails"]))
+    return table
+
+
 def verification_json(result: Verification) -> dict[str, Any]:
     """What ``verify --json`` prints."""
     return {

@@ -1,0 +1,24 @@
+"""What the paper reports: ImageNet-1K top-1, as fractions; worst cases for RobustDiCE, best ones for LOP."""
+
+from __future__ import annotations
+
+MODELS = ("torchvision:alexnet", "torchvision:vgg16_bn", "torchvision:convnext_tiny")
+
+MEMORY = {
+    "torchvision:alexnet": {4: 0.482, 3: 0.535, 2: 0.658},
+    "torchvision:vgg16_bn": {4: 0.623, 3: 0.688, 2: 0.765},
+    "torchvision:convnext_tiny": {4: 0.653, 3: 0.733, 2: 0.860},
+}
+"""The largest device's memory over full replication's, by number of devices (Table II)."""
+
+ACCURACY = {
+    ("torchvision:alexnet", 4, 1, "robustdice"): 0.5240,
+    ("torchvision:alexnet", 4, 2, "robustdice"): 0.4528,
+    ("torchvision:alexnet", 4, 3, "robustdice"): 0.2893,
+    ("torchvision:alexnet", 4, 1, "lop"): 0.4107,
+    ("torchvision:alexnet", 4, 2, "lop"): 0.2350,
+    ("torchvision:alexnet", 4, 3, "lop"): 0.0642,
+    ("torchvision:vgg16_bn", 4, 1, "robustdice"): 0.7250,
+    ("torchvision:convnext_tiny", 4, 1, "robustdice"): 0.7682,
+}
+"""By model, devices, failed devices and method (Figure 2; Table I for one failure)."""
