@@ -218,7 +218,7 @@ def test_a_factory_that_draws_its_weights_can_be_loaded_again() -> None:
         ("factories:number", "factories:number is a int; expected a function"),
         ("factories:unsized", "the input size of factories:unsized is not known; say it with --size"),
         ("factories:Branching", "factories:Branching does not export: .*torch.export must be able to trace it"),
-        ("resnet18", "'resnet18' is not a model: expected torchvision:NAME, a .pt2 file, or package.module:factory"),
+        ("resnet18", "'resnet18' is not a model: expected torchvision:NAME, timm:NAME, a .pt2 or .onnx file, or pack"),
     ],
 )
 def test_sources_that_give_no_model_are_refused(source: str, message: str) -> None:
@@ -307,6 +307,30 @@ def test_torchvision_models_bring_their_preprocessing() -> None:
     assert network.reference.random_weights_seed == 3
     assert (network.outputs, len(network.layers), network.layers[-1].fill) == (1000, 26, -np.inf)
     assert network.layers[-1].value is network.output
+
+
+def test_timm_models_bring_their_preprocessing() -> None:
+    network = load_model("timm:resnet10t", random_weights=True, seed=3)
+    assert network.preprocessing == {
+        "input_size": [3, 176, 176],
+        "resize": 201,
+        "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    assert (network.reference.source, network.reference.random_weights_seed) == ("timm:resnet10t", 3)
+    assert (network.outputs, network.layers[-1].fill) == (1000, -np.inf)
+    larger = load_model("timm:resnet10t", random_weights=True, seed=3, preprocessing={"input_size": [3, 224, 224]})
+    assert larger.input_shape == (3, 224, 224)
+    assert larger.preprocessing["resize"] == 256
+
+
+def test_timm_without_weights_names_them_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"weights of timm:resnet10t are not on .* or go on with --random-weights"):
+        load_model("timm:resnet10t")
+    with pytest.raises(ModelError, match=r"timm has no model 'resnet19'; .*lists them"):
+        load_model("timm:resnet19")
 
 
 def test_unknown_torchvision_models_are_refused() -> None:

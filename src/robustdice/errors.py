@@ -45,3 +45,8 @@ class MessageError(RobustdiceError):
 
 class OutputError(RobustdiceError):
     """A result cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, as far as it fits into a message of ours."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

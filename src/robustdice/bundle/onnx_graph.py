@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
-from robustdice.errors import ModelError
+from robustdice.errors import ModelError, first_line
 from robustdice.model.canonical import arguments, aten, attribute
 from robustdice.model.network import Network, NetworkLayer
 
@@ -69,8 +69,10 @@ def export_onnx(network: Network) -> OnnxGraph:
                 output_names=[node.name for node in values],
             )
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"the model cannot be written as ONNX: {reason}") from None
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps what went wrong in advice about itself
+            cause = cause.__cause__
+        raise ModelError(f"the model cannot be written as ONNX: {first_line(cause)}") from None
     assert exported is not None
     model = exported.model
     if model.functions:
@@ -267,6 +269,8 @@ def _reshapes(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
         assert isinstance(source, fx.Node)
         if node.target is aten.reshape.default:
             shape = tuple(arguments(node)[1])
+            if not all(isinstance(size, int) for size in shape):
+                continue  # it is computed from the batch's own size
         else:
             before = network.shapes[source]
             start, end = (axis % len(before) for axis in arguments(node, None, 0, -1)[1:])

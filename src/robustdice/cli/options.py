@@ -14,7 +14,10 @@ from robustdice.errors import DataError
 from robustdice.terminal import err, progress
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="torchvision:NAME, a .pt2 file, or package.module:factory")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="torchvision:NAME, timm:NAME, a .pt2 or .onnx file, or package.module:factory"
+    ),
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="seeded random weights, not pretrained ones")]
 Size = Annotated[str | None, typer.Option(metavar="C,H,W", help="input size, where the model's source does not say it")]
@@ -103,7 +106,6 @@ def score_with(
             images,
             columns=columns,
             s3=s3,
-            seed=seed,
             scheduler=scheduler,
             checkpoint=checkpoint,
             on_progress=advance,

@@ -19,7 +19,7 @@ from robustdice.errors import PlanError
 from robustdice.failure.passes import Masks, run_under
 from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
-from robustdice.model.network import Network, best_device, check_plan_fits
+from robustdice.model.network import Network, check_plan_fits, on_best_device
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.tasks import Checkpoint, run_tasks
@@ -212,7 +212,8 @@ class _States:
 
 def _count(states: _States, batch: Batch) -> list[int]:
     """How many images of the batch each state answers rightly."""
-    images, labels = (torch.from_numpy(array).to(best_device()) for array in batch)
+    images = on_best_device(torch.from_numpy(batch[0]))
+    labels = torch.from_numpy(batch[1]).to(images.device)
     return [count_correct(scores, labels) for scores in run_under(states.network, images, states.masks)]
 
 

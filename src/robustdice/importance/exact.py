@@ -1,14 +1,15 @@
 """Removal divergence (s3) as it is defined: the network runs again for every unit that is removed.
 
 It runs from the unit's layer on only, many removals share a batch, and an image to which a unit has nothing to say (all
-zeros at the exchange) is left out: there the divergence is zero.
+zeros at the exchange) is left out: there the divergence is zero. The next layer has only the unit's channels to look
+at: what it gives changes by what it makes of their change.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.importance.gradients import class_removal, per_unit, units_of
-from robustdice.model.canonical import execute
+from robustdice.importance.divergence import class_removal, jensen_shannon
+from robustdice.importance.gradients import per_unit, units_of
+from robustdice.model.canonical import arguments, aten, execute
+from robustdice.model.channelwise import Channels, channelwise
 from robustdice.model.network import Network, NetworkLayer
+
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
@@ -34,6 +39,7 @@ def removal_divergences(
     units = range(units_of(layer)) if units is None else units
     sums = torch.zeros(units_of(layer), dtype=torch.float64)
     suffix = nodes_after(network, layer.value)
+    reached = _reached(network, layer)
     with torch.no_grad():
         for part in torch.split(images, rows_at_once(network, network.nodes)):
             values: dict[fx.Node, Any] = {**network.constants(images.device), network.input: part}
@@ -47,7 +53,7 @@ def removal_divergences(
             rows = rows_at_once(network, [layer.value, *suffix])
             for pairs in torch.split(speaks.T.nonzero(), rows):
                 lost, image = pairs.T
-                removed = _run_without(network, layer, suffix, values, lost, image)
+                removed = _run_without(network, layer, suffix, reached, values, lost, image)
                 divergence = jensen_shannon(intact[image], removed.double().softmax(1))
                 sums.index_add_(0, lost.cpu(), divergence.cpu())
     return sums[units.start : units.stop].numpy() / len(images)
@@ -59,17 +65,11 @@ def removal_macs(network: Network, index: int) -> int:
     return sum(layer.layer.neurons * layer.layer.neuron_macs for layer in network.layers if layer.node in after)
 
 
-def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence (natural logarithm) of distributions over the last axis."""
-    middle = (p + q) / 2
-    divergence = torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)
-    return divergence.nan_to_num(0.0).sum(-1).clamp_min(0) / 2
-
-
 def _run_without(
     network: Network,
     layer: NetworkLayer,
     suffix: Sequence[fx.Node],
+    reached: Mapping[fx.Node, Channels],
     intact: dict[fx.Node, Any],
     units: torch.Tensor,
     images: torch.Tensor,
@@ -78,11 +78,15 @@ def _run_without(
     every = torch.arange(units_of(layer), device=units.device)
     lost = (units[:, None] == every).repeat_interleave(layer.layer.group, dim=1)
     # The mask has an axis for the batch, between those for the pairs and for the neurons.
-    altered = intact[layer.value].index_select(0, images).masked_fill(layer.broadcast(lost).squeeze(1), layer.fill)
+    altered = take(intact[layer.value], images).masked_fill(layer.broadcast(lost).squeeze(1), layer.fill)
     changed = _Overlay(network, intact, {layer.value: altered}, images)
     remaining = Counter(used for node in suffix for used in node.all_input_nodes)
     for node in suffix:
-        execute(network.module, [node], changed)
+        if _has_one_input_of(node, reached, network.shapes):
+            channels = reached[node.args[0]]  # type: ignore[index]
+            changed[node] = _updated(node, channels, layer.layer.group, changed, intact, units, images)
+        else:
+            execute(network.module, [node], changed)
         for used in node.all_input_nodes:
             remaining[used] -= 1
             if not remaining[used] and used is not network.output:
@@ -90,6 +94,80 @@ def _run_without(
     result = changed[network.output]
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def _reached(network: Network, layer: NetworkLayer) -> dict[fx.Node, Channels]:
+    """The layer's value and what follows from it channel by channel, so that a lost unit changes its channels only, and
+    where these lie in each. Whatever else such a node reads does not depend on the layer."""
+    shapes = network.shapes
+    reached = {layer.value: Channels(layer.layer.neurons, layer.axis, layer.features, (), (), 0)}
+    dependent = {layer.value}
+    for node in network.nodes:
+        changing = [used for used in node.all_input_nodes if used in dependent]
+        if not changing:
+            continue
+        dependent.add(node)
+        if not reached.keys() >= set(changing) or node not in shapes:
+            continue
+        before = [reached[used] for used in changing]
+        if node.target in _BINARY and before.count(before[0]) == len(before):
+            others = [shapes.get(used) for used in node.all_input_nodes]
+            if all(shape == shapes[node] for shape in others):
+                reached[node] = before[0]
+                continue
+        after = channelwise(node, before[0], shapes) if len(changing) == 1 else None
+        if after is not None:
+            reached[node] = after
+    return reached
+
+
+_BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+
+
+def _has_one_input_of(
+    node: fx.Node, reached: Mapping[fx.Node, Channels], shapes: Mapping[fx.Node, tuple[int, ...]]
+) -> bool:
+    """Whether the node is a convolution or linear layer over the channels of one of ``reached``."""
+    if node in reached or not node.args or node.args[0] not in reached:
+        return False
+    axis = reached[node.args[0]].axis  # type: ignore[index]
+    if node.target is aten.linear.default:
+        return axis == len(shapes[node.args[0]]) - 1  # type: ignore[index]
+    *_, groups = arguments(node, None, None, None, 1, 0, 1, 1)
+    return node.target in _CONVOLUTIONS and groups == 1 and axis == 1
+
+
+def _updated(
+    node: fx.Node,
+    channels: Channels,
+    group: int,
+    changed: dict[fx.Node, Any],
+    intact: dict[fx.Node, Any],
+    units: torch.Tensor,
+    images: torch.Tensor,
+) -> torch.Tensor:
+    """What a layer gives for each pair: what it gave, plus what it makes of the change in the unit's channels."""
+    x, weight, _, *rest = arguments(node, None, None, None)
+    function: Any = node.target
+    result = take(intact[node], images)
+    width = group * channels.features
+    before, after = intact[x].movedim(channels.axis, 1), changed[x].movedim(channels.axis, 1)
+    start = 0
+    for unit, count in zip(
+        *(found.tolist() for found in torch.unique_consecutive(units, return_counts=True)), strict=True
+    ):
+        here, mine = slice(start, start + count), slice(unit * width, (unit + 1) * width)
+        change = after[here, mine] - before[images[here], mine]
+        result[here] += function(change.movedim(1, channels.axis), intact[weight][:, mine], None, *rest)
+        start += count
+    return result
+
+
+def take(value: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The rows of a value that belong to ``images``, in the value's layout (which index_select alone forgets)."""
+    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return value.permute(0, 2, 3, 1).index_select(0, images).permute(0, 3, 1, 2)
+    return value.index_select(0, images)
 
 
 class _Overlay(dict[fx.Node, Any]):
@@ -106,7 +184,7 @@ class _Overlay(dict[fx.Node, Any]):
     def __missing__(self, node: fx.Node) -> Any:
         value = self._intact[node]
         if node in self._per_image:
-            value = value.index_select(0, self._images)
+            value = take(value, self._images)
         self[node] = value
         return value
 

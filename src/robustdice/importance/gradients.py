@@ -1,20 +1,17 @@
-"""The scores that backward passes give: connection sensitivity (s2) and a second-order removal divergence (s3).
+"""The scores that backward passes give: connection sensitivity (s2) and a removal divergence (s3) without removals.
 
-For small removals the Jensen-Shannon divergence of the output distribution is
-
-    1/8 * sum over classes y of p_y * (a_j . d log p_y / d a_j)^2
-
-where a_j is everything that unit j hands over at the exchange (it is half of the divergence's metric, which is the
-Fisher information over 4, along the step from a_j to zero). So a backward pass per class gives the divergence
-of *all* units. Where there are many classes, the likeliest one of every image is taken exactly, by the pass that s2
-needs anyway, and the others are drawn from what probability is left: an unbiased estimate, whose variance is bounded
-by the doubt that the model itself has.
+Losing unit j moves the logarithm of every outcome's probability by about -a_j . d log p_y / d a_j, where a_j is what
+the unit hands over at the exchange. One backward pass for each outcome y gives this for *all* units, and the
+divergence between p and the moved distribution follows. For small removals that is half of the divergence's metric
+along the step, 1/8 * sum over y of p_y * (a_j . d log p_y / d a_j)^2 (the Fisher information over 4); for large ones
+it stays below ln 2, as it must. Few classes are an outcome each. Of many, the likeliest of every image are, and all
+others together are one more: what that neglects is how the doubtful rest is divided among itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.model.canonical import execute
 from robustdice.model.network import Network, NetworkLayer
 from robustdice.progress import Progress, silent
 
 EVERY_CLASS_UP_TO = 16
-"""So many classes are all taken; of more, ``DRAWS`` are drawn beside the likeliest."""
-DRAWS = 2
+"""So many classes are an outcome each; of more, only the ``LIKELIEST`` are."""
+LIKELIEST = 3
 
 GRADIENT_ELEMENTS = 16_000_000
 """Numbers that a micro-batch keeps for its backward passes: larger ones cost more in page faults than they save."""
@@ -42,10 +40,9 @@ def gradient_scores(
     *,
     sensitivity: bool = True,
     divergence: bool = True,
-    seed: int = 0,
     on_progress: Progress = silent,
 ) -> tuple[Scores | None, Scores | None]:
-    """s2 and the second-order s3 of every unit, float64 [units] per layer, or None for what is not wanted.
+    """s2 and the s3 from backward passes of every unit, float64 [units] per layer, or None for what is not wanted.
 
     s2 is the sum of |dL/dw * w| over a unit's filters and biases; L is the mean cross-entropy over all images
     against the network's own top-1 answer. s3 is the mean over the images; class scores that are lost count as
@@ -57,30 +54,36 @@ def gradient_scores(
     weights = {node: value.requires_grad_() for node, value in constants.items() if str(node.target) in filters}
     sums = {node: torch.zeros_like(weight) for node, weight in weights.items()}
     divergences = {layer.layer.name: torch.zeros(units_of(layer), dtype=torch.float64) for layer in network.layers}
-    generator = torch.Generator().manual_seed(seed)
     done = 0
     for part in torch.split(images, _images_at_once(network)):
         values: dict[fx.Node, Any] = {**constants, network.input: part if weights else part.detach().requires_grad_()}
         execute(network.module, network.nodes, values)
-        scores = values[network.output]
-        log_p = scores.double().log_softmax(1)
-        p = log_p.detach().exp()
+        log_p = values[network.output].double().log_softmax(1)
         activations = [values[layer.value] for layer in inner]
-        for turn, (classes, share) in enumerate(_classes(p, generator) if divergence else [(p.argmax(1), p.amax(1))]):
+        outcomes = _outcomes(log_p)
+        slopes: list[list[torch.Tensor]] = [[] for _ in inner]
+        for turn, outcome in enumerate(outcomes if divergence else outcomes[:1]):
+            # The likeliest class comes first: its logarithm is the loss against the network's own answer.
             wanted = [*weights.values(), *activations] if turn == 0 else activations
-            target = log_p.gather(1, classes[:, None]).sum()
             # A tensor may have no path to the scores (through a comparison, say): then nothing depends on it.
-            found = torch.autograd.grad(target, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                outcome.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             for so_far, gradient in zip(sums.values() if turn == 0 else (), found, strict=False):
                 so_far.sub_(gradient)
             with torch.no_grad():
                 gradients = found[len(wanted) - len(activations) :]
-                for layer, value, gradient in zip(inner, activations, gradients, strict=True):
-                    slopes = per_unit(layer, value * gradient).double()
-                    divergences[layer.layer.name] += (slopes.square() * share[:, None]).sum(0).cpu() / 8
-        for layer in network.layers:
-            if math.isinf(layer.fill):
-                divergences[layer.layer.name] += class_removal(per_unit(layer, p)).sum(0).cpu()
+                for of_layer, layer, value, gradient in zip(slopes, inner, activations, gradients, strict=True):
+                    of_layer.append(per_unit(layer, value * gradient).double())
+        with torch.no_grad():
+            before = torch.stack(outcomes, -1)[:, None]
+            for of_layer, layer in zip(slopes, inner, strict=True):
+                after = (before - torch.stack(of_layer, -1)).softmax(-1)
+                divergences[layer.layer.name] += jensen_shannon(before.exp().expand_as(after), after).sum(0).cpu()
+            p = log_p.exp()
+            for layer in network.layers:
+                if math.isinf(layer.fill):
+                    divergences[layer.layer.name] += class_removal(per_unit(layer, p)).sum(0).cpu()
         done += len(part)
         on_progress(done, len(images))
     for weight in weights.values():
@@ -96,26 +99,12 @@ def gradient_scores(
     )
 
 
-def _classes(p: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of classes [n] and what each stands for [n], the likeliest first; p is [n, classes]."""
-    ranked, order = p.sort(dim=1, descending=True, stable=True)
-    yield order[:, 0], ranked[:, 0]
-    if p.shape[1] <= EVERY_CLASS_UP_TO:
-        for rank in range(1, p.shape[1]):
-            yield order[:, rank], ranked[:, rank]
-        return
-    rest = ranked[:, 1:].cpu()
-    drawn = 1 + torch.multinomial(rest.clamp_min(torch.finfo(rest.dtype).tiny), DRAWS, True, generator=generator)
-    for draw in drawn.to(p.device).T:
-        yield order.gather(1, draw[:, None])[:, 0], ranked[:, 1:].sum(1) / DRAWS
-
-
-def class_removal(p: torch.Tensor) -> torch.Tensor:
-    """The divergence, elementwise, when what has probability ``p`` is no longer among the answers."""
-    rest = 1 - p
-    both = 2 - p
-    kept = torch.xlogy(rest, 2 * rest / both) + math.log(2) * p
-    return ((kept + torch.log(2 / both)) / 2).clamp_min(0)
+def _outcomes(log_p: torch.Tensor) -> list[torch.Tensor]:
+    """Logarithms of the probabilities [n] of each outcome, the likeliest class first; log_p is [n, classes]."""
+    ranked = log_p.gather(1, log_p.detach().argsort(dim=1, descending=True, stable=True))
+    if log_p.shape[1] <= EVERY_CLASS_UP_TO:
+        return list(ranked.unbind(1))
+    return [*ranked[:, :LIKELIEST].unbind(1), ranked[:, LIKELIEST:].logsumexp(1)]
 
 
 def per_unit(layer: NetworkLayer, value: torch.Tensor) -> torch.Tensor:

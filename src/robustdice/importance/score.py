@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from robustdice.errors import DataError, PlanError
 from robustdice.importance.exact import removal_divergences, removal_macs
-from robustdice.importance.gradients import DRAWS, EVERY_CLASS_UP_TO, gradient_scores, sum_filters, units_of
+from robustdice.importance.gradients import EVERY_CLASS_UP_TO, LIKELIEST, gradient_scores, sum_filters, units_of
 from robustdice.importance.values import COLUMNS, Importance
 from robustdice.model.canonical import attribute
 from robustdice.model.load import reload_model
-from robustdice.model.network import Network, best_device
+from robustdice.model.network import Network, on_best_device
 from robustdice.plan import ModelReference
 from robustdice.progress import Progress, silent
 from robustdice.tasks import Checkpoint, run_tasks
@@ -42,7 +42,6 @@ def score(
     *,
     columns: Sequence[str] = COLUMNS,
     s3: str = "auto",
-    seed: int = 0,
     scheduler: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     on_progress: Progress = silent,
@@ -50,9 +49,9 @@ def score(
     """Score every unit of every layer with ``images``, float32 [n, channels, height, width]; no labels are needed.
 
     s1 is the L1 norm of filter and bias, s2 the connection sensitivity against the model's own answers, s3 the
-    Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange: ``exact``, ``fisher`` (to
-    second order, from a few backward passes; ``seed`` draws the classes where there are many) or ``auto``,
-    exact where that takes about a minute. ``checkpoint`` keeps what is finished when the work is interrupted, and is
+    Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange: ``exact``, ``fisher`` (from
+    a few backward passes, which say to first order how every removal moves the answer) or ``auto``, exact
+    where that takes about a minute. ``checkpoint`` keeps what is finished when the work is interrupted, and is
     left to the caller; ``scheduler`` is a Dask scheduler's address. DataError when the images do not fit the model;
     PlanError when ``columns`` or ``s3`` name something else; OutputError when the checkpoint is of other work.
     """
@@ -70,12 +69,12 @@ def score(
         settings["s3_chosen_by"] = "auto" if s3 == "auto" else "request"
         if settings["s3"] == "fisher":
             few = network.outputs <= EVERY_CLASS_UP_TO
-            settings["s3_classes"] = "all" if few else f"likeliest and {DRAWS} drawn with seed {seed}"
-    work = _Work(network, torch.from_numpy(np.ascontiguousarray(images, np.float32)), tuple(columns), settings, seed)
+            settings["s3_classes"] = "all" if few else f"the {LIKELIEST} likeliest, all others as one"
+    work = _Work(network, torch.from_numpy(np.ascontiguousarray(images, np.float32)), tuple(columns), settings)
     kept = None
     if checkpoint is not None:
         of = {"model": network.reference.digest, "images": hashlib.sha256(images.tobytes()).hexdigest()}
-        kept = Checkpoint(checkpoint, {"what": "scores", **of, "columns": list(columns), "seed": seed, **settings})
+        kept = Checkpoint(checkpoint, {"what": "scores", **of, "columns": list(columns), **settings})
     costs = work.tasks()
     total = sum(costs.values())
     work.on_part = lambda done, parts: on_progress(costs[GRADIENTS] * done // parts, total)
@@ -84,7 +83,7 @@ def score(
         list(costs),
         lambda key: key,
         work,
-        recreate=partial(_recreate, network.reference, images, tuple(columns), settings, seed),
+        recreate=partial(_recreate, network.reference, images, tuple(columns), settings),
         scheduler=scheduler,
         checkpoint=kept,
         cost=costs.__getitem__,
@@ -127,7 +126,6 @@ class _Work:
     images: torch.Tensor
     columns: tuple[str, ...]
     settings: dict[str, Any]
-    seed: int
     on_part: Callable[[int, int], None] = silent
 
     @property
@@ -164,7 +162,7 @@ class _Work:
 
 
 def _run(work: _Work, task: str) -> Any:
-    images = work.images.to(best_device())
+    images = on_best_device(work.images)
     if task != GRADIENTS:
         index, first, last = map(int, task.split()[1:])
         return removal_divergences(work.network, images, index, range(first, last)).tolist()
@@ -173,7 +171,6 @@ def _run(work: _Work, task: str) -> Any:
         images,
         sensitivity="s2" in work.columns,
         divergence="s3" in work.columns and not work.exact,
-        seed=work.seed,
         on_progress=work.on_part,
     )
     named = {"s2": s2, "s3": s3}
@@ -185,6 +182,5 @@ def _recreate(
     images: NDArray[np.float32],
     columns: tuple[str, ...],
     settings: dict[str, Any],
-    seed: int,
 ) -> _Work:
-    return _Work(reload_model(reference), torch.from_numpy(images), columns, settings, seed)
+    return _Work(reload_model(reference), torch.from_numpy(images), columns, settings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ _BATCH_NORMS = {
 COPY_MARK = "__use"
 """What stands between the name of a parameter and the number of its use, from the second use on."""
 
-Shapes = dict[fx.Node, tuple[int, ...]]
+Shapes = Mapping[fx.Node, tuple[int, ...]]
 
 
 def canonicalise(program: ExportedProgram) -> fx.GraphModule:
@@ -202,6 +202,7 @@ def _rewrite_view(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> 
     source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     before, after = source.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
     if not before or not after or str(before[0]) != str(batch) or str(after[0]) != str(batch):
+        _replace(graph, node, aten.reshape.default, (source, sizes))  # which takes any layout in memory
         return
     kept = len(after) - 1
     if len(after) < len(before) and tuple(before[:kept]) == tuple(after[:kept]):

@@ -1,4 +1,4 @@
-"""Model sources: ``torchvision:NAME``, a ``.pt2`` file, ``package.module:factory``."""
+"""Model sources: ``torchvision:NAME``, ``timm:NAME``, ``.pt2`` and ``.onnx`` files, ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from robustdice.errors import ModelError
+from robustdice.errors import ModelError, first_line
 from robustdice.images import check_preprocessing
 from robustdice.model.network import Network, build_network
 from robustdice.plan import ModelReference
@@ -39,16 +39,18 @@ def load_model(
     ``random_weights`` takes seeded random weights instead of pretrained ones. ModelError when the source cannot
     be found, has no weights, does not export, or holds an operation that cannot be placed.
     """
-    if source.endswith(".pt2"):
-        program, found = _load_pt2(Path(source), random_weights)
+    library, _, name = source.partition(":")
+    if source.endswith((".pt2", ".onnx")):
+        program, found = _load_file(Path(source), random_weights, preprocessing)
         source = str(Path(source).resolve())
-    elif source.startswith("torchvision:"):
-        program, found = _load_torchvision(source.removeprefix("torchvision:"), random_weights, seed, preprocessing)
-    elif ":" in source:
+    elif name and library in _LIBRARIES:
+        program, found = _LIBRARIES[library](name, random_weights, seed, preprocessing)
+    elif name:
         program, found = _load_factory(source, random_weights, seed, preprocessing)
     else:
         raise ModelError(
-            f"{source!r} is not a model: expected torchvision:NAME, a .pt2 file, or package.module:factory"
+            f"{source!r} is not a model: expected torchvision:NAME, timm:NAME, a .pt2 or .onnx file, "
+            "or package.module:factory"
         )
     merged = check_preprocessing({**found, **(preprocessing or {})})
     network = build_network(program, source, merged, seed if random_weights else None)
@@ -89,19 +91,30 @@ def _check_preprocessing_fits(network: Network) -> None:
         )
 
 
-def _load_pt2(path: Path, random_weights: bool) -> tuple[ExportedProgram, dict[str, Any]]:
+def _load_file(
+    path: Path, random_weights: bool, preprocessing: Mapping[str, Any] | None
+) -> tuple[ExportedProgram, dict[str, Any]]:
     if random_weights:
-        raise ModelError("--random-weights is for models that are built by name; a .pt2 file brings its weights")
+        raise ModelError(
+            f"--random-weights is for models that are built by name; a {path.suffix} file brings its weights"
+        )
     if not path.is_file():
         raise ModelError(f"there is no model file {path}")
+    declared = _sidecar(path)
+    if path.suffix == ".onnx":
+        return _load_onnx(path, {**declared, **(preprocessing or {})}), declared
     try:
         with quiet(), _nothing_unpickled():
-            program = torch.export.load(path)
+            return torch.export.load(path), declared
     except Exception as error:
-        raise ModelError(f"{path} is not a torch.export program: {_first_line(error)}") from None
+        raise ModelError(f"{path} is not a torch.export program: {first_line(error)}") from None
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What the file beside a model file says about images and classes."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
-        return program, {}
+        return {}
     try:
         document = json.loads(sidecar.read_bytes())
     except OSError as error:
@@ -110,7 +123,15 @@ def _load_pt2(path: Path, random_weights: bool) -> tuple[ExportedProgram, dict[s
         raise ModelError(f"the sidecar {sidecar} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ModelError(f"the sidecar {sidecar} is not a JSON object; see docs/formats.md")
-    return program, document
+    return document
+
+
+def _load_onnx(path: Path, declared: Mapping[str, Any]) -> ExportedProgram:
+    from robustdice.model.onnx_import.file import load_onnx  # noqa: PLC0415 -- other sources need no ONNX
+
+    with quiet():
+        module, shape = load_onnx(path, check_preprocessing(declared).get("input_size"))
+    return _export(module, shape, str(path))
 
 
 def _load_torchvision(
@@ -139,10 +160,40 @@ def _load_torchvision(
     except OSError as error:
         raise ModelError(
             f"the weights of torchvision:{name} are not on this machine and could not be fetched from {weights.url} "
-            f"({_first_line(error)}); put the file into {Path(torch.hub.get_dir()) / 'checkpoints'}, "
+            f"({first_line(error)}); put the file into {Path(torch.hub.get_dir()) / 'checkpoints'}, "
             "or go on with --random-weights"
         ) from None
-    return _export(model, {**declared, **(preprocessing or {})}, f"torchvision:{name}"), declared
+    return _export(model, _input_size({**declared, **(preprocessing or {})}, name), f"torchvision:{name}"), declared
+
+
+def _load_timm(
+    name: str, random_weights: bool, seed: int, preprocessing: Mapping[str, Any] | None
+) -> tuple[ExportedProgram, dict[str, Any]]:
+    import_torchvision()  # which timm imports
+    try:
+        timm: Any = importlib.import_module("timm")  # takes seconds
+    except ImportError:
+        raise ModelError("timm is not installed; pip install 'robustdice[workshop]'") from None
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}; 'import timm; timm.list_models()' lists them")
+    try:
+        with quiet(), _seeded(seed):
+            model = timm.create_model(name, pretrained=not random_weights)
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of timm:{name} are not on this machine and could not be fetched ({first_line(error)}); "
+            "fetch them on a machine with a network and copy its Hugging Face cache, or go on with --random-weights"
+        ) from None
+    found = timm.data.resolve_model_data_config(model)
+    size = (preprocessing or {}).get("input_size") or found["input_size"]
+    declared = {
+        "input_size": list(size),
+        "resize": int(size[1] / found["crop_pct"]),
+        "interpolation": found["interpolation"],
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+    }
+    return _export(model, size, f"timm:{name}"), declared
 
 
 def _load_factory(
@@ -153,7 +204,7 @@ def _load_factory(
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # whatever the module does on import
-            raise ModelError(f"cannot import the model {source!r}: {_first_line(error)}") from None
+            raise ModelError(f"cannot import the model {source!r}: {first_line(error)}") from None
         if not callable(factory):
             raise ModelError(f"{source} is a {type(factory).__name__}; expected a function that returns the model")
         takes_flag = "random_weights" in inspect.signature(factory).parameters
@@ -165,26 +216,34 @@ def _load_factory(
             with _seeded(seed if random_weights else 0):
                 model = factory(random_weights=random_weights) if takes_flag else factory()
         except Exception as error:
-            raise ModelError(f"{source} failed: {type(error).__name__}: {_first_line(error)}") from error
+            raise ModelError(f"{source} failed: {type(error).__name__}: {first_line(error)}") from error
     if isinstance(model, ExportedProgram):
         return model, {}
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{source} returned a {type(model).__name__}; expected a torch.nn.Module")
     declared = dict(getattr(model, "preprocessing", {}))
-    return _export(model, {**declared, **(preprocessing or {})}, source), declared
+    return _export(model, _input_size({**declared, **(preprocessing or {})}, source), source), declared
 
 
-def _export(model: torch.nn.Module, declared: Mapping[str, Any], name: str) -> ExportedProgram:
+_LIBRARIES = {"torchvision": _load_torchvision, "timm": _load_timm}
+
+
+def _input_size(declared: Mapping[str, Any], name: str) -> tuple[int, ...]:
     if declared.get("input_size") is None:
         raise ModelError(f"the input size of {name} is not known; say it with --size, as in --size 3,224,224")
-    example = torch.zeros(2, *check_preprocessing(declared)["input_size"])
+    return tuple(check_preprocessing(declared)["input_size"])
+
+
+def _export(model: torch.nn.Module, shape: Sequence[int], name: str) -> ExportedProgram:
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(
-                model.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+                model.eval(), (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(f"{name} does not export: {_first_line(error)}; {_EXPORT_ADVICE}") from None
+        raise ModelError(f"{name} does not export: {first_line(error)}; {_EXPORT_ADVICE}") from None
 
 
 def import_torchvision() -> types.ModuleType:
@@ -262,7 +321,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

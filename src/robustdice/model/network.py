@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from robustdice.errors import ModelError, PlanError
+from robustdice.errors import ModelError, PlanError, first_line
 from robustdice.model.canonical import (
     COPY_MARK,
     Shapes,
@@ -159,13 +159,17 @@ class Network:
         return result
 
 
-def best_device() -> torch.device:
-    """A GPU when there is one. Always float32: TF32 is off, for nobody has measured what it does to rankings."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device("cuda")
+def on_best_device(images: torch.Tensor) -> torch.Tensor:
+    """The images on a GPU when there is one. Always float32: TF32 is off, for nobody has measured what it does to
+    rankings. On a CPU channels come last in memory, which every operation then keeps: pooling is ten times faster."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return images.to("cuda")
+    if images.ndim != 4:
+        return images
+    # With one channel both layouts are the same bytes, and contiguous() would leave the strides that say which it is.
+    return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 
 def check_plan_fits(network: Network, plan: Plan) -> None:
@@ -264,8 +268,9 @@ def _run_beside(
         larger, more_shapes = measure_shapes(module, more)
         single, _ = measure_shapes(module, example[:1])
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"the model runs batches of {len(example)} only ({reason}); {_DYNAMIC_BATCH}") from None
+        raise ModelError(
+            f"the model runs batches of {len(example)} only ({first_line(error)}); {_DYNAMIC_BATCH}"
+        ) from None
     for result, images in (
         (output, slice(None)),
         (larger[:-1], slice(None)),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from robustdice.bundle.manifest import Exchange
 from robustdice.bundle.read import Bundle
-from robustdice.errors import BundleError
+from robustdice.errors import BundleError, first_line
 
 Array = NDArray[Any]
 Values = dict[str, Array]
@@ -124,8 +124,9 @@ def _session(bundle: Bundle, file: str, threads: int) -> Any:
     try:
         return open_session(path, threads)
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(f"{path} cannot be loaded: {reason}; build the bundle again for this ONNX Runtime") from None
+        raise BundleError(
+            f"{path} cannot be loaded: {first_line(error)}; build the bundle again for this ONNX Runtime"
+        ) from None
 
 
 def _place(neurons: tuple[int, ...], features: int) -> slice | NDArray[np.intp]:
