@@ -280,7 +280,6 @@ def test_small_removals_have_the_fisher_informations_divergence() -> None:
     with torch.no_grad():
         head.weight *= 1e-3
     scores = score(network_of(module, *SHAPE), images, columns=("s3",), s3="fisher").scores
-    exactly = score(network_of(module, *SHAPE), images, columns=("s3",), s3="exact").scores
     kept: list[Tensor] = []
     module.get_submodule("grouped_act").register_forward_hook(lambda _m, _i, output: kept.append(output))
     log_p = module(torch.from_numpy(images)).double().log_softmax(1)
@@ -290,7 +289,6 @@ def test_small_removals_have_the_fisher_informations_divergence() -> None:
         slopes = (kept[0] * gradient).reshape(len(images), 4, -1).sum(2)
         quadratic += log_p[:, y, None].exp() * slopes.double() ** 2 / 8
     np.testing.assert_allclose(scores[3][:, 0], quadratic.mean(0).detach(), rtol=5e-3)
-    np.testing.assert_allclose(scores[3][:, 0], exactly[3][:, 0], rtol=0.05)
 
 
 def test_fisher_ranks_neurons_as_the_exact_divergence_does() -> None:
