@@ -126,7 +126,7 @@ def evaluate_plans(
     states = _States(
         network, [[plan.surviving_neurons(failed) for failed in sets] for plan, sets in zip(plans, chosen, strict=True)]
     )
-    size = _images_at_once(network)
+    size = images_at_once(network)
     kept = None
     if checkpoint is not None:
         sets = [[sorted(failed) for failed in of_plan] for of_plan in chosen]
@@ -252,7 +252,8 @@ class _ReadAhead:
         return future.result()
 
 
-def _images_at_once(network: Network) -> int:
+def images_at_once(network: Network) -> int:
+    """How many images a batch has: few enough that no temporary gets large."""
     largest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
     return int(np.clip(BATCH_ELEMENTS // largest, 8, 64))
 

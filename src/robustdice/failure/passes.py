@@ -72,6 +72,11 @@ class _Walk:
         if not lost.size:
             return value
         layer: NetworkLayer = self.network.layers[self.exchanges[node]]
+        if layer.fill == 0:  # a product is several times as fast as filling in
+            there = torch.ones(layer.layer.neurons, device=value.device)
+            there[torch.from_numpy(lost)] = 0
+            kept = layer.broadcast(there)
+            return value.mul_(kept) if in_place else value * kept
         entries = torch.from_numpy((lost[:, None] * layer.features + np.arange(layer.features)).ravel())
         fill = value.index_fill_ if in_place else value.index_fill
         return fill(layer.axis, entries.to(value.device), layer.fill)
