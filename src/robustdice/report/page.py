@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustdice.report.paper import ACCURACY
@@ -34,7 +35,8 @@ def render(
     about = [
         f"Measured: top-1 accuracy on {first.samples:,} images of {first.data}, every failure set of each size.",
         "The paper's figures are worst cases for RobustDiCE and best cases for LOP: compare with that column.",
-        *(f"{m.name}: {m.source}, scores {m.scores.settings}." for m in results),
+        "Scored without labels, with some of the same images:",
+        *(f"{m.name}: {_described(m)}." for m in results),
         f"robustdice {version('robustdice')}, torch {version('torch')}. Command: {command}",
     ]
     claims = [
@@ -51,7 +53,7 @@ def render(
         _table(figure2),
         "<h2>Table I: which scores (4 devices, one down)</h2>",
         "<p>At the same threshold more scores mean larger distances, hence more replicas: see the memory.</p>",
-        _table(tables["table1"]),
+        _table([{**row, "paper": _of_table1(sources[row["model"]], row)} for row in tables["table1"]]),
         "<h2>Table II: memory of the largest device over full replication</h2>",
         _table(tables["table2"]),
     ]
@@ -67,6 +69,19 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _described(model: ModelResults) -> str:
+    how = model.scores.settings
+    source = model.source if "/" not in model.source else Path(model.source).name
+    classes = f" ({how['s3_classes']})" if "s3_classes" in how else ""
+    return f"{source}, {how['samples']} images, s3 {how['s3']}{classes}"
+
+
+def _of_table1(source: str, row: Mapping[str, Any]) -> float | str:
+    """The paper's number, which is for the same threshold."""
+    every = row["scores"] == "s1+s2+s3" and row["same"] == "threshold"
+    return ACCURACY.get((source, 4, 1, "robustdice"), "") if every else ""
 
 
 def _cell(value: Any) -> str:

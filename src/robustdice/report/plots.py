@@ -32,7 +32,7 @@ def accuracy(evaluations: Sequence[Evaluation]) -> Figure:
     draw_accuracy(axes, evaluations)
     axes.set_xlabel("devices down")
     axes.set_ylabel("top-1 accuracy, %")
-    axes.legend(fontsize=8, framealpha=1, edgecolor="none")
+    figure.legend(fontsize=8, frameon=False, ncols=2, loc="outside lower center")
     first = evaluations[0]
     sampled = any(summary.sampled for result in evaluations for summary in result.by_size.values())
     axes.set_title(
@@ -78,39 +78,32 @@ def scenarios(models: Mapping[str, Mapping[int, Sequence[Evaluation]]], names: M
 
 
 def holders(plan: Plan) -> Figure:
-    """For every layer, a bar: its neurons by how many devices hold them, and those that only a parity shard backs."""
-    figure = _figure(7.0, 1.4 + 0.17 * len(plan.layers))
+    """For every layer, a bar: its neurons by how many devices hold them; hatched where a parity shard backs them."""
+    figure = _figure(7.0, 1.6 + 0.17 * len(plan.layers))
     axes = figure.add_subplot()
     shades = _shades(plan.devices)
     for row, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
+        hatch = "///" if plan.exchanged_before_tail(row) else None
         start = 0.0
         for copies in range(1, plan.devices + 1):
             held = sum(len(shard.neurons) for shard in shards if len(shard.holders) == copies)
             width = 100 * held / layer.neurons
-            axes.barh(row, width, left=start, color=shades[copies - 1], height=0.85)
+            axes.barh(row, width, left=start, color=shades[copies - 1], height=0.85, hatch=hatch, edgecolor="white")
             start += width
     for copies, shade in enumerate(shades, start=1):
-        axes.barh(0, 0, color=shade, label=f"{copies}")
+        axes.barh(0, 0, color=shade, label=f"held by {copies}")
+    if any(map(plan.exchanged_before_tail, range(len(plan.layers)))):
+        axes.barh(0, 0, color=shades[0], hatch="///", edgecolor="white", label="and part of a sum")
     names = [f"{layer.name} ({layer.neurons})" for layer in plan.layers]
     axes.set_yticks(range(len(names)), names, fontsize=min(8, 6 + 60 / len(names)))
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("neurons of the layer, %")
-    axes.legend(
-        title="held by devices",
-        ncols=plan.devices,
-        fontsize=8,
-        title_fontsize=8,
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-    )
-    parity = ", and sums of them on the last device" if any(map(plan.exchanged_before_tail, range(len(names)))) else ""
+    figure.legend(ncols=6, fontsize=8, frameon=False, loc="outside lower center")
     axes.set_title(
-        f"{plan.method}{parity}: at most {100 * plan.memory_share:.0f} % of the model on a device",
+        f"{plan.method} on {plan.devices} devices: at most {100 * plan.memory_share:.0f} % of the model on each",
         fontsize=9,
         loc="left",
-        pad=26,
     )
     return figure
 

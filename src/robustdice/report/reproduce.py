@@ -226,8 +226,10 @@ def trends(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
         rows = {(r["devices"], r["failed"], r["method"]): r for r in figure2_rows([model])}
         cases = sorted({key[:2] for key in rows}, reverse=True)
 
-        def below(a: str, b: str, key: str, chosen: list[tuple[int, int]], rows: Any = rows) -> list[str]:
-            return [f"{d} devices, {f} down" for d, f in chosen if rows[d, f, a][key] < rows[d, f, b][key]]
+        def below(
+            a: str, b: str, chosen: list[tuple[int, int]], of_a: str = "mean", of_b: str = "mean", rows: Any = rows
+        ) -> list[str]:
+            return [f"{d} devices, {f} down" for d, f in chosen if rows[d, f, a][of_a] < rows[d, f, b][of_b]]
 
         one, more = [c for c in cases if c[1] == 1], [c for c in cases if c[1] > 1]
         inexact = [
@@ -236,9 +238,10 @@ def trends(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
         three = model.table1["s1+s2+s3", "memory"].by_size[1].worst
         singles = [s for s in COLUMNS if model.table1[s, "memory"].by_size[1].worst > three]
         for claim, fails in (
-            ("RobustDiCE is not below LOP (mean)", below("robustdice", "lop", "mean", cases)),
+            ("RobustDiCE is not below LOP (mean)", below("robustdice", "lop", cases)),
+            ("RobustDiCE's worst case is not below LOP's best", below("robustdice", "lop", cases, "worst", "best")),
             ("CDC is exact with one device down", inexact),
-            ("RobustDiCE is not below CDC beyond one (mean)", below("robustdice", "cdc", "mean", more)),
+            ("RobustDiCE is not below CDC beyond one (mean)", below("robustdice", "cdc", more)),
             ("three scores are not below one at the same memory (worst, one down)", [f"{s} alone" for s in singles]),
         ):
             verdicts.append({"model": model.name, "claim": claim, "holds": not fails, "fails": fails})

@@ -137,7 +137,8 @@ def plan_summary(plan: Plan) -> str:
     after = sum(
         layer.neurons * layer.neuron_outputs for index, layer in enumerate(plan.layers) if not plan.held_by_all(index)
     )
-    before = "" if after == plan.exchanged_activations else f", before the layers' tails ({after:,} behind them)"
+    parity = any(map(plan.exchanged_before_tail, range(len(plan.layers))))
+    before = f", before the layers' tails ({after:,} behind them), which every device then computes" if parity else ""
     return (
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
