@@ -133,6 +133,17 @@ def test_s3_is_between_zero_and_the_logarithm_of_two() -> None:
     assert 0.3 < highest <= np.log(2)
 
 
+def test_a_layer_that_says_nothing_has_no_divergence() -> None:
+    module = seeded(Plain)
+    conv = module.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.bias -= 100  # below zero everywhere, whatever the image
+    found = score(network_of(module, 1, 8, 8), random_images(2, (1, 8, 8)), columns=("s3",))
+    assert not found.scores[0].any()
+
+
 def test_identical_distributions_have_no_divergence_and_disjoint_ones_the_most() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
     q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]], dtype=torch.float64)

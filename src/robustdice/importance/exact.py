@@ -52,6 +52,8 @@ def removal_divergences(
             speaks[:, : units.start] = speaks[:, units.stop :] = False
             rows = rows_at_once(network, [layer.value, *suffix])
             for pairs in torch.split(speaks.T.nonzero(), rows):
+                if not len(pairs):  # a part in which no unit says anything
+                    continue
                 lost, image = pairs.T
                 removed = _run_without(network, layer, suffix, reached, values, lost, image)
                 divergence = jensen_shannon(intact[image], removed.double().softmax(1))
