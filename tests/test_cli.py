@@ -7,40 +7,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from commands import COMMAND, fails, run, run_json
 from robustdice.model.digits import digits
 
 MODEL = "robustdice.demo.network:digits_cnn"
-COMMAND = [sys.executable, "-c", "from robustdice.cli import main; main()"]
-
-
-def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == status, result.stdout + result.stderr
-    return result
-
-
-def run_json(*arguments: str | Path) -> Any:
-    return json.loads(run(*arguments, "--json").stdout)
-
-
-def fails(*arguments: str | Path) -> str:
-    """The error of a command: one line, no traceback, exit status 1."""
-    stderr = run(*arguments, status=1).stderr
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

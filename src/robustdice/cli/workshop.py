@@ -255,7 +255,8 @@ def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> 
 def reproduce(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="directory for results and work")],
     imagenet: Annotated[
-        str | None, typer.Option(metavar="DIR", help="validation images in WNID folders: the paper's three models")
+        str | None,
+        typer.Option(metavar="DIR", help="ImageNet's validation images in WNID folders, or a folder with val"),
     ] = None,
     models: Annotated[list[str] | None, typer.Option(metavar="MODEL...", help="other models, with --data")] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
@@ -281,6 +282,8 @@ def reproduce(
 
     sources = list(paper.MODELS) if imagenet is not None else [*(models or ()), *(more or ())]
     images = imagenet if imagenet is not None else data
+    if imagenet is not None and (Path(imagenet) / "val").is_dir():
+        images = str(Path(imagenet) / "val")
     if not sources or images is None or (imagenet is not None and (models or more or data)):
         raise RobustdiceError("give either --imagenet DIR, or --models MODEL... and --data DATA")
     subjects, missing = [], []

@@ -224,7 +224,7 @@ def trends(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
     verdicts = []
     for model in results:
         rows = {(r["devices"], r["failed"], r["method"]): r for r in figure2_rows([model])}
-        cases = sorted({key[:2] for key in rows}, reverse=True)
+        cases = sorted({key[:2] for key in rows}, key=lambda case: (-case[0], case[1]))
 
         def below(
             a: str, b: str, chosen: list[tuple[int, int]], of_a: str = "mean", of_b: str = "mean", rows: Any = rows

@@ -1,0 +1,146 @@
+"""The paper's evaluation as a command and as a function: what it writes, resumes and says."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from commands import fails, run_json
+from robustdice.errors import ModelError, OutputError
+from robustdice.failure.evaluate import Evaluation
+from robustdice.importance.values import Importance
+from robustdice.model.data import load_data
+from robustdice.model.load import load_model
+from robustdice.plan import ModelReference, failure_sets
+from robustdice.report import reproduce as module
+from robustdice.report.reproduce import ModelResults, Subject, figure2_rows, reproduce, trends
+
+MODEL = "robustdice.demo.network:digits_cnn"
+
+
+def subject(name: str = "digits_cnn", samples: int = 40) -> Subject:
+    network = load_model(MODEL)
+    scoring, dataset = (
+        load_data("digits", network.preprocessing, network.outputs, split=split).sample(samples)
+        for split in ("train", "test")
+    )
+    return Subject(name, network, scoring, dataset)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--models", MODEL, "--data", "digits", "--memory", "0.5", "-o", str(out), "--samples")
+    document = run_json("reproduce", *arguments, "60")
+    figure2 = rows(out / "figure2.csv")
+    assert list(figure2[0]) == [
+        *("model", "devices", "failed", "method", "worst", "mean", "best", "clean", "memory_share"),
+    ]
+    assert {(row["devices"], row["failed"]) for row in figure2} == {
+        *(("4", "1"), ("4", "2"), ("4", "3"), ("3", "1"), ("3", "2"), ("2", "1")),
+    }
+    assert {row["method"] for row in figure2} == {"robustdice", "lop", "cdc", "full"}
+    for row in figure2:
+        assert 0 <= float(row["worst"]) <= float(row["mean"]) <= float(row["best"]) <= 1
+        if row["method"] == "full" or (row["method"] == "cdc" and row["failed"] == "1"):
+            assert row["worst"] == row["clean"]
+    table1 = rows(out / "table1.csv")
+    assert list(table1[0]) == ["model", "scores", "same", "worst", "mean", "memory_share"]
+    assert [row["scores"] for row in table1[::2]] == ["s1", "s2", "s3", "s1+s2", "s1+s3", "s2+s3", "s1+s2+s3"]
+    robust = next(float(row["memory_share"]) for row in figure2 if row["method"] == "robustdice")
+    for row in table1:
+        share = float(row["memory_share"])
+        assert share <= robust + 1e-9 if row["same"] == "memory" else share > 0
+    assert [row["devices"] for row in rows(out / "table2.csv")] == ["4", "3", "2"]
+    for name in ("figure2.png", "figure2.svg"):
+        assert (out / name).stat().st_size > 10_000
+    page = (out / "report.html").read_text()
+    for text in ("60 images of digits", "RobustDiCE is not below LOP", "<svg", "s3 exact", "Table II"):
+        assert text in page
+    assert str(tmp_path) not in page
+    assert {verdict["model"] for verdict in document["trends"]} == {"digits_cnn"}
+    assert "holds results of other settings" in fails("reproduce", *arguments, "50")
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = reproduce([subject()], tmp_path / "whole")
+
+    class InterruptedRunError(Exception):
+        pass
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        reproduce([subject()], tmp_path / "parts", on_progress=interrupt)
+    assert not (tmp_path / "parts" / "figure2.csv").exists()
+    work = tmp_path / "parts" / "work" / "digits_cnn"
+    before = {path: path.read_bytes() for path in work.glob("*-devices.partial")}
+    assert before
+
+    def again(*_arguments: object, **_keywords: object) -> None:
+        raise AssertionError("the scores were kept")
+
+    monkeypatch.setattr(module, "score", again)
+    parts = reproduce([subject()], tmp_path / "parts")
+    assert all(path.read_bytes().startswith(content) for path, content in before.items())
+    assert figure2_rows(parts) == figure2_rows(whole)
+    for name in ("figure2.csv", "table1.csv", "table2.csv"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_work_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
+    reproduce([subject(samples=10)], tmp_path)
+    with pytest.raises(OutputError, match="holds results of other settings"):
+        reproduce([subject(samples=10)], tmp_path, memory=0.6)
+    with pytest.raises(OutputError, match="holds results of other settings"):
+        reproduce([subject(samples=20)], tmp_path)
+    with pytest.raises(ModelError, match="two models are called 'digits_cnn'"):
+        reproduce([subject(), subject()], tmp_path)
+
+
+def evaluation(devices: int, method: str, by_size: tuple[float, ...]) -> Evaluation:
+    """One accuracy for all failure sets of a size."""
+    accuracy = {failed: by_size[size] for size in range(devices) for failed in failure_sets(devices, size)}
+    return Evaluation(0.9, 10, "test", method, devices, 0.5, accuracy)
+
+
+def results(levels: Mapping[str, tuple[float, ...]], singles: float) -> ModelResults:
+    table = {
+        (name, "memory"): evaluation(4, "robustdice", (0.9, level, 0, 0))
+        for name, level in {"s1": singles, "s2": singles, "s3": singles, "s1+s2+s3": 0.7}.items()
+    }
+    figure2 = {d: [evaluation(d, method, level) for method, level in levels.items()] for d in (4, 3, 2)}
+    scores = Importance((), (), ("s1",), ModelReference("test", "0" * 64))
+    return ModelResults("net", "test", scores, figure2, table)
+
+
+def test_trends_say_what_holds_and_where_not() -> None:
+    lop, full = (0.9, 0.4, 0.2, 0.1), (0.9,) * 4
+    levels = {"robustdice": (0.9, 0.7, 0.5, 0.3), "lop": lop, "cdc": (0.9, 0.9, 0.2, 0.1), "full": full}
+    assert [verdict["holds"] for verdict in trends([results(levels, 0.6)])] == [True] * 5
+    levels |= {"robustdice": (0.9, 0.3, 0.1, 0.1), "cdc": (0.9, 0.8, 0.2, 0.2)}
+    bad = trends([results(levels, 0.8)])
+    assert [verdict["holds"] for verdict in bad] == [False] * 5
+    assert bad[0]["fails"] == [
+        *("4 devices, 1 down", "4 devices, 2 down", "3 devices, 1 down", "3 devices, 2 down", "2 devices, 1 down"),
+    ]
+    assert bad[2]["fails"] == ["4 devices", "3 devices", "2 devices"]
+    assert bad[3]["fails"] == ["4 devices, 2 down", "4 devices, 3 down", "3 devices, 2 down"]
+    assert bad[4]["fails"] == ["s1 alone", "s2 alone", "s3 alone"]
+
+
+def test_missing_weights_and_images_are_named(tmp_path: Path) -> None:
+    offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    said = fails("reproduce", "--imagenet", tmp_path / "missing", "-o", tmp_path / "out", environment=offline)
+    assert "weights of torchvision:alexnet are not on this machine" in said
+    assert not (tmp_path / "out").exists()
+    assert "give either --imagenet DIR, or --models" in fails("reproduce", "-o", tmp_path / "out")
