@@ -11,6 +11,7 @@ import torch
 import robustdice as rd
 from robustdice.model.network import Network, build_network
 from robustdice.plan import FailureSet
+from robustdice.report.tables import verification_json
 
 
 def load(module: torch.nn.Module, *shape: int) -> Network:
@@ -77,3 +78,15 @@ def test_a_device_reports_its_own_memory_not_that_of_whoever_started_it(tmp_path
         found = cluster.client.status()
     assert len(found) == 2
     assert all(0 < document["peak_rss_bytes"] < ballast.nbytes for document in found.values())
+
+
+def test_of_many_failure_sets_a_sample_is_verified(tmp_path: Path) -> None:
+    network = rd.load_model("robustdice.demo.network:digits_cnn")
+    for devices, sets in ((3, 7), (9, 256)):
+        rd.build(network, rd.partition(network, devices=devices, method="lop"), tmp_path / f"{devices}")
+        found = rd.verify(tmp_path / f"{devices}", images=1)
+        assert (len(found.errors), found.of) == (sets, 2**devices - 1)
+        assert {len(failed) for failed in found.errors} == set(range(devices))
+        assert found.max_relative_error < 1e-5
+        document = verification_json(found)
+        assert document.get("sampled", False) == (sets < found.of)

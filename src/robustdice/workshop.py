@@ -13,11 +13,12 @@ import torch
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, write_bundles
 from robustdice.errors import BundleError
+from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import partition as partition_layers
-from robustdice.plan import FailureSet, Plan, failure_sets
+from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, silent
 from robustdice.runtime.config import write_cluster
 from robustdice.runtime.inprocess import InProcess
@@ -71,9 +72,13 @@ def build(
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest relative error of the bundles against the model for every failure set: max |difference| / max |score|."""
+    """Largest relative error of the bundles against the model for each failure set: max |difference| / max |score|.
+
+    Where there are more than a few hundred sets, ``errors`` has a sample of the ``of`` that exist.
+    """
 
     errors: dict[FailureSet, float]
+    of: int
 
     @property
     def max_relative_error(self) -> float:
@@ -86,8 +91,8 @@ def verify(
 ) -> Verification:
     """Run the bundles of a build in one process and compare them with the model, for every failure set.
 
-    ``images`` random images (standard normal, seeded) are used. BundleError or ModelError when bundles, plan and
-    model do not belong together.
+    ``images`` random images (standard normal, seeded) are used, and of more than a few hundred failure sets a sample.
+    BundleError or ModelError when bundles, plan and model do not belong together.
     """
     root = Path(directory)
     plan = Plan.load(root / PLAN_NAME)
@@ -99,7 +104,7 @@ def verify(
     check_plan_fits(network, plan)
     cluster = InProcess(bundles)
     frames = np.random.default_rng(seed).standard_normal((images, *network.input_shape), dtype=np.float32)
-    every = [failed for size in range(plan.devices) for failed in failure_sets(plan.devices, size)]
+    every = choose_failure_sets(plan.devices, seed=seed)
     errors: dict[FailureSet, float] = {}
     for failed in every:
         survivors = [torch.tensor(mask) for mask in plan.surviving_neurons(failed)]
@@ -107,7 +112,7 @@ def verify(
             expected = network.run(torch.from_numpy(frames), survivors).numpy()
         errors[failed] = relative_error(cluster.run(frames, failed), expected)
         on_progress(len(errors), len(every))
-    return Verification(errors)
+    return Verification(errors, of=2**plan.devices - 1)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

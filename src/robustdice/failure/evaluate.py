@@ -161,7 +161,9 @@ def evaluate_plans(
     ]
 
 
-def choose_failure_sets(devices: int, max_failed: int | None, max_sets: int, seed: int) -> list[FailureSet]:
+def choose_failure_sets(
+    devices: int, max_failed: int | None = None, max_sets: int = MAX_SETS, seed: int = 0
+) -> list[FailureSet]:
     """The failure sets of up to ``max_failed`` devices (all but one) to measure, by size.
 
     All of them, as long as these are no more than ``max_sets``. Else every size gets its share, the small ones all

@@ -221,12 +221,14 @@ def verification_json(result: Verification) -> dict[str, Any]:
     return {
         "max_relative_error": result.max_relative_error,
         "failure_sets": {failure_set_name(failed): error for failed, error in result.errors.items()},
+        **({"sampled": True, "of": result.of} if len(result.errors) < result.of else {}),
     }
 
 
 def verification_table(result: Verification) -> Table:
     """What ``verify`` prints."""
-    table = make_table("Bundles against the model", "devices down", "largest relative error")
+    chosen = f"{len(result.errors)} of {result.of:,} failure sets, drawn" if len(result.errors) < result.of else None
+    table = make_table("Bundles against the model", "devices down", "largest relative error", caption=chosen)
     for failed, error in result.errors.items():
         table.add_row(failure_set_name(failed) or "none", f"{error:.1e}")
     return table
