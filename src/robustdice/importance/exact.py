@@ -20,10 +20,11 @@ from torch import fx
 from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.importance.gradients import per_unit, units_of
 from robustdice.model.canonical import arguments, aten, execute
-from robustdice.model.channelwise import Channels, channelwise
+from robustdice.model.channelwise import Channels, channelwise, parameter_name
 from robustdice.model.network import Network, NetworkLayer
 
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
@@ -112,25 +113,19 @@ def _reached(network: Network, layer: NetworkLayer) -> dict[fx.Node, Channels]:
         if not reached.keys() >= set(changing) or node not in shapes:
             continue
         before = [reached[used] for used in changing]
-        if node.target in _BINARY and before.count(before[0]) == len(before):
-            others = [shapes.get(used) for used in node.all_input_nodes]
-            if all(shape == shapes[node] for shape in others):
-                reached[node] = before[0]
-                continue
-        after = channelwise(node, before[0], shapes) if len(changing) == 1 else None
-        if after is not None:
+        alike = before.count(before[0]) == len(before)
+        if alike and node.target in _BINARY and all(shapes.get(u) == shapes[node] for u in node.all_input_nodes):
+            reached[node] = before[0]
+        elif len(changing) == 1 and (after := channelwise(node, before[0], shapes)) is not None:
             reached[node] = after
     return reached
-
-
-_BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 
 def _has_one_input_of(
     node: fx.Node, reached: Mapping[fx.Node, Channels], shapes: Mapping[fx.Node, tuple[int, ...]]
 ) -> bool:
     """Whether the node is a convolution or linear layer over the channels of one of ``reached``."""
-    if node in reached or not node.args or node.args[0] not in reached:
+    if node in reached or len(node.args) < 2 or node.args[0] not in reached or not parameter_name(node.args[1]):
         return False
     axis = reached[node.args[0]].axis  # type: ignore[index]
     if node.target is aten.linear.default:
