@@ -45,7 +45,7 @@ def main() -> None:
             *(rd.partition(network, devices=DEVICES, method=method) for method in ("lop", "cdc", "full")),
         ]
         size = images_at_once(network)
-        batches = [on_best_device(torch.from_numpy(pixels)) for pixels, _ in dataset.batches(size)]
+        batches = torch.split(on_best_device(torch.from_numpy(dataset.images())), size)
         for plan in plans:
             ratios = []
             for _ in range(ROUNDS):

@@ -1,6 +1,6 @@
 """Tries architectures from model to bundles, and writes the table in docs/architectures.md.
 
-    python scripts/architectures.py [--out docs/architectures.md] [SOURCE ...]
+    python scripts/architectures.py --out docs/architectures.md [SOURCE ...]
 
 For every classification CNN of torchvision, some of timm, and ONNX files that torch.onnx writes: load it with random
 weights, plan, build, and run the bundles beside the model, with nobody down and with each device down. A model at a
@@ -27,6 +27,7 @@ from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
 from robustdice.errors import RobustdiceError
+from robustdice.files import write_atomically
 from robustdice.importance.score import score
 from robustdice.model.canonical import aten, attribute, execute
 from robustdice.model.load import import_torchvision, load_model, quiet
@@ -234,7 +235,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Architectures that were tried",
         "",
-        f"{good} of {len(rows)} work. Written by `python scripts/architectures.py`, with {versions}.",
+        f"{good} of {len(rows)} work. Written by `python scripts/architectures.py --out docs/architectures.md`,",
+        f"with {versions}.",
         "",
         "Each has random weights, scaled so that every layer matters to the scores, and is planned (RobustDiCE at half "
         "of the memory on 4 devices, CDC on 3; models above 400 MB RobustDiCE on 2 devices only), built, and run from "
@@ -262,7 +264,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="such as timm:dla34 (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("docs/architectures.md"))
+    parser.add_argument("--out", type=Path, required="--check" not in arguments)
     parser.add_argument("--check", metavar="SOURCE", help="print the row of one source as JSON")
     chosen = parser.parse_args(arguments)
     if chosen.check:
@@ -275,10 +277,11 @@ def main(arguments: Sequence[str]) -> None:
         row = kept.get(source)
         if row is None:
             row = check_elsewhere(source)
-            kept.add(source, row)
+            if "reason" not in row:  # what does not work is tried again
+                kept.add(source, row)
         rows[source] = row
         print(source, row, flush=True)
-    chosen.out.write_text(table(rows))
+    write_atomically(chosen.out, table(rows).encode())
     kept.delete()
 
 

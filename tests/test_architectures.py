@@ -20,13 +20,9 @@ from robustdice.model.network import Network
 from robustdice.workshop import partition
 
 BY_NAME = {  # and how many layers there are: convolutions and linear layers, less the depthwise ones in tails
-    "torchvision:convnext_tiny": 59,
     "torchvision:resnet18": 21,
     "torchvision:mobilenet_v3_small": 43,
-    "torchvision:efficientnet_b0": 66,
-    "torchvision:densenet121": 121,
     "torchvision:squeezenet1_1": 26,
-    "torchvision:regnet_y_400mf": 86,
     "torchvision:shufflenet_v2_x1_0": 41,
     "torchvision:googlenet": 58,
     "timm:ghostnet_050": 96,

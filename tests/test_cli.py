@@ -88,6 +88,40 @@ def test_evaluate_has_every_failure_set(work: Path) -> None:
     assert "devices down" in run("evaluate", work / "plan.json", "--data", "digits", "--samples", "20").stdout
 
 
+def test_evaluate_resumes_draws_and_says_what_to_expect(work: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", work / "plan.json", "--data", "digits", "--samples", "20", "--max-failed")
+    plain = run_json(*arguments, "2")
+    more = ("--availability", "0.9,0.8,1", "--plot", tmp_path / "a.svg", "--checkpoint", tmp_path / "kept")
+    found = run_json(*arguments[:-1], *more)
+    assert {key: found[key] for key in plain} == plain
+    sets = {failed: accuracy for size in plain["failures"].values() for failed, accuracy in size["sets"].items()}
+    expected = sum(p * sets[failed] for failed, p in (("", 0.72), ("0", 0.08), ("1", 0.18), ("0,1", 0.02)))
+    assert found["availability"]["expected_accuracy"] == pytest.approx(expected)
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert not (tmp_path / "kept").exists()  # the work is done
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--plot", "picture.jpg"), "ends with .png, .svg, .pdf, not 'picture.jpg'"),
+        (("--availability", "0.9,0.8"), "2 availabilities for 3 devices; give one for all, or one for each"),
+        (("--availability", "2"), "between 0 and 1, not 2.0"),
+        (("--availability", "0.9", "--max-failed", "1"), "leave out --max-failed"),
+        (("--checkpoint", "precious"), "precious is not a checkpoint of robustdice"),
+        (("--scheduler", "tcp://127.0.0.1:9"), "no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
+        (("--max-failed", "3"), "of 3 devices 0 to 2 can fail, not 3"),
+    ],
+)
+def test_wrong_options_of_evaluate_are_said_at_once_and_nothing_is_lost(
+    options: tuple[str, ...], said: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").write_text("no line break")
+    assert said in fails("evaluate", work / "plan.json", "--data", "digits", *options)
+    assert (tmp_path / "precious").read_text() == "no line break"
+
+
 def test_verify_compares_every_failure_set(work: Path) -> None:
     document = run_json("verify", work / "build")
     assert set(document["failure_sets"]) == {"", "0", "1", "2", "0,1", "0,2", "1,2"}
@@ -174,6 +208,9 @@ def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
         (["plan", MODEL, "--devices", "4", "--scores", "missing.npz", "-o", "p.json"], "missing.npz"),
         (["score", MODEL, "--data", "missing.zip", "-o", "s.npz"], "missing.zip"),
         (["score", MODEL, "--data", "digits", "--use", "s9", "-o", "s.npz"], "unknown score 's9'"),
+        (["score", MODEL, "--data", "digits", "-o", "."], ". is a directory; name a file with -o"),
+        (["score", MODEL, "--data", "digits", "-o", "s.npz", "--plot", "s.txt"], "not 's.txt'"),
+        (["score", MODEL, "--data", "digits", "-o", "s.npz", "--s3", "guess"], "auto, exact, fisher, not 'guess'"),
         (["evaluate", "missing.json", "--data", "digits"], "missing.json"),
         (["build", "missing.json", "-o", "out"], "missing.json"),
         (["verify", "missing"], "missing"),

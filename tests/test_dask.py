@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import robustdice as rd
+from robustdice.errors import ClusterError
 from robustdice.model.data import load_data
 from robustdice.model.load import load_model
 
@@ -26,6 +27,7 @@ pytestmark = [
 def processes(*commands: list[str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Started one after the other, and ended by their ids."""
     started = []
+    folder.mkdir(exist_ok=True)
     try:
         for number, command in enumerate(commands):
             with (folder / f"log-{number}").open("wb") as log:
@@ -51,21 +53,32 @@ def test_the_results_are_the_local_ones_though_a_worker_is_killed(tmp_path: Path
     local = rd.score(network, images)
     plan = rd.partition(network, local, devices=3, memory=0.6)
     folders = ["--local-directory", str(tmp_path)]
-    commands = (scheduler, [*worker, *folders], [*worker, *folders])
-    with processes(*commands, folder=tmp_path) as (_, first, _second):
+    workers = [[*worker, *folders]] * 3
+
+    def killing(process: subprocess.Popen[bytes]) -> Callable[[int, int], None]:
+        def kill(done: int, _total: int) -> None:
+            if done and process.poll() is None:
+                process.kill()
+
+        return kill
+
+    with processes(scheduler, folder=tmp_path) as (central,):
         for _ in range(100):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        remote = rd.score(network, images, scheduler=address)
-        for a, b in zip(local.scores, remote.scores, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
-
-        def kill(done: int, _total: int) -> None:
-            if done and first.poll() is None:
-                first.kill()
-
-        found = rd.evaluate(network, plan, data, scheduler=address, on_progress=kill)
-        assert first.wait() != 0
-    assert found == rd.evaluate(network, plan, data)
+        with pytest.raises(ClusterError, match=r"has no workers .* 'dask worker ADDRESS'"):
+            rd.score(network, images, scheduler=address)
+        with processes(*workers, folder=tmp_path / "workers") as (first, second, _third):
+            remote = rd.score(network, images, scheduler=address, on_progress=killing(first))
+            for a, b in zip(local.scores, remote.scores, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
+            found = rd.evaluate(network, plan, data, scheduler=address, on_progress=killing(second))
+            assert first.wait() != 0
+            assert second.wait() != 0
+            assert found == rd.evaluate(network, plan, data)
+            with pytest.raises(
+                ClusterError, match=r"the Dask cluster did not finish a task|no Dask scheduler|no workers"
+            ):
+                rd.evaluate(network, plan, data, scheduler=address, on_progress=killing(central))

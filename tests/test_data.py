@@ -104,12 +104,21 @@ def test_a_damaged_zip_file_is_refused(folder: Path, tmp_path: Path) -> None:
             data.read(1)
 
 
-def test_batches_are_in_order_and_complete(folder: Path) -> None:
+def test_images_are_in_order(folder: Path) -> None:
     data = load_data(str(folder), SIZE, 3)
-    batches = list(data.batches(3))
-    assert [len(images) for images, _ in batches] == [3, 1]
-    np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), data.images())
-    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
+    np.testing.assert_array_equal(np.concatenate([data.images(0, 3), data.images(3)]), data.images())
+
+
+def test_other_images_have_another_digest(folder: Path, tmp_path: Path) -> None:
+    whole = load_data(str(folder), SIZE, 3)
+    assert load_data(str(folder), SIZE, 3).digest == whole.digest
+    assert len({whole.digest, whole.sample(2).digest, whole.sample(3).digest}) == 3
+    zipped = load_data(str(pack(folder, tmp_path / "same.zip")), SIZE, 3).digest
+    assert load_data(str(folder), {**SIZE, "mean": [0.1] * 3}, 3).digest != whole.digest
+    image = folder / "top/dog/sub/ant/3.bmp"  # of the same size, whatever is on it
+    image.write_bytes(encode(picture(4, 4, seed=99), "BMP"))
+    assert load_data(str(folder), SIZE, 3).digest != whole.digest
+    assert load_data(str(pack(folder, tmp_path / "same.zip")), SIZE, 3).digest != zipped
 
 
 def numbered(labels: list[int]) -> Dataset:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from nets import Residual, network_of, random_images, random_plan, relative_error, seeded, without
 from robustdice.errors import OutputError, PlanError
@@ -23,7 +24,7 @@ from robustdice.failure.evaluate import (
     evaluate_plans,
 )
 from robustdice.failure.passes import run_under
-from robustdice.model.canonical import execute
+from robustdice.model.canonical import attribute, execute
 from robustdice.model.data import Dataset
 from robustdice.model.network import Network
 from robustdice.plan import Holder, ModelReference, Plan, Shard, failure_sets
@@ -134,6 +135,42 @@ def test_shared_passes_give_what_separate_ones_give(network: Network, seed: int,
         with torch.no_grad():
             expected = network.run(images, [torch.tensor(mask) for mask in masks])
         assert relative_error(found.numpy(), expected.numpy()) < 1e-6
+
+
+class Sliced(nn.Module):
+    """The scores are a view of the last layer's value; a lost neuron may have had any value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.fc(self.conv(x).mean((2, 3)))[:, 1:]
+        return result
+
+
+def test_scores_that_are_a_view_of_a_layers_value_stay_apart() -> None:
+    network = network_of(seeded(Sliced), *SHAPE)
+    images = torch.from_numpy(IMAGES[:3])
+    whole = [np.ones(layer.neurons, np.bool_) for layer in network.plan_layers]
+    lost = [[*whole[:1], np.arange(6) != neuron] for neuron in (2, 3)]
+    for sets in ([whole, *lost], [lost[0], whole, lost[1]], lost):
+        for masks, found in zip(sets, run_under(network, images, sets), strict=True):
+            with torch.no_grad():
+                expected = network.run(images, [torch.tensor(mask) for mask in masks])
+            assert torch.equal(found, expected)
+
+
+def test_a_lost_neuron_is_zero_whatever_it_would_have_said() -> None:
+    module = seeded(Sliced)
+    conv = module.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d)
+    network = network_of(module, *SHAPE)
+    with torch.no_grad():
+        attribute(network.module, "conv.weight")[1] = float("inf")
+    masks = [np.arange(6) != 1, np.ones(6, np.bool_)]
+    (found,) = run_under(network, torch.from_numpy(IMAGES[:2]), [masks])
+    assert bool(found.isfinite().all())
 
 
 def test_several_plans_are_evaluated_as_each_alone(network: Network, dataset: Dataset) -> None:

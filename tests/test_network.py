@@ -326,8 +326,9 @@ class Wrong(nn.Module):
         (Wrong(lambda x: (x, x + 1)), "2 outputs; expected one tensor"),
         (Wrong(lambda x: {"scores": x, "again": x}), "2 outputs; expected one tensor"),
         (Wrong(lambda _: 3), "does not return a tensor"),
-        (Wrong(lambda x: x[:, None]), r"returns shape .* expected \[batch, classes\]"),
+        (Wrong(lambda x: x[:, None]), r"returns .* of shape .* expected float32 \[batch, classes\]"),
         (Wrong(lambda x: x + torch.rand_like(x)), "node rand_like .*is random"),
+        (Wrong(lambda x: x.argmax(1, keepdim=True)), r"returns torch\.int64 of shape .* expected float32"),
         (Wrong(lambda x: x * float("nan")), "not finite"),
         (Wrong(lambda x: x - x.mean(0)), "depend on the batch"),
         (Wrong(lambda x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))), "node cond .*control flow"),
@@ -337,6 +338,15 @@ class Wrong(nn.Module):
 def test_what_cannot_be_placed_is_named(module: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         network_of(module, 1, 4, 4)
+
+
+def test_a_batch_that_must_be_large_is_refused() -> None:
+    with quiet():
+        program = torch.export.export(
+            seeded(Plain), (torch.zeros(4, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim("batch", min=3)},)
+        )
+    with pytest.raises(ModelError, match=r"does not run a batch of 2 .*export it in eval mode with a dynamic batch"):
+        build_network(program, "test")
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,36 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
         load_model(str(path))
 
 
+def odd(change: Callable[[onnx.ModelProto], None], constants: dict[str, Any] | None = None) -> onnx.ModelProto:
+    model = model_of([CONV, after("Relu")], {**WEIGHTS, **(constants or {})})
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (odd(lambda m: m.graph.node[1].input.__setitem__(0, "nothing")), "reads 'nothing' before|Runtime cannot"),
+        (odd(lambda m: m.graph.output[0].__setattr__("name", "w")), "does not depend on its input"),
+        (odd(lambda m: m.graph.node[0].attribute[0].ints.append(3)), r"\(Conv\) cannot be run"),
+        (odd(lambda _: None, {"w": floats(6, 3, 3, 3) * np.float32("nan")}), "not finite; look for NaN or infinity"),
+        (odd(lambda _: None, {"w": floats(6, 3, 3, 3).astype(np.float16)}), "'w' is float16; robustdice takes float32"),
+        (odd(lambda m: m.graph.input[0].type.tensor_type.ClearField("shape")), "leaves the size of its images open"),
+        (odd(lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 4)), "run: Given"),
+    ],
+)  # fmt: skip
+def test_odd_files_are_refused_with_a_reason(model: onnx.ModelProto, message: str, tmp_path: Path) -> None:
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path / "net.onnx"))
+
+
+def test_a_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    onnx.save(model_of([CONV, after("Relu")], WEIGHTS, shape=("N", "C", "H", "W")), tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=r"\(Conv\) cannot be run: Given groups=1"):
+        load_model(str(tmp_path / "net.onnx"), preprocessing={"input_size": [1, 8, 8]})
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     with pytest.raises(ModelError, match="there is no model file"):

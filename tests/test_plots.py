@@ -49,6 +49,31 @@ def test_holders_of_every_layer_fill_a_bar() -> None:
         assert row[0] == pytest.approx(100 * single / sum(len(shard.neurons) for shard in shards))
 
 
+def test_importance_is_sorted_and_scaled_in_each_layer() -> None:
+    scores = (np.array([[0.0, 5.0], [2.0, 5.0], [1.0, 5.0]]), np.array([[7.0, 1.0]]))
+    figure = plots.importance(Importance(("a", "b"), scores, ("s1", "s3"), MODEL))
+    s1, s3, _ = figure.axes
+    first = np.asarray(s1.images[0].get_array())
+    assert [str(axes.get_title()) for axes in (s1, s3)] == ["s1", "s3"]
+    assert first[0, [0, -1]] == pytest.approx([1, 0])
+    assert (np.diff(first[0]) <= 0).all()
+    assert np.interp(0.5, np.linspace(0, 1, 200), first[0]) == pytest.approx(0.5, abs=0.01)
+    assert not np.asarray(s3.images[0].get_array()).any()  # all neurons alike
+
+
+def test_figure_2_has_a_panel_for_each_model_and_scenario() -> None:
+    methods = [evaluation("robustdice", 0.5), evaluation("full", 0.9)]
+    figure = plots.scenarios({"one": {4: methods, 3: methods}, "two": {4: methods, 3: methods}}, {4: "A", 3: "B"})
+    assert [axes.get_title() for axes in figure.axes] == [
+        "A: one, 4 devices",
+        "B: one, 3 devices",
+        "A: two, 4 devices",
+        "B: two, 3 devices",
+    ]
+    assert np.asarray(figure.axes[3].lines[0].get_ydata()) == pytest.approx([90, 60, 100 * (0.5 + 0.5 + 0.6) / 3])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["robustdice", "full", "the model alone"]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_pictures_are_files_of_their_kind(suffix: str, tmp_path: Path) -> None:
     scores = tuple(np.random.default_rng(0).random((units, 3)) for units in (8, 1, 300))

@@ -62,7 +62,14 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
     for name in ("figure2.png", "figure2.svg"):
         assert (out / name).stat().st_size > 10_000
     page = (out / "report.html").read_text()
-    for text in ("60 images of digits", "RobustDiCE is not below LOP", "<svg", "s3 exact", "Table II"):
+    for text in (
+        "60 images of digits",
+        "scored with 64 images of digits (train), without labels",
+        "RobustDiCE is not below LOP",
+        "<svg",
+        "s3 exact",
+        "Table II",
+    ):
         assert text in page
     assert str(tmp_path) not in page
     assert {verdict["model"] for verdict in document["trends"]} == {"digits_cnn"}
@@ -120,7 +127,7 @@ def results(levels: Mapping[str, tuple[float, ...]], singles: float) -> ModelRes
     }
     figure2 = {d: [evaluation(d, method, level) for method, level in levels.items()] for d in (4, 3, 2)}
     scores = Importance((), (), ("s1",), ModelReference("test", "0" * 64))
-    return ModelResults("net", "test", scores, figure2, table)
+    return ModelResults("net", "test", "images", scores, figure2, table)
 
 
 def test_trends_say_what_holds_and_where_not() -> None:

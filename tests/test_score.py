@@ -284,6 +284,14 @@ def test_fisher_is_the_divergence_of_the_linearised_answer(
             assert value == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("how", ["fisher", "exact"])
+def test_a_network_of_one_layer_has_scores(how: str) -> None:
+    network = network_of(seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5))), 3, 2, 2)
+    found = score(network, random_images(2, (3, 2, 2)), s3=how)
+    assert [scores.shape for scores in found.scores] == [(5, 3)]
+    assert bool(found.scores[0].all())
+
+
 def test_small_removals_have_the_fisher_informations_divergence() -> None:
     module, images = seeded(Residual), random_images(3, SHAPE)
     head = module.get_submodule("head")
@@ -319,32 +327,34 @@ def test_auto_is_exact_where_that_is_cheap(network: Network, monkeypatch: pytest
         score(network, random_images(2, SHAPE), s3="guess")
 
 
+@pytest.mark.parametrize("how", ["exact", "fisher"])
 def test_interrupted_scoring_goes_on_where_it_was(
-    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, kept = random_images(3, SHAPE), tmp_path / "scores.partial"
+    whole = score(network, images, s3=how)
     ran: list[str] = []
     monkeypatch.setattr("robustdice.importance.score._run", counting := _counting(ran))
-    whole = score(network, images)
+    monkeypatch.setattr("robustdice.importance.score.TASK_MACS", 1)
+    monkeypatch.setattr("robustdice.importance.score.PREFIX_SHARE", 1)
 
     def interrupt(done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
-    ran.clear()
     with pytest.raises(KeyboardInterrupt):
-        score(network, images, checkpoint=kept, on_progress=interrupt)
+        score(network, images, s3=how, checkpoint=kept, on_progress=interrupt)
     before = list(ran)
     ran.clear()
-    resumed = score(network, images, checkpoint=kept)
-    assert before
+    resumed = score(network, images, s3=how, checkpoint=kept)
+    assert len(before) > 1
     assert ran
     assert not set(before) & set(ran)
     assert counting is not None
     for a, b in zip(whole.scores, resumed.scores, strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
     with pytest.raises(OutputError, match="results of other work"):
-        score(network, random_images(4, SHAPE), checkpoint=kept)
+        score(network, random_images(4, SHAPE), s3=how, checkpoint=kept)
 
 
 def _counting(ran: list[str]) -> Callable[[Any, str], Any]:

@@ -57,7 +57,25 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("content", [b"[1]\n", b"\xff\n", b"{}\n", b"text\n"])
+def test_a_header_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    Checkpoint(path, {"of": 1})
+    whole = path.read_bytes()
+    for length in (0, 5, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        Checkpoint(path, {"of": 1})
+        assert path.read_bytes() == whole
+
+
+def test_a_result_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "kept", {})
+    checkpoint.add("a", [1, 2, 3])
+    (tmp_path / "kept").write_bytes((tmp_path / "kept").read_bytes().replace(b"[1, 2, 3]", b"[1, 2]"))
+    with pytest.raises(OutputError, match="is not a checkpoint of robustdice, or damaged"):
+        Checkpoint(tmp_path / "kept", {})
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b"\xff\n", b"{}\n", b"text\n", b"\n", b"no line break"])
 def test_other_files_are_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "kept"
     path.write_bytes(content)
@@ -78,5 +96,5 @@ def test_a_scheduler_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("robustdice.tasks.CONNECT_SECONDS", 0.5)
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run_tasks(lambda _, item: item, KEYS, str, None, recreate=lambda: None, scheduler="tcp://127.0.0.1:9")
-    with pytest.raises(ClusterError, match="no Dask scheduler answers"):
+    with pytest.raises(ClusterError, match=r"address starts with tcp://, .* not 'nonsense'; start one with"):
         run_tasks(lambda _, item: item, KEYS, str, None, recreate=lambda: None, scheduler="nonsense")

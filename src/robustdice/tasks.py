@@ -6,14 +6,16 @@ Scoring and evaluating are made of tasks that do not depend on each other. What 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from robustdice.errors import ClusterError, OutputError, RobustdiceError
+from robustdice.errors import ClusterError, OutputError, RobustdiceError, first_line
 from robustdice.progress import Progress, silent
 
 Context = TypeVar("Context")
@@ -22,6 +24,7 @@ Item = TypeVar("Item")
 QUEUED_PER_THREAD = 2
 """Tasks handed to a Dask cluster ahead of need: enough that no worker waits, few enough that items fit into memory."""
 CONNECT_SECONDS = 10.0
+SCHEMES = ("tcp://", "tls://", "ws://", "wss://", "ucx://")
 
 
 class Checkpoint:
@@ -35,14 +38,17 @@ class Checkpoint:
         """OutputError when the file holds something else or cannot be written."""
         self.path = Path(path)
         self._results: dict[str, Any] = {}
-        header = {"format": "robustdice-checkpoint", "version": 1, "work": json.loads(json.dumps(work))}
+        header = {"format": "robustdice-checkpoint", "version": 2, "work": json.loads(json.dumps(work))}
+        first = json.dumps(header).encode() + b"\n"
         try:
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-            complete = lines[:-1]  # what follows the last line break was cut short
-            if complete:
-                self._read(complete, header)
-            with self.path.open("wb") as file:
-                file.write(b"".join(line + b"\n" for line in complete) or json.dumps(header).encode() + b"\n")
+            content = self.path.read_bytes() if self.path.exists() else b""
+            end = content.rfind(b"\n") + 1  # what follows the last line break was cut short
+            if end or not first.startswith(content):
+                self._read(content[:end].split(b"\n")[:-1], header)
+            with self.path.open("r+b" if content else "wb") as file:
+                file.truncate(end)
+                if not end:
+                    file.write(first)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another place") from None
 
@@ -54,9 +60,12 @@ class Checkpoint:
                 raise ValueError
             if documents[0] != header:
                 raise OutputError(f"{self.path} holds results of other work (another model, plan or data); {remedy}")
-            self._results = {str(document["key"]): document["result"] for document in documents[1:]}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise OutputError(f"{self.path} is not a checkpoint of robustdice; {remedy}") from None
+            for document in documents[1:]:
+                if document["digest"] != _digest(document["result"]):
+                    raise ValueError
+                self._results[str(document["key"])] = document["result"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            raise OutputError(f"{self.path} is not a checkpoint of robustdice, or damaged; {remedy}") from None
 
     def get(self, key: str) -> Any | None:
         """The result that is kept for ``key``, or None."""
@@ -64,9 +73,12 @@ class Checkpoint:
 
     def add(self, key: str, result: Any) -> None:
         """Keep a result; it is on disk when this returns."""
+        line = json.dumps({"key": key, "digest": _digest(result), "result": result}).encode() + b"\n"
         try:
             with self.path.open("ab") as file:
-                file.write(json.dumps({"key": key, "result": result}).encode() + b"\n")
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}; make room, then go on from it") from None
         self._results[key] = result
@@ -74,6 +86,11 @@ class Checkpoint:
     def delete(self) -> None:
         """Remove the file: the work is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _digest(result: Any) -> str:
+    """A few digits by which a result that was changed is noticed."""
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()[:16]
 
 
 def run_tasks(
@@ -123,19 +140,22 @@ def _on_dask(
 ) -> Iterator[tuple[str, Any]]:
     """Results as they come. A task whose worker dies goes to another one; Dask gives up after several deaths."""
     try:
-        from distributed import Client, KilledWorker, as_completed  # noqa: PLC0415 -- heavy, and not everybody's
+        import distributed  # noqa: PLC0415 -- heavy, and not everybody's
     except ModuleNotFoundError:
         raise ClusterError("--scheduler needs Dask: pip install 'robustdice[workshop]'") from None
+    advice = "start one with 'dask scheduler' and workers with 'dask worker ADDRESS', or leave out --scheduler"
+    if not scheduler.startswith(SCHEMES):
+        raise ClusterError(f"a Dask scheduler's address starts with {', '.join(SCHEMES)}, not {scheduler!r}; {advice}")
     try:
-        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        client: Any = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
-        raise ClusterError(
-            f"no Dask scheduler answers at {scheduler!r} ({error}); start one with 'dask scheduler' and workers with "
-            "'dask worker ADDRESS', or leave out --scheduler"
-        ) from None
+        raise ClusterError(f"no Dask scheduler answers at {scheduler!r} ({error}); {advice}") from None
     with client:
-        # Never without a place to run: then waiting is the user's wish (workers may come later), and Ctrl-C ends it.
-        shared = client.scatter(recreate, hash=False)  # type: ignore[no-untyped-call]
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            shared = client.scatter(recreate, hash=False)
+        except (OSError, TimeoutError) as error:
+            raise ClusterError(f"the Dask scheduler at {scheduler!r} has no workers ({error}); {advice}") from None
         pending = iter(keys)
         names: dict[Any, str] = {}
 
@@ -144,25 +164,37 @@ def _on_dask(
             names[future] = key
             return future
 
-        ahead = QUEUED_PER_THREAD * max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
+        ahead = QUEUED_PER_THREAD * max(1, sum(client.nthreads().values()))
         first = [submit(key) for _, key in zip(range(ahead), pending, strict=False)]
-        running: Any = as_completed(first, loop=client.loop)  # type: ignore[no-untyped-call]
+        running: Any = distributed.as_completed(first, loop=client.loop)  # type: ignore[no-untyped-call]
         for future in running:
-            try:
-                result = future.result()
-            except KilledWorker as error:
-                raise ClusterError(f"Dask workers died over the same task again and again ({error})") from None
-            yield names.pop(future), result
+            yield names.pop(future), _result(future)
             for key in pending:
                 running.add(submit(key))
                 break
 
 
+def _result(future: Any) -> Any:
+    try:
+        return future.result()
+    except RobustdiceError:
+        raise
+    except Exception as error:  # Dask's own have no common root: workers that keep dying, a scheduler that is gone
+        raise ClusterError(
+            f"the Dask cluster did not finish a task ({type(error).__name__}: {first_line(error)})"
+        ) from None
+
+
 def _elsewhere(work: Callable[[Any, Any], Any], recreate: Callable[[], Any], item: Any) -> Any:
     try:
-        return work(_context(recreate), item)
+        with _one_at_a_time:  # a worker's threads share the context
+            context = _context(recreate)
+        return work(context, item)
     except RobustdiceError as error:
         raise type(error)(f"on a Dask worker: {error}") from None
+
+
+_one_at_a_time = threading.Lock()
 
 
 @lru_cache(maxsize=1)

@@ -35,7 +35,7 @@ Scheduler = Annotated[
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it: a .png, .svg or .pdf file")]
 Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
-Seed = Annotated[int, typer.Option(help="of everything random")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="what 'robustdice build' wrote")]
@@ -60,6 +60,8 @@ def load_model(
             lines = classes.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise DataError(f"cannot read {classes}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{classes} is not UTF-8 text; --classes takes a class a line") from None
         declared["classes"] = [line.split()[0] for line in lines if line.strip()]
     return rd.load_model(source, random_weights=random_weights, seed=seed, preprocessing=declared)
 
@@ -74,11 +76,11 @@ def numbers(text: str, option: str, kind: type[int] | type[float] = float) -> li
 
 @contextlib.contextmanager
 def resumable(kept: Path | None) -> Iterator[None]:
-    """Says on Ctrl-C that what is finished is kept, if it is."""
+    """Says on Ctrl-C where what is finished is kept: in a directory, or in a checkpoint behind its header."""
     try:
         yield
     except KeyboardInterrupt:
-        if kept is not None and kept.exists():
+        if kept is not None and kept.exists() and (kept.is_dir() or kept.read_bytes().count(b"\n") > 1):
             err.print(f"What is finished is kept in {kept}: the same command goes on from there.", soft_wrap=True)
         raise
 

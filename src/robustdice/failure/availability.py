@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
-from robustdice.failure.evaluate import Evaluation
 from robustdice.plan import FailureSet
+
+if TYPE_CHECKING:
+    from robustdice.failure.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,12 @@ def expect(evaluation: Evaluation, up: float | Sequence[float]) -> Expectation:
     PlanError when that is no probability, their number is not that of the devices, or sizes were not measured.
     """
     devices = evaluation.devices
-    given = [float(value) for value in np.atleast_1d(up)]
-    probabilities = given * devices if len(given) == 1 else given
-    if len(probabilities) != devices:
-        raise PlanError(f"{len(given)} availabilities for {devices} devices; give one for all, or one for each")
-    if wrong := [value for value in given if not 0 <= value <= 1]:
-        raise PlanError(f"an availability is a probability between 0 and 1, not {wrong[0]}")
+    probabilities = for_each(devices, up)
     if missing := [size for size in range(devices) if size not in evaluation.by_size]:
-        raise PlanError(f"with {missing[0]} devices down nothing was measured: availability needs every number of them")
+        raise PlanError(
+            f"with {missing[0]} devices down nothing was measured: availability needs every number of them; "
+            "evaluate without a largest one"
+        )
     of_size = _down_counts(probabilities)
     shares: dict[float, float] = {0.0: of_size[devices]}
     for size, summary in evaluation.by_size.items():
@@ -71,6 +72,16 @@ def expect(evaluation: Evaluation, up: float | Sequence[float]) -> Expectation:
         distribution=tuple(sorted((a, share) for a, share in shares.items() if share > 0)),
         estimated=any(summary.sampled for summary in evaluation.by_size.values()),
     )
+
+
+def for_each(devices: int, up: float | Sequence[float]) -> list[float]:
+    """The probability that each device is up; PlanError when what is given is none, or for another number of them."""
+    given = [float(value) for value in np.atleast_1d(up)]
+    if len(given) not in (1, devices):
+        raise PlanError(f"{len(given)} availabilities for {devices} devices; give one for all, or one for each")
+    if wrong := [value for value in given if not 0 <= value <= 1]:
+        raise PlanError(f"an availability is a probability between 0 and 1, not {wrong[0]}")
+    return given * devices if len(given) == 1 else given
 
 
 def _probability(failed: FailureSet, up: Sequence[float]) -> float:

@@ -19,13 +19,11 @@ from robustdice.errors import PlanError
 from robustdice.failure.passes import Masks, run_under
 from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
-from robustdice.model.network import Network, check_plan_fits, on_best_device
+from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
 from robustdice.plan import FailureSet, Plan, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.tasks import Checkpoint, run_tasks
 
-BATCH_ELEMENTS = 1_000_000
-"""Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 MAX_SETS = 256
 """Of more failure sets than this, some are drawn."""
 
@@ -123,16 +121,15 @@ def evaluate_plans(
     for plan in plans:
         check_plan_fits(network, plan)
     chosen = [choose_failure_sets(plan.devices, max_failed, max_sets, seed) for plan in plans]
-    states = _States(
-        network, [[plan.surviving_neurons(failed) for failed in sets] for plan, sets in zip(plans, chosen, strict=True)]
-    )
+    states = _States(network, _survivors(plans, chosen))
     size = images_at_once(network)
     kept = None
     if checkpoint is not None:
         sets = [[sorted(failed) for failed in of_plan] for of_plan in chosen]
-        of = {"plans": [plan.digest for plan in plans], "sets": sets, "data": dataset.name, "batch": size}
         labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
-        kept = Checkpoint(checkpoint, {"what": "evaluation", **of, "labels": labels, "samples": len(dataset)})
+        data = {"name": dataset.name, "digest": dataset.digest, "labels": labels}
+        of = {"plans": [plan.digest for plan in plans], "sets": sets, "data": data, "batch": size}
+        kept = Checkpoint(checkpoint, {"what": "evaluation", **of})
     starts = [str(start) for start in range(0, len(dataset), size)]
     with _ReadAhead(lambda start: _read(dataset, int(start), size), starts) as read:
         counts = run_tasks(

@@ -19,15 +19,11 @@ from torch import fx
 
 from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.importance.gradients import per_unit, units_of
-from robustdice.model.canonical import arguments, aten, execute
+from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, execute
 from robustdice.model.channelwise import Channels, channelwise, parameter_name
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.network import BATCH_ELEMENTS, Network, NetworkLayer
 
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
-
-BATCH_ELEMENTS = 1_000_000
-"""Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 
 
 def removal_divergences(
@@ -131,7 +127,7 @@ def _has_one_input_of(
     if node.target is aten.linear.default:
         return axis == len(shapes[node.args[0]]) - 1  # type: ignore[index]
     *_, groups = arguments(node, None, None, None, 1, 0, 1, 1)
-    return node.target in _CONVOLUTIONS and groups == 1 and axis == 1
+    return node.target in CONVOLUTIONS.values() and groups == 1 and axis == 1
 
 
 def _updated(

@@ -34,69 +34,71 @@ GRADIENT_ELEMENTS = 16_000_000
 Scores = list[NDArray[np.float64]]
 
 
-def gradient_scores(
-    network: Network,
-    images: torch.Tensor,
-    *,
-    sensitivity: bool = True,
-    divergence: bool = True,
-    on_progress: Progress = silent,
-) -> tuple[Scores | None, Scores | None]:
-    """s2 and the s3 from backward passes of every unit, float64 [units] per layer, or None for what is not wanted.
+def sensitivities(network: Network, images: torch.Tensor, *, on_progress: Progress = silent) -> Scores:
+    """s2: the sum of |dL/dw * w| over every unit's filters and biases, float64 [units] per layer.
 
-    s2 is the sum of |dL/dw * w| over a unit's filters and biases; L is the mean cross-entropy over all images
-    against the network's own top-1 answer. s3 is the mean over the images; class scores that are lost count as
-    minus infinity, whose divergence has a closed form. ``images`` is float32 [n, channels, height, width].
+    L is the mean cross-entropy over ``images``, float32 [n, channels, height, width], against the network's own answer.
     """
-    inner = [layer for layer in network.layers if not math.isinf(layer.fill)] if divergence else []
     constants = network.constants(images.device)
-    filters = {name for layer in network.layers for name in layer.filters} if sensitivity else set()
-    weights = {node: value.requires_grad_() for node, value in constants.items() if str(node.target) in filters}
+    filters = {name for layer in network.layers for name in layer.filters}
+    weights = {
+        node: value.detach().requires_grad_() for node, value in constants.items() if str(node.target) in filters
+    }
     sums = {node: torch.zeros_like(weight) for node, weight in weights.items()}
-    divergences = {layer.layer.name: torch.zeros(units_of(layer), dtype=torch.float64) for layer in network.layers}
     done = 0
     for part in torch.split(images, _images_at_once(network)):
-        values: dict[fx.Node, Any] = {**constants, network.input: part if weights else part.detach().requires_grad_()}
+        values: dict[fx.Node, Any] = {**constants, **weights, network.input: part}
+        execute(network.module, network.nodes, values)
+        likeliest = values[network.output].double().log_softmax(1).amax(1).sum()
+        for so_far, gradient in zip(sums.values(), _gradients(likeliest, list(weights.values())), strict=True):
+            so_far.sub_(gradient)
+        done += len(part)
+        on_progress(done, len(images))
+    products = {
+        str(node.target): (weight.detach() * sums[node]).abs().double().cpu() / len(images)
+        for node, weight in weights.items()
+    }
+    return [sum_filters(layer, [products[name] for name in layer.filters]) for layer in network.layers]
+
+
+def divergences(network: Network, images: torch.Tensor) -> Scores:
+    """The s3 of every unit from backward passes, mean over ``images``: float64 [units] per layer.
+
+    Class scores that are lost count as minus infinity, whose divergence has a closed form.
+    """
+    inner = [layer for layer in network.layers if not math.isinf(layer.fill)]
+    sums = {layer.layer.name: torch.zeros(units_of(layer), dtype=torch.float64) for layer in network.layers}
+    for part in torch.split(images, _images_at_once(network)):
+        values: dict[fx.Node, Any] = {
+            **network.constants(images.device),
+            network.input: part.detach().requires_grad_(),
+        }
         execute(network.module, network.nodes, values)
         log_p = values[network.output].double().log_softmax(1)
         activations = [values[layer.value] for layer in inner]
         outcomes = _outcomes(log_p)
         slopes: list[list[torch.Tensor]] = [[] for _ in inner]
-        for turn, outcome in enumerate(outcomes if divergence else outcomes[:1]):
-            # The likeliest class comes first: its logarithm is the loss against the network's own answer.
-            wanted = [*weights.values(), *activations] if turn == 0 else activations
-            # A tensor may have no path to the scores (through a comparison, say): then nothing depends on it.
-            found = torch.autograd.grad(
-                outcome.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for so_far, gradient in zip(sums.values() if turn == 0 else (), found, strict=False):
-                so_far.sub_(gradient)
+        for outcome in outcomes:
+            found = _gradients(outcome.sum(), activations)
             with torch.no_grad():
-                gradients = found[len(wanted) - len(activations) :]
-                for of_layer, layer, value, gradient in zip(slopes, inner, activations, gradients, strict=True):
+                for of_layer, layer, value, gradient in zip(slopes, inner, activations, found, strict=True):
                     of_layer.append(per_unit(layer, value * gradient).double())
         with torch.no_grad():
             before = torch.stack(outcomes, -1)[:, None]
             for of_layer, layer in zip(slopes, inner, strict=True):
                 after = (before - torch.stack(of_layer, -1)).softmax(-1)
-                divergences[layer.layer.name] += jensen_shannon(before.exp().expand_as(after), after).sum(0).cpu()
-            p = log_p.exp()
+                sums[layer.layer.name] += jensen_shannon(before.exp().expand_as(after), after).sum(0).cpu()
             for layer in network.layers:
                 if math.isinf(layer.fill):
-                    divergences[layer.layer.name] += class_removal(per_unit(layer, p)).sum(0).cpu()
-        done += len(part)
-        on_progress(done, len(images))
-    for weight in weights.values():
-        weight.requires_grad_(False)
-    products = {
-        str(node.target): (weight * sums[node]).abs().double().cpu() / len(images) for node, weight in weights.items()
-    }
-    return (
-        [sum_filters(layer, [products[name] for name in layer.filters]) for layer in network.layers]
-        if sensitivity
-        else None,
-        [divergences[layer.layer.name].numpy() / len(images) for layer in network.layers] if divergence else None,
-    )
+                    sums[layer.layer.name] += class_removal(per_unit(layer, log_p.exp())).sum(0).cpu()
+    return [sums[layer.layer.name].numpy() / len(images) for layer in network.layers]
+
+
+def _gradients(of: torch.Tensor, by: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Zero where a tensor has no path to the result (through a comparison, say): then nothing depends on it."""
+    if not by:
+        return ()
+    return torch.autograd.grad(of, by, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def _outcomes(log_p: torch.Tensor) -> list[torch.Tensor]:

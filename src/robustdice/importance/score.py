@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from robustdice.errors import DataError, PlanError
 from robustdice.importance.exact import removal_divergences, removal_macs
-from robustdice.importance.gradients import EVERY_CLASS_UP_TO, LIKELIEST, gradient_scores, sum_filters, units_of
+from robustdice.importance.gradients import (
+    EVERY_CLASS_UP_TO,
+    LIKELIEST,
+    divergences,
+    sensitivities,
+    sum_filters,
+    units_of,
+)
 from robustdice.importance.values import COLUMNS, Importance
 from robustdice.model.canonical import attribute
 from robustdice.model.load import reload_model
@@ -33,7 +40,8 @@ AUTO_EXACT_MACS = 2 * 10**12
 """``auto`` computes s3 exactly up to this many multiply-adds: about a minute on two cores."""
 TASK_MACS = 10**11
 """Roughly what a task costs: seconds, so that little is lost by an interruption."""
-GRADIENTS = "gradients"
+PREFIX_SHARE = 4
+"""A task of exact s3 costs at least so many times what the intact network costs, which it runs first."""
 
 
 def score(
@@ -70,14 +78,14 @@ def score(
         if settings["s3"] == "fisher":
             few = network.outputs <= EVERY_CLASS_UP_TO
             settings["s3_classes"] = "all" if few else f"the {LIKELIEST} likeliest, all others as one"
-    work = _Work(network, torch.from_numpy(np.ascontiguousarray(images, np.float32)), tuple(columns), settings)
+    work = _Work(network, _prepared(images), tuple(columns), settings)
     kept = None
     if checkpoint is not None:
         of = {"model": network.reference.digest, "images": hashlib.sha256(images.tobytes()).hexdigest()}
         kept = Checkpoint(checkpoint, {"what": "scores", **of, "columns": list(columns), **settings})
     costs = work.tasks()
     total = sum(costs.values())
-    work.on_part = lambda done, parts: on_progress(costs[GRADIENTS] * done // parts, total)
+    work.on_part = lambda done, parts: on_progress(costs["s2"] * done // parts, total)
     found = run_tasks(
         _run,
         list(costs),
@@ -103,8 +111,14 @@ def score(
 
 def choose_s3(network: Network, images: int) -> str:
     """``exact`` where that costs little enough, else ``fisher``."""
-    macs = sum(units_of(layer) * removal_macs(network, index) for index, layer in enumerate(network.layers))
-    return "exact" if images * macs <= AUTO_EXACT_MACS else "fisher"
+    removals = sum(units_of(layer) * removal_macs(network, index) for index, layer in enumerate(network.layers))
+    prefixes = max(removals // PREFIX_SHARE, len(network.layers) * forward_macs(network))
+    return "exact" if images * (removals + prefixes) <= AUTO_EXACT_MACS else "fisher"
+
+
+def forward_macs(network: Network) -> int:
+    """Multiply-adds that the network costs for one image."""
+    return sum(layer.neurons * layer.neuron_macs for layer in network.plan_layers)
 
 
 def filter_norms(network: Network) -> list[NDArray[np.float64]]:
@@ -119,7 +133,7 @@ def filter_norms(network: Network) -> list[NDArray[np.float64]]:
 class _Work:
     """What all tasks of a scoring run have in common, and how the run is made of tasks.
 
-    Tasks are ``gradients`` (s2, and s3 if it is not exact) and ``exact LAYER FIRST LAST`` for units of a layer.
+    Tasks are ``s2``, ``fisher FIRST LAST`` for images, and ``exact LAYER FIRST LAST`` for units of a layer.
     """
 
     network: Network
@@ -128,53 +142,53 @@ class _Work:
     settings: dict[str, Any]
     on_part: Callable[[int, int], None] = silent
 
-    @property
-    def exact(self) -> bool:
-        return self.settings.get("s3") == "exact"
-
     def tasks(self) -> dict[str, int]:
         """Every task and the multiply-adds that it costs, roughly."""
         costs: dict[str, int] = {}
-        forward = len(self.images) * sum(layer.layer.neurons * layer.layer.neuron_macs for layer in self.network.layers)
-        if "s2" in self.columns or ("s3" in self.columns and not self.exact):
-            costs[GRADIENTS] = 5 * forward
-        if self.exact:
+        count, forward = len(self.images), forward_macs(self.network)
+        if "s2" in self.columns:
+            costs["s2"] = 3 * count * forward
+        if self.settings.get("s3") == "fisher":
+            each = (1 + min(self.network.outputs, LIKELIEST + 1)) * forward
+            for first, last in _ranges(count, TASK_MACS // max(1, each)):
+                costs[f"fisher {first} {last}"] = (last - first) * each
+        if self.settings.get("s3") == "exact":
             for index, layer in enumerate(self.network.layers):
-                each = len(self.images) * removal_macs(self.network, index)
-                at_once = max(1, (TASK_MACS - forward) // max(1, each))
-                for first in range(0, units_of(layer), at_once):
-                    last = min(first + at_once, units_of(layer))
-                    costs[f"exact {index} {first} {last}"] = forward + (last - first) * each
+                each = count * removal_macs(self.network, index)
+                at_once = max(TASK_MACS, PREFIX_SHARE * count * forward) // max(1, each)
+                for first, last in _ranges(units_of(layer), at_once):
+                    costs[f"exact {index} {first} {last}"] = count * forward + (last - first) * each
         return costs
 
     def column(self, name: str, found: dict[str, Any]) -> list[NDArray[np.float64]]:
         """A score of every layer, from the tasks' results."""
+        layers = range(len(self.network.layers))
         if name == "s1":
             return filter_norms(self.network)
-        if name == "s3" and self.exact:
-            return [
-                np.array(
-                    [value for key, values in found.items() if key.startswith(f"exact {index} ") for value in values]
-                )
-                for index in range(len(self.network.layers))
-            ]
-        return [np.array(values) for values in found[GRADIENTS][name]]
+        if name == "s2":
+            return [np.array(values) for values in found["s2"]]
+        if self.settings["s3"] == "exact":
+            return [np.concatenate([v for key, v in found.items() if key.startswith(f"exact {i} ")]) for i in layers]
+        parts = [result for key, result in found.items() if key.startswith("fisher ")]
+        return [np.sum([part[i] for part in parts], axis=0) / len(self.images) for i in layers]
+
+
+def _ranges(count: int, at_once: int) -> list[tuple[int, int]]:
+    """``count`` things in parts of ``at_once``, at least one, as pairs of a first and an end."""
+    step = max(1, at_once)
+    return [(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def _run(work: _Work, task: str) -> Any:
-    images = on_best_device(work.images)
-    if task != GRADIENTS:
-        index, first, last = map(int, task.split()[1:])
-        return removal_divergences(work.network, images, index, range(first, last)).tolist()
-    s2, s3 = gradient_scores(
-        work.network,
-        images,
-        sensitivity="s2" in work.columns,
-        divergence="s3" in work.columns and not work.exact,
-        on_progress=work.on_part,
-    )
-    named = {"s2": s2, "s3": s3}
-    return {name: [values.tolist() for values in layers] for name, layers in named.items() if layers is not None}
+    kind, *numbers = task.split()
+    if kind == "s2":
+        return [values.tolist() for values in sensitivities(work.network, work.images, on_progress=work.on_part)]
+    if kind == "fisher":
+        first, last = map(int, numbers)
+        found = divergences(work.network, work.images[first:last])
+        return [(values * (last - first)).tolist() for values in found]
+    index, first, last = map(int, numbers)
+    return removal_divergences(work.network, work.images, index, range(first, last)).tolist()
 
 
 def _recreate(
@@ -183,4 +197,8 @@ def _recreate(
     columns: tuple[str, ...],
     settings: dict[str, Any],
 ) -> _Work:
-    return _Work(reload_model(reference), torch.from_numpy(images), columns, settings)
+    return _Work(reload_model(reference), _prepared(images), columns, settings)
+
+
+def _prepared(images: NDArray[np.float32]) -> torch.Tensor:
+    return on_best_device(torch.from_numpy(np.ascontiguousarray(images, np.float32)))

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from robustdice.errors import ModelError
+from robustdice.errors import ModelError, first_line
 
 aten = torch.ops.aten
 
@@ -33,7 +33,8 @@ _IDENTITIES = {
     aten._assert_tensor_metadata.default,
 }
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+"""By the number of axes that they slide along."""
 _PADDED_BY_NAME = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _BATCH_NORMS = {
     aten._native_batch_norm_legit_no_training.default: 5,
@@ -50,9 +51,12 @@ Shapes = Mapping[fx.Node, tuple[int, ...]]
 
 def canonicalise(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph module with parameters as attributes; ModelError naming a node that cannot be placed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates parts of itself that it still uses
-        module = program.run_decompositions({}).module(check_guards=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates parts of itself that it still uses
+            module = program.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise ModelError(f"torch cannot decompose the exported model: {first_line(error)}") from None
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
     _check_signature(graph)
@@ -79,6 +83,8 @@ def _check_signature(graph: fx.Graph) -> None:
     if len(inputs) != 1:
         names = ", ".join(node.name for node in inputs)
         raise ModelError(f"the model takes {len(inputs)} inputs ({names}); robustdice runs models of one image tensor")
+    if not inputs[0].meta["val"].shape:
+        raise ModelError("the model takes a single number; robustdice runs models of one image tensor")
     output = graph.output_node()
     results = output.args[0]
     if isinstance(results, (tuple, list)):
@@ -107,7 +113,8 @@ def _reject_unplaceable(node: fx.Node) -> None:
     if torch.Tag.nondeterministic_seeded in target.tags:
         training = any(arg is True for arg in node.args)
         if target not in _IDENTITIES or training:
-            raise ModelError(f"node {node.name} ({target}) cannot be placed: it is random; export in eval mode")
+            why = "it is random; export in eval mode" if "dropout" in str(target) else "it is random, or may be"
+            raise ModelError(f"node {node.name} ({target}) cannot be placed: {why}")
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
@@ -122,7 +129,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
         if not transposed:
             dimensions = len(stride)  # type: ignore[arg-type]
-            _replace(graph, node, _CONVOLUTIONS[dimensions], (x, weight, bias, stride, padding, dilation, groups))
+            _replace(graph, node, CONVOLUTIONS[dimensions], (x, weight, bias, stride, padding, dilation, groups))
     elif target in _PADDED_BY_NAME:
         _rewrite_padding(graph, node)
     elif target in _VIEWS:
@@ -228,7 +235,7 @@ def _rewrite_padding(graph: fx.Graph, node: fx.Node) -> None:
             padded = graph.call_function(aten.constant_pad_nd.default, (x, sides, 0.0))
         x, total = padded, [0] * len(total)
     half = [both // 2 for both in total]
-    _replace(graph, node, _CONVOLUTIONS[len(kernel)], (x, weight, bias, stride, half, dilation, groups))
+    _replace(graph, node, CONVOLUTIONS[len(kernel)], (x, weight, bias, stride, half, dilation, groups))
 
 
 def _rewrite_squeeze(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,11 +24,13 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", "
 @dataclass(frozen=True)
 class Dataset:
     """Labelled images in a fixed order. ``read(index)`` gives one as a model's input: float32 [channels, height,
-    width]."""
+    width]. ``digest`` is another one when the images are: of files by their names, sizes, and checksums or times of
+    change; empty where nothing but labels and name tell data apart."""
 
     name: str
     labels: NDArray[np.int64]
     read: Callable[[int], NDArray[np.float32]]
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,12 +38,6 @@ class Dataset:
     def images(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Images ``start`` to ``stop``: float32 [n, channels, height, width]."""
         return np.stack([self.read(index) for index in range(start, len(self) if stop is None else stop)])
-
-    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Images and labels, ``size`` at a time, in order."""
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            yield self.images(start, stop), self.labels[start:stop]
 
     def sample(self, count: int | None, seed: int = 0) -> Dataset:
         """A class-balanced subset: from every class as many, as far as it has them, in the original order."""
@@ -58,7 +56,8 @@ class Dataset:
         order = shuffled[np.argsort(position[shuffled], kind="stable")]
         chosen = np.sort(order[:count])
         read = self.read
-        return Dataset(self.name, self.labels[chosen], lambda index: read(int(chosen[index])))
+        digest = _digest([self.digest, *map(str, chosen)])
+        return Dataset(self.name, self.labels[chosen], lambda index: read(int(chosen[index])), digest)
 
 
 def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, split: Split = "test") -> Dataset:
@@ -75,8 +74,9 @@ def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, sp
     if path.is_dir():
         names = sorted(name for p in path.rglob("*") if _is_image(name := str(p.relative_to(path))))
         contents: Callable[[str], Path | bytes] = lambda name: path / name  # noqa: E731
+        marks = [f"{name} {status.st_size} {status.st_mtime_ns}" for name in names for status in [(path / name).stat()]]
     elif path.is_file():
-        names, contents = _open_zip(path)
+        names, marks, contents = _open_zip(path)
     else:
         raise DataError(f"there is no image folder or zip file {path}; DATA is such a path, or 'digits'")
     if not names:
@@ -87,10 +87,17 @@ def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, sp
     classes = _classes(preprocessing, sorted(set(folders)), outputs, path)
     indices = {folder: class_of(folder, classes, str(path)) for folder in sorted(set(folders))}
     labels = np.array([indices[folder] for folder in folders])
-    return Dataset(path.name, labels, lambda i: read_image(contents(names[i]), preprocessing, f"{path}/{names[i]}"))
+    digest = _digest([*marks, json.dumps(preprocessing, sort_keys=True)])
+    return Dataset(
+        path.name, labels, lambda i: read_image(contents(names[i]), preprocessing, f"{path}/{names[i]}"), digest
+    )
 
 
-def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _open_zip(path: Path) -> tuple[list[str], list[str], Callable[[str], bytes]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -102,7 +109,8 @@ def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:  # the last: encrypted
             raise DataError(f"cannot read {name} in {path}: {error}") from None
 
-    return sorted(filter(_is_image, archive.namelist())), read
+    names = sorted(filter(_is_image, archive.namelist()))
+    return names, [f"{name} {archive.getinfo(name).CRC}" for name in names], read
 
 
 def _is_image(name: str) -> bool:
@@ -127,4 +135,5 @@ def _digits(preprocessing: Mapping[str, Any], split: Split) -> Dataset:
     if list(preprocessing["input_size"]) != list(pixels.shape[1:]):
         raise DataError(f"digits are {list(pixels.shape[1:])}, the model takes {preprocessing['input_size']}")
     images = normalise_pixels(pixels.astype(np.float32) / np.float32(255), preprocessing)
-    return Dataset(f"digits ({split})", labels, lambda index: images[index])
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    return Dataset(f"digits ({split})", labels, lambda index: images[index], digest)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from robustdice.errors import ModelError, PlanError, first_line
 from robustdice.model.canonical import (
+    CONVOLUTIONS,
     COPY_MARK,
     Shapes,
     arguments,
@@ -32,8 +33,10 @@ from robustdice.model.canonical import (
 from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
 from robustdice.plan import Layer, ModelReference, Plan
 
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default}
+
+BATCH_ELEMENTS = 1_000_000
+"""Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 
 Survivors = Sequence[torch.Tensor]
 """For every layer, which neurons are there: bool[neurons]."""
@@ -72,7 +75,7 @@ class NetworkLayer:
             self,
             value=self.node,
             shape=self.own_shape,
-            axis=1 if self.node.target in _CONVOLUTIONS else len(self.own_shape),
+            axis=1 if self.node.target in CONVOLUTIONS.values() else len(self.own_shape),
             features=1,
             fill=0.0,
             parameters=tuple(parameter for parameter in self.parameters if parameter.name in own),
@@ -256,11 +259,18 @@ def _run_beside(
 ) -> tuple[torch.Tensor, Shapes, frozenset[fx.Node]]:
     """Scores and shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
     rewritten graph does not give an image the original's scores, whatever the batch that it is in."""
-    output, shapes = measure_shapes(module, example)
-    if output.ndim != 2:
-        raise ModelError(f"the model returns shape {tuple(output.shape)}; expected [batch, classes]")
-    with torch.no_grad():
-        (expected,) = tree_leaves(original(example))  # one tensor, perhaps in a tuple or a dictionary
+    try:
+        output, shapes = measure_shapes(module, example)
+        with torch.no_grad():
+            (expected,) = tree_leaves(original(example))  # one tensor, perhaps in a tuple or a dictionary
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"the model does not run a batch of {len(example)} ({first_line(error)}); {_DYNAMIC_BATCH}"
+        ) from None
+    if output.ndim != 2 or output.dtype != torch.float32:
+        raise ModelError(
+            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes]"
+        )
     if not bool(expected.isfinite().all()):
         raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
     more = torch.cat([example, example[:1]])
@@ -350,13 +360,13 @@ def _find_layers(
 
 def _layer_start(node: fx.Node, shapes: Shapes) -> Channels | None:
     """The neurons of a convolution or linear node, or None when the node is neither."""
-    if node.target not in _CONVOLUTIONS | {aten.linear.default}:
+    if node.target not in {*CONVOLUTIONS.values(), aten.linear.default}:
         return None
     _, weight, bias, *_ = arguments(node, None, None, None)
     if not parameter_name(weight) or not (bias is None or parameter_name(bias)):
         return None
     neurons = shapes[weight][0]
-    axis = 1 if node.target in _CONVOLUTIONS else len(shapes[node]) - 1
+    axis = 1 if node.target in CONVOLUTIONS.values() else len(shapes[node]) - 1
     own = tuple(name for argument in (weight, bias) if (name := parameter_name(argument)))
     per_filter = math.prod(shapes[weight][1:])
     return Channels(
@@ -388,7 +398,9 @@ def _network_layer(
     output: Any,
 ) -> NetworkLayer:
     """``start`` are the neurons at ``node``, ``channels`` at the end of the tail, ``value``."""
-    x, *_, groups = arguments(node, None, None, None, 1, 0, 1, 1) if node.target in _CONVOLUTIONS else (node.args[0], 1)
+    x, *_, groups = (
+        arguments(node, None, None, None, 1, 0, 1, 1) if node.target in CONVOLUTIONS.values() else (node.args[0], 1)
+    )
     weights = sum(
         math.prod(shape) // (shape[s.axis] // s.features)
         for s in channels.parameters

@@ -35,8 +35,9 @@ def render(
     about = [
         f"Measured: top-1 accuracy on {first.samples:,} images of {first.data}, every failure set of each size.",
         "The paper's figures are worst cases for RobustDiCE and best cases for LOP: compare with that column.",
-        "Scored without labels, with some of the same images:",
         *(f"{m.name}: {_described(m)}." for m in results),
+        "CDC with one device down is exact by construction: what it repairs counts as there. That the sums do give the "
+        "slices, to rounding, is what 'robustdice verify' shows of a build.",
         f"robustdice {version('robustdice')}, torch {version('torch')}. Command: {command}",
     ]
     claims = [
@@ -75,7 +76,8 @@ def _described(model: ModelResults) -> str:
     how = model.scores.settings
     source = model.source if "/" not in model.source else Path(model.source).name
     classes = f" ({how['s3_classes']})" if "s3_classes" in how else ""
-    return f"{source}, {how['samples']} images, s3 {how['s3']}{classes}"
+    images = f"{how['samples']} images of {model.scored_with}, without labels"
+    return f"{source}, scored with {images}: s3 {how['s3']}{classes}"
 
 
 def _of_table1(source: str, row: Mapping[str, Any]) -> float | str:

@@ -141,10 +141,17 @@ def importance(scores: Importance) -> Figure:
     return figure
 
 
+def check_name(path: Path | None) -> None:
+    """OutputError when a picture is wanted under a name that is no picture's, or by somebody without matplotlib."""
+    if path is not None:
+        if path.suffix.lower() not in SUFFIXES:
+            raise OutputError(f"a picture's name ends with {', '.join(SUFFIXES)}, not {path.name!r}")
+        _figure(1, 1)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a picture; its kind follows from the suffix. OutputError when that is no picture's, or on a full disk."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"a picture's name ends with {', '.join(SUFFIXES)}, not {path.name!r}")
+    check_name(path)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
     write_atomically(path, content.getvalue())

@@ -50,6 +50,7 @@ class ModelResults:
 
     name: str
     source: str
+    scored_with: str
     scores: Importance
     figure2: dict[int, list[Evaluation]]
     table1: dict[tuple[str, str], Evaluation]
@@ -94,7 +95,7 @@ def reproduce(
 def _settings(subject: Subject, memory: float, s3: str, seed: int) -> dict[str, Any]:
     """Everything that a model's results depend on."""
     network = subject.network
-    data = [subject.dataset.name, len(subject.dataset), len(subject.scoring)]
+    data = [subject.dataset.digest, subject.scoring.digest]
     paper = network.reference.source in MEMORY
     return {
         "model": network.reference.digest,
@@ -164,7 +165,14 @@ def _run(
         table["+".join(subset), "threshold"] = robust(4, threshold=threshold, columns=subset)
         table["+".join(subset), "memory"] = robust(4, memory=four.memory_share, columns=subset)
     found = evaluated(list(table.values()), "scores", len(SCENARIOS) + 1, max_failed=1)
-    return ModelResults(subject.name, network.reference.source, scores, figure2, dict(zip(table, found, strict=True)))
+    return ModelResults(
+        name=subject.name,
+        source=network.reference.source,
+        scored_with=subject.scoring.name,
+        scores=scores,
+        figure2=figure2,
+        table1=dict(zip(table, found, strict=True)),
+    )
 
 
 def figure2_rows(results: Sequence[ModelResults]) -> list[dict[str, Any]]:

@@ -49,7 +49,8 @@ class OnnxModule(torch.nn.Module):
         if tensor_type.elem_type != onnx.TensorProto.FLOAT:
             kind = onnx.TensorProto.DataType.Name(tensor_type.elem_type)
             raise ModelError(f"the ONNX model takes {kind} inputs; robustdice takes float32 models")
-        batch, *sizes = [size.dim_value or None for size in tensor_type.shape.dim] or [None]
+        # What says nothing about its shape is an image of any size.
+        batch, *sizes = [size.dim_value or None for size in tensor_type.shape.dim] or [None] * 4
         self.batch: int | None = batch
         self.channels_last = len(sizes) == 3 and sizes[2] in (1, 3) and sizes[0] not in (1, 3)
         self.input_shape: tuple[int | None, ...] = tuple([sizes[2], *sizes[:2]] if self.channels_last else sizes)
@@ -67,8 +68,9 @@ class OnnxModule(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores [batch, classes] of ``images`` [batch, *input_shape]."""
-        result = self._run(images)[self._output]
-        assert isinstance(result, torch.Tensor)
+        result = self._run(images).get(self._output)
+        if not isinstance(result, torch.Tensor):
+            raise ModelError("the ONNX model's output does not depend on its input")
         return result
 
     def turn_gathers_into_reshapes(self, images: torch.Tensor) -> None:
@@ -101,6 +103,8 @@ class OnnxModule(torch.nn.Module):
 
     def _value(self, argument: Value, values: Mapping[str, Value]) -> Value:
         if isinstance(argument, _Computed):
+            if argument.name not in values:
+                raise ModelError(f"the ONNX model reads {argument.name!r} before anything has computed it")
             return values[argument.name]
         # Read from the module each time: so torch.export sees a parameter, and not a constant.
         return self.get_parameter(argument.path) if isinstance(argument, _Parameter) else argument
@@ -111,6 +115,8 @@ class OnnxModule(torch.nn.Module):
         constant = constants[name]
         if constant.dtype.kind != "f" or node.operator in TAKES_ARRAYS:
             return constant
+        if constant.dtype != np.float32:
+            raise ModelError(f"the ONNX model's {name!r} is {constant.dtype}; robustdice takes float32 models")
         if constant.size == 1 and node.operator in TAKES_NUMBERS:
             return float(constant.item())
         if name not in self._paths:
@@ -162,10 +168,10 @@ def load_onnx(path: Path, input_size: Sequence[int] | None = None) -> tuple[Onnx
     with contextlib.suppress(Exception):  # what it cannot simplify (inline functions, fold constants) stays as it is
         model = optimizer.optimize(model)
     module = OnnxModule(model)
-    sizes = module.input_shape if None not in module.input_shape else input_size
-    if sizes is None:
+    fixed = module.input_shape
+    if None in fixed and (input_size is None or len(input_size) != len(fixed)):
         raise ModelError(f"{path} leaves the size of its images open; say it with --size, as in --size 3,224,224")
-    shape = tuple(int(size or 0) for size in sizes)
+    shape = tuple(size or int(said) for size, said in zip(fixed, input_size or fixed, strict=False))  # type: ignore[arg-type]
     images = torch.randn(module.batch or 3, *shape, generator=torch.Generator().manual_seed(0))
     module.turn_gathers_into_reshapes(images)
     _check_beside_runtime(module, path, images)
@@ -181,6 +187,8 @@ def _check_beside_runtime(module: OnnxModule, path: Path, images: torch.Tensor) 
         raise ModelError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from None
     with torch.no_grad():
         found = module(images).numpy()
+    if not np.isfinite(expected).all():
+        raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
     scale = max(float(np.abs(expected).max()), 1e-12)
     if found.shape != expected.shape or not float(np.abs(found - expected).max()) <= TOLERANCE * scale:
         raise ModelError(

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch.nn import functional
 
+from robustdice.errors import ModelError, first_line
 from robustdice.model.onnx_import import spatial
 from robustdice.model.onnx_import.node import Node, Operator, Value, given, integers, number
 
@@ -24,7 +25,12 @@ def run_node(node: Node, values: Sequence[Value]) -> tuple[Value, ...]:
     function = OPERATORS.get(node.operator)
     if function is None:
         raise node.refuse("is an operator that is not supported")
-    result = function(node, *values)
+    try:
+        result = function(node, *values)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever torch makes of inputs that do not fit, or of attributes that are not there
+        raise node.refuse(f"cannot be run: {first_line(error)}") from None
     return result if isinstance(result, tuple) else (result,)
 
 
