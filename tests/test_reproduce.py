@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import fails, run_json
+from commands import fails, run, run_json
 from robustdice.errors import ModelError, OutputError
 from robustdice.failure.evaluate import Evaluation
 from robustdice.importance.values import Importance
@@ -147,7 +147,10 @@ def test_trends_say_what_holds_and_where_not() -> None:
 
 def test_missing_weights_and_images_are_named(tmp_path: Path) -> None:
     offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    said = fails("reproduce", "--imagenet", tmp_path / "missing", "-o", tmp_path / "out", environment=offline)
-    assert "weights of torchvision:alexnet are not on this machine" in said
+    result = run("reproduce", "--imagenet", tmp_path / "missing", "-o", tmp_path / "out", status=1, environment=offline)
+    assert "Traceback" not in result.stderr
+    for name in ("alexnet", "vgg16_bn", "convnext_tiny"):
+        assert f"weights of torchvision:{name} are not on this machine" in result.stderr
+    assert f"there is no image folder or zip file {tmp_path / 'missing'}" in result.stderr
     assert not (tmp_path / "out").exists()
     assert "give either --imagenet DIR, or --models" in fails("reproduce", "-o", tmp_path / "out")

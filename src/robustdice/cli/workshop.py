@@ -308,13 +308,16 @@ def reproduce(
         raise RobustdiceError("give either --imagenet DIR, or --models MODEL... and --data DATA")
     if imagenet is not None and memory is not None:
         raise RobustdiceError("the paper's models get the paper's memory: --memory is for --models")
-    subjects, missing = [], []
+    here = images == "digits" or Path(images).exists()
+    subjects = []
+    missing = [] if here else [f"there is no image folder or zip file {images}: it has a folder for each class (WNID)"]
     for source in sources:
         name = Path(source).stem if source.endswith((".pt2", ".onnx")) else source.rpartition(":")[2]
         try:
             network = load_model(source, random_weights, seed, size, mean, std, classes)
-            scoring = load_data(images, network, SCORED, seed + 1, "train")
-            subjects.append(Subject(name, network, scoring, load_data(images, network, samples, seed)))
+            if here:
+                scoring = load_data(images, network, SCORED, seed + 1, "train")
+                subjects.append(Subject(name, network, scoring, load_data(images, network, samples, seed)))
         except (ModelError, DataError) as error:
             missing.append(str(error))
     if missing:
