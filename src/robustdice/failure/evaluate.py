@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Evaluation:
         for size in sizes:
             values = [value for failed, value in self.accuracy.items() if len(failed) == size]
             exist = math.comb(self.devices, size)
-            summaries[size] = SizeSummary(min(values), float(np.mean(values)), max(values), len(values), exist)
+            summaries[size] = SizeSummary(min(values), statistics.fmean(values), max(values), len(values), exist)
         return summaries
 
 
