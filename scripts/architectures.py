@@ -10,6 +10,7 @@ each in a process of its own; what is finished is kept beside the table until al
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -97,7 +98,7 @@ TIMEOUT_SECONDS = 3600
 IMAGE = (3, 224, 224)
 DEVIATION = 0.25
 TOLERANCE = 1e-4
-"""The largest relative error of what is said to work."""
+"""The largest relative error of what is said to work, unless float32 itself does worse."""
 ABOUT = """
 Each has random weights, scaled so that every layer matters to the scores, and takes images of 224x224. It is planned
 (RobustDiCE at half of the memory on 4 devices, CDC on 3; models above 400 MB RobustDiCE on 2 devices only), built, and
@@ -121,8 +122,9 @@ def settle(network: Network) -> None:
     """Make random weights such that every layer matters to the scores, and rounding errors do not grow.
 
     What every layer, and what scales channels, gives gets the deviation ``DEVIATION``, and so does what batch norms
-    give. With a larger one, or batch norms that subtract all of the mean, deep networks of random weights are chaotic:
-    float32 and float64 give EfficientNet-B7 and ResNet-152 different answers.
+    give; scales that are zero at first, so that a branch says nothing, become one before. With a larger deviation, or
+    batch norms that subtract all of the mean, deep networks of random weights are chaotic: float32 and float64 give
+    EfficientNet-B7 and ResNet-152 different answers.
     """
     image = np.random.default_rng(1).standard_normal((2, *network.input_shape), dtype=np.float32)
     values: dict[fx.Node, Any] = {network.input: torch.from_numpy(image)}
@@ -139,9 +141,12 @@ def settle(network: Network) -> None:
             parameters = [used for used in node.all_input_nodes if used.op == "get_attr"]
             if node in layers or (node.target is aten.mul.Tensor and parameters):
                 weight = parameters[0]
+                if _open(network, weight):
+                    again(weight, node)
                 attribute(network.module, str(weight.target)).mul_(DEVIATION / values[node].std())
                 again(weight, node)
             elif node.target is aten.batch_norm.default:
+                _open(network, node.args[1])
                 given = values[node.all_input_nodes[0]]
                 axes = [axis for axis in range(given.ndim) if axis != 1]
                 seen = (given.mean(axes) / 8, given.square().mean(axes) / DEVIATION**2)
@@ -150,6 +155,22 @@ def settle(network: Network) -> None:
                     attribute(network.module, str(argument.target)).copy_(statistic)
                     again(argument)
                 again(node)
+
+
+def _open(network: Network, scale: Any) -> bool:
+    """Make a scale that is all zeros one; whether it was."""
+    closed = isinstance(scale, fx.Node) and not attribute(network.module, str(scale.target)).any()
+    if closed:
+        attribute(network.module, str(scale.target)).fill_(1)
+    return closed
+
+
+def rounding(network: Network) -> float:
+    """What float32 does to the model: the relative difference of its scores to those in float64."""
+    image = torch.from_numpy(np.random.default_rng(0).standard_normal((1, *network.input_shape), dtype=np.float32))
+    with torch.no_grad():
+        exact = copy.deepcopy(network.module).double()(image.double())
+        return relative_error(network.run(image).double().numpy(), exact.numpy())
 
 
 def plans(network: Network) -> list[Plan]:
@@ -191,7 +212,7 @@ def check(source: str, directory: Path) -> dict[str, Any]:
     except RobustdiceError as error:
         return {"reason": str(error)}
     worst = max(max(errors.values()) for errors in found)
-    if worst > TOLERANCE:
+    if worst > TOLERANCE and worst > 4 * rounding(network):
         return {"reason": f"the bundles differ from the model by {worst:.0e}"}
     return {
         "parameters": network.shared_weights + sum(each.neurons * each.neuron_weights for each in network.plan_layers),
