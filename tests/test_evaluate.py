@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nets import Residual, network_of, random_images, random_plan, relative_error, seeded, without
+from nets import ChannelsLast, Residual, network_of, random_images, random_plan, relative_error, seeded, without
 from robustdice.errors import OutputError, PlanError
 from robustdice.failure.availability import expect
 from robustdice.failure.evaluate import (
@@ -124,10 +124,30 @@ def test_what_comes_before_the_first_difference_is_computed_once(
     assert 1 < counts[-1] <= len(sets)
 
 
+class Views(nn.Module):
+    """Two layers, side by side, whose tails end in another look at the same memory: [3, 8, 8] -> 5 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 6, 3, stride=3)
+        self.mixed, self.fc = nn.Linear(3, 4), nn.Linear(4 * 9 + 6 * 4 + 4 * 64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.left(x), self.right(x), self.mixed(x.permute(0, 2, 3, 1))
+        result: torch.Tensor = self.fc(torch.cat([part.flatten(1) for part in parts], 1))
+        return result
+
+
+SHARING = {make.__name__: network_of(seeded(make), 3, 8, 8) for make in (Residual, ChannelsLast, Views)}
+
+
+@pytest.mark.parametrize("name", SHARING)
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 4))
-def test_shared_passes_give_what_separate_ones_give(network: Network, seed: int, devices: int) -> None:
+def test_shared_passes_give_what_separate_ones_give(name: str, seed: int, devices: int) -> None:
+    network = SHARING[name]
     random = np.random.default_rng(seed)
-    everywhere = random.choice(5, int(random.integers(0, 5)), replace=False).tolist()
+    layers = len(network.layers)
+    everywhere = random.choice(layers, int(random.integers(0, layers)), replace=False).tolist()
     plan = random_plan(network, devices, seed, everywhere)
     sets = [plan.surviving_neurons(failed) for size in range(devices) for failed in failure_sets(devices, size)]
     images = torch.from_numpy(IMAGES[:3])

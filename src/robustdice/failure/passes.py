@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx
+from torch._ops import OpOverload
 
 from robustdice.model.canonical import execute
 from robustdice.model.network import Network, NetworkLayer
@@ -52,12 +53,13 @@ class _Walk:
             if node in self.exchanges:
                 parts = self._parts(self.exchanges[node], members)
                 whole = values[node]
+                own = not _may_be_view(node)
                 for part, lost in parts[:-1]:
                     copy = {**values, node: self._fill(node, whole, lost)}
                     self.run(at + 1, copy, remaining.copy(), part)
                 members, lost = parts[-1]
-                # The parts before it have copies: nobody else reads this tensor any more.
-                values[node] = self._fill(node, whole, lost, in_place=True)
+                # The parts before it have copies. Unless it shows another tensor, nobody else reads it any more.
+                values[node] = self._fill(node, whole, lost, in_place=own)
         for member in members:
             self.results[member] = values[self.network.output]
 
@@ -83,3 +85,8 @@ class _Walk:
         entries = torch.from_numpy((lost[:, None] * layer.features + np.arange(layer.features)).ravel())
         fill = value.index_fill_ if in_place else value.index_fill
         return fill(layer.axis, entries.to(value.device), layer.fill)
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether what a node gives may show the memory of what it is given, which other members may still read."""
+    return not isinstance(node.target, OpOverload) or any(r.alias_info for r in node.target._schema.returns)
