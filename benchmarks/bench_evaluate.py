@@ -11,14 +11,16 @@ beside the checkout; what is absent there is left out.
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from paired import paired, record
 
 import robustdice as rd
-from robustdice.failure.evaluate import images_at_once
-from robustdice.model.network import on_best_device
+from robustdice.failure.evaluate import choose_failure_sets, images_at_once
+from robustdice.model.network import Network, on_best_device
 
 SHARED = Path(__file__).parents[2] / "shared"
 SUBJECTS = {
@@ -30,8 +32,16 @@ DEVICES = 4
 ROUNDS = 3
 
 
+def pass_over(network: Network, batches: Sequence[torch.Tensor]) -> None:
+    """Every image through the network once."""
+    with torch.no_grad():
+        for batch in batches:
+            network.run(batch)
+
+
 def main() -> None:
     """Print a line per model and plan."""
+    print(record(), flush=True)
     for name, (data, samples) in SUBJECTS.items():
         model, images = SHARED / "models" / f"{name}.pt2", SHARED / "data" / data
         if not model.is_file() or not images.is_file():
@@ -47,16 +57,9 @@ def main() -> None:
         size = images_at_once(network)
         batches = torch.split(on_best_device(torch.from_numpy(dataset.images())), size)
         for plan in plans:
-            ratios = []
-            for _ in range(ROUNDS):
-                start = time.perf_counter()
-                with torch.no_grad():
-                    for batch in batches:
-                        network.run(batch)
-                plain = time.perf_counter() - start
-                start = time.perf_counter()
-                sets = len(rd.evaluate(network, plan, dataset).accuracy)
-                ratios.append((time.perf_counter() - start) / (sets * plain))
+            sets = len(choose_failure_sets(plan.devices))
+            times = paired(partial(pass_over, network, batches), partial(rd.evaluate, network, plan, dataset), ROUNDS)
+            ratios = [all_sets / (sets * plain) for plain, all_sets in times]
             print(
                 f"{name}, {plan.method}: {sets} failure sets take {statistics.median(ratios):.2f} "
                 f"({min(ratios):.2f}-{max(ratios):.2f}) times as long as {sets} plain passes over {samples} images",

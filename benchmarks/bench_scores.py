@@ -5,18 +5,20 @@
 The naive loop runs the whole network once for every removed neuron: on all images at once, as somebody would write it
 who knows about batches, and image by image. Both sides use the same images and threads and alternate; a ratio is the
 median of paired runs. Trained models and images are read from ../shared beside the checkout; what is absent there is
-left out, and said to be. The large models have random weights: how long they take does not depend on them.
+left out, and said to be. The large models have random weights: how long they take does not depend on them. There is
+nothing to pair them with, so their times are for the machine that is named.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from paired import paired, record, seconds
 from scipy.stats import spearmanr
 
 import robustdice as rd
@@ -79,27 +81,19 @@ def exact(network: Network, images: torch.Tensor) -> list[np.ndarray]:
     return [removal_divergences(network, images, index) for index in range(len(network.layers))]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long one run takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def compare_with_naive(name: str, network: Network, images: torch.Tensor) -> None:
     """Print how many times faster the exact scores are than the naive loop."""
     difference = max(
         float(np.abs(a - b).max()) for a, b in zip(exact(network, images), naive(network, images, 64), strict=True)
     )
     for at_once in (len(images), 1):
-        pairs = []
-        for _ in range(ROUNDS if at_once > 1 else 1):
-            ours = seconds(lambda: exact(network, images))
-            pairs.append(seconds(lambda at_once=at_once: naive(network, images, at_once)) / ours)  # type: ignore[misc]
+        rounds = ROUNDS if at_once > 1 else 1  # image by image takes minutes
+        times = paired(partial(exact, network, images), partial(naive, network, images, at_once), rounds)
+        ratios = [theirs / ours for ours, theirs in times]
         print(
-            f"{name}: exact s3 in {ours:.2f} s, {statistics.median(pairs):.1f} times faster ({min(pairs):.1f}-"
-            f"{max(pairs):.1f}) than a forward pass per neuron with {at_once} images at once; "
-            f"largest difference {difference:.0e}",
+            f"{name}: exact s3 in {statistics.median(t for t, _ in times):.2f} s, {statistics.median(ratios):.1f} "
+            f"times faster ({min(ratios):.1f}-{max(ratios):.1f}, {rounds} pairs) than a forward pass per neuron with "
+            f"{at_once} images at once; largest difference {difference:.0e}",
             flush=True,
         )
 
@@ -139,6 +133,7 @@ def time_all_scores(name: str) -> None:
 
 def main() -> None:
     """Print a line per comparison."""
+    print(record(), flush=True)
     for name, data in ((DIGITS, "digits"), ("resnet20_cifar10", CIFAR)):
         if found := subject(name, data, SAMPLES):
             compare_with_naive(name, *found)

@@ -242,6 +242,36 @@ def test_nobody_to_ask(work: Path, image: Path) -> None:
     assert "robustdice up" in fails("infer", work / "build", image)
 
 
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "slow_net.py").write_text(
+        """
+from torch import nn
+
+def net():
+    layers = [nn.Conv2d(1, 64, 3, padding=1), *(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3))]
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    module.preprocessing = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}
+    return module
+"""
+    )
+    command = [*COMMAND, "score", "slow_net:net", "--data", "digits", "--s3", "exact", "-o", "scores.npz"]
+    kept = tmp_path / "scores.npz.partial"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") > 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert "scores.npz.partial: the same command goes on from there" in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+    lines = kept.read_bytes().splitlines()
+    assert len(lines) > 1
+    assert not (tmp_path / "scores.npz").exists()
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=110, check=True)
+    assert (tmp_path / "scores.npz").exists()
+    assert not kept.exists()
+
+
 def test_every_command_has_help_with_an_example() -> None:
     text = run("--help").stdout
     for command in (

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,16 @@ def test_the_results_are_the_local_ones_though_a_worker_is_killed(tmp_path: Path
             assert first.wait() != 0
             assert second.wait() != 0
             assert found == rd.evaluate(network, plan, data)
+        with processes(workers[0], folder=tmp_path / "only") as (only,), ExitStack() as later:
+
+            def replacing(done: int, _total: int) -> None:
+                if done and only.poll() is None:
+                    only.kill()
+                    later.enter_context(processes(workers[0], folder=tmp_path / "replacement"))
+
+            assert rd.evaluate(network, plan, data, scheduler=address, on_progress=replacing) == found
+            assert only.wait() != 0
             with pytest.raises(
-                ClusterError, match=r"the Dask cluster did not finish a task|no Dask scheduler|no workers"
+                ClusterError, match=r"did not finish a task .* repeat the command|no Dask scheduler|no workers"
             ):
                 rd.evaluate(network, plan, data, scheduler=address, on_progress=killing(central))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,52 @@ def test_what_is_no_pt2_file_is_refused(tmp_path: Path) -> None:
             load_model(source)
     with pytest.raises(ModelError, match=r"--random-weights is for .* a \.pt2 file brings its weights"):
         load_model(source, random_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: torch.save(seeded(Plain).state_dict(), path), "it is what torch.save writes; write one with"),
+        (lambda path: torch.jit.save(torch.jit.script(nn.ReLU()), path), "it is a TorchScript file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    ],
+)
+def test_other_files_are_called_by_their_name(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
+    path = tmp_path / "net.pt2"
+    with quiet():
+        write(path)
+    with pytest.raises(ModelError, match=rf"net\.pt2 is not a torch\.export program: .*{message}"):
+        load_model(str(path))
+
+
+def test_images_of_any_size_become_images_of_the_declared_size(tmp_path: Path) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+    sides = {axis: torch.export.Dim(name, min=2, max=64) for axis, name in enumerate(("batch", "", "h", "w")) if name}
+    with quiet():
+        program = torch.export.export(module, (torch.zeros(2, 1, 16, 16),), dynamic_shapes=(sides,))
+        torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(ModelError, match="all but the batch size must be fixed: say the size with --size"):
+        load_model(str(tmp_path / "net.pt2"))
+    network = load_model(str(tmp_path / "net.pt2"), preprocessing={"input_size": [1, 12, 10]})
+    images = torch.rand(3, 1, 12, 10)
+    torch.testing.assert_close(network.run(images), module(images))
+
+
+def test_channels_last_are_not_what_a_size_can_mend(tmp_path: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = seeded(Plain)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.net(x.permute(0, 3, 1, 2))
+            return result
+
+    source = save(Last().eval(), tmp_path / "net.pt2", 8, 8, 1, sidecar={"input_size": [1, 8, 8]})
+    with pytest.raises(ModelError, match="export a module that permutes them"):
+        load_model(source)
 
 
 class Touch:

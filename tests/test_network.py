@@ -166,7 +166,7 @@ def test_filters_are_the_weights_and_biases_that_scores_count() -> None:
         (Function(lambda x: x * torch.sigmoid(x)), ["silu"]),
         (Function(lambda x: nn.functional.hardswish(x) * 2 + 1), ["hardswish", "mul", "add"]),
         (Function(nn.PReLU(6)), ["prelu"]),
-        (Function(nn.PReLU()), []),  # one slope for all neurons is no neuron's own
+        (Function(nn.PReLU()), ["leaky_relu"]),  # one slope for all
         (Function(nn.BatchNorm2d(6, affine=False)), ["batch_norm"]),
         (Function(nn.LayerNorm([6, 8, 8])), []),
         (Function(nn.GroupNorm(2, 6)), []),
@@ -180,7 +180,8 @@ def test_filters_are_the_weights_and_biases_that_scores_count() -> None:
         (Function(nn.Upsample(scale_factor=2)), ["upsample_nearest2d"]),
         (Function(nn.AvgPool2d(2)), ["avg_pool2d"]),
         (Function(nn.AdaptiveAvgPool2d((3, 2))), ["adaptive_avg_pool2d"]),
-        (Function(nn.AdaptiveMaxPool2d(1)), []),
+        (Function(nn.AdaptiveMaxPool2d(1)), ["amax"]),
+        (Function(nn.AdaptiveMaxPool2d((3, 5))), []),
         (Function(nn.Dropout2d()), []),
         (Function(lambda x: x / x.norm(dim=1, keepdim=True)), []),
         (Function(nn.PixelShuffle(2), layer=nn.Conv2d(2, 24, 1)), []),
@@ -199,6 +200,29 @@ def test_the_tail_is_the_chain_of_what_acts_on_every_neuron_by_itself(module: nn
     torch.testing.assert_close(network.run(images), module(images))
 
 
+class Temperature(nn.Module):
+    """A learned number that divides all class scores."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.value
+
+
+class Projection(nn.Module):
+    """A linear layer as a product with a matrix that is not transposed."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix + self.bias
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -207,6 +231,10 @@ def test_the_tail_is_the_chain_of_what_acts_on_every_neuron_by_itself(module: nn
         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)],
         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1)],
         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.LogSoftmax(-1)],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), Temperature(torch.tensor(0.5))],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), Temperature(torch.full((1, 1), 0.5))],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Sigmoid()],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Projection(4, 3)],
     ],
     ids=lambda head: "-".join(type(part).__name__ for part in head),
 )
@@ -221,6 +249,12 @@ def test_class_scores_are_neurons_of_the_last_layer(head: list[nn.Module]) -> No
     mask = [torch.ones(4, dtype=torch.bool), torch.tensor([True, False, True])]
     expected[:, 1] = float("-inf")
     torch.testing.assert_close(network.run(images, mask), expected)
+
+
+@pytest.mark.parametrize("after", [lambda p: p.clamp(1e-6, 1), lambda p: p.clamp_min(1e-6).log()])
+def test_what_follows_a_softmax_is_not_needed_to_rank_classes(after: Callable[[Tensor], Tensor]) -> None:
+    network = network_of(Wrong(lambda x: after(x.softmax(1))), 1, 4, 4)
+    assert (network.layers[-1].value, network.layers[-1].fill) == (network.output, float("-inf"))
 
 
 def test_squeeze_keeps_a_batch_of_one_image_a_batch() -> None:
@@ -326,7 +360,8 @@ class Wrong(nn.Module):
         (Wrong(lambda x: (x, x + 1)), "2 outputs; expected one tensor"),
         (Wrong(lambda x: {"scores": x, "again": x}), "2 outputs; expected one tensor"),
         (Wrong(lambda _: 3), "does not return a tensor"),
-        (Wrong(lambda x: x[:, None]), r"returns .* of shape .* expected float32 \[batch, classes\]"),
+        (Wrong(lambda x: x[:, None]), r"returns .* of shape .* expected float32 \[batch, classes\]: export a module"),
+        (Wrong(lambda x: x[:, :1]), "returns one score; robustdice needs one for every class"),
         (Wrong(lambda x: x + torch.rand_like(x)), "node rand_like .*is random"),
         (Wrong(lambda x: x.argmax(1, keepdim=True)), r"returns torch\.int64 of shape .* expected float32"),
         (Wrong(lambda x: x * float("nan")), "not finite"),
@@ -353,7 +388,7 @@ def test_a_batch_that_must_be_large_is_refused() -> None:
     ("between", "message"),
     [
         (nn.Dropout(0.5), "node .*dropout.* is random; export in eval mode"),
-        (nn.BatchNorm2d(2), "node .*batch_norm.* it learns"),
+        (nn.BatchNorm2d(2), "node .*batch_norm.* (it learns|as training does).*; export in eval mode"),
     ],
 )
 def test_a_model_in_training_mode_is_refused(between: nn.Module, message: str) -> None:
@@ -368,6 +403,25 @@ def test_a_model_in_training_mode_is_refused(between: nn.Module, message: str) -
 def test_one_tensor_in_a_dictionary_is_fine() -> None:
     network = network_of(Wrong(lambda x: {"scores": x}), 1, 4, 4)
     assert network.run(torch.zeros(2, 1, 4, 4)).shape == (2, 2)
+
+
+def test_what_an_export_decided_about_is_no_input() -> None:
+    class Flags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1)
+
+        def forward(self, pixels: Tensor, flag: bool = False, rest: Tensor | None = None) -> tuple[Tensor, None]:
+            return self.conv(pixels if rest is None else rest).mean((2, 3)) * (2 if flag else 1), None
+
+    module, image = seeded(Flags), torch.zeros(2, 1, 4, 4)
+    batch = {0: torch.export.Dim("batch")}
+    for arguments, keywords in (((image, True, None), None), ((), {"pixels": image, "flag": True})):
+        shapes = (batch, None, None) if arguments else {"pixels": batch, "flag": None}
+        with quiet():
+            program = torch.export.export(module, arguments, keywords, dynamic_shapes=shapes)
+        images = torch.from_numpy(random_images(3, (1, 4, 4)))
+        torch.testing.assert_close(build_network(program, "test").run(images), module(images, True)[0])
 
 
 def test_two_inputs_are_refused() -> None:

@@ -29,8 +29,8 @@ def test_accuracy_has_a_line_and_a_band_for_each_plan() -> None:
     assert np.asarray(robust.get_ydata()) == pytest.approx([90, 60, 100 * (0.5 + 0.5 + 0.6) / 3])
     assert np.asarray(lop.get_ydata())[1] == pytest.approx(20)
     assert [str(robust.get_label()), str(lop.get_label())] == [
-        "robustdice, 50 % of the model each",
-        "lop, 50 % of the model each",
+        "robustdice, at most 50 % of the model each",
+        "lop, at most 50 % of the model each",
     ]
     band = axes.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((50, 90))

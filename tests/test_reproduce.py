@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from commands import fails, run, run_json
-from robustdice.errors import ModelError, OutputError
+from robustdice.errors import ModelError, OutputError, PlanError
 from robustdice.failure.evaluate import Evaluation
 from robustdice.importance.values import Importance
 from robustdice.model.data import load_data
 from robustdice.model.load import load_model
 from robustdice.plan import ModelReference, failure_sets
 from robustdice.report import reproduce as module
+from robustdice.report.paper import ACCURACY, MEMORY
 from robustdice.report.reproduce import ModelResults, Subject, figure2_rows, reproduce, trends
 
 MODEL = "robustdice.demo.network:digits_cnn"
@@ -28,6 +30,57 @@ def subject(name: str = "digits_cnn", samples: int = 40) -> Subject:
         for split in ("train", "test")
     )
     return Subject(name, network, scoring, dataset)
+
+
+def test_what_is_as_in_the_paper_gets_its_memory_and_stands_beside_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MEMORY, MODEL, {4: 0.45, 3: 0.55, 2: 0.7})
+    monkeypatch.setitem(ACCURACY, (MODEL, 4, 1, "robustdice"), 0.1234)
+    for name, as_in_paper, shares in (("paper", True, ["0.45", "0.55", "0.7"]), ("other", False, ["", "", ""])):
+        out = tmp_path / name
+        reproduce([replace(subject(samples=10), as_in_paper=as_in_paper)], out, memory=0.6)
+        found = rows(out / "table2.csv")
+        assert [row["paper"] for row in found] == shares
+        assert (float(found[0]["memory_share"]) <= 0.45) == as_in_paper
+        assert ("12.3 %" in (out / "report.html").read_text()) == as_in_paper
+
+
+def test_nothing_is_claimed_of_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random_net.py").write_text(
+        """
+from torch import nn
+
+def net():
+    module = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 10))
+    module.preprocessing = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}
+    return module
+
+def random_net(random_weights=False):
+    return net()
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    network = load_model("random_net:random_net", random_weights=True)
+    dataset = load_data("digits", network.preprocessing, network.outputs).sample(10)
+    found = reproduce([Subject("net", network, dataset, dataset)], tmp_path / "out")
+    assert trends(found) == []
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "with random weights, whose accuracy says nothing" in page
+    assert "nothing to claim" in page
+
+
+def test_what_was_said_wrong_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="s3 is computed as auto, exact, fisher, not 'nonsense'"):
+        reproduce([subject(samples=10)], tmp_path, s3="nonsense")
+    with pytest.raises(PlanError, match=r"25\.\d% of digits_cnn .* say --memory 0\.2\d or more, not 0\.1"):
+        reproduce([subject(samples=10)], tmp_path, memory=0.1)
+    (tmp_path / "work" / "digits_cnn").mkdir(parents=True)
+    (tmp_path / "work" / "digits_cnn" / "settings.json").write_text('{"of": "a run that was stopped at once"}')
+    (found,) = reproduce([subject(samples=10)], tmp_path)
+    found.scores.save(tmp_path / "work" / "digits_cnn" / "scores.partial")  # as if stopped before it was removed
+    (again,) = reproduce([subject(samples=10)], tmp_path)
+    assert figure2_rows([again]) == figure2_rows([found])
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -127,7 +180,7 @@ def results(levels: Mapping[str, tuple[float, ...]], singles: float) -> ModelRes
     }
     figure2 = {d: [evaluation(d, method, level) for method, level in levels.items()] for d in (4, 3, 2)}
     scores = Importance((), (), ("s1",), ModelReference("test", "0" * 64))
-    return ModelResults("net", "test", "images", scores, figure2, table)
+    return ModelResults("net", "test", False, "images", scores, figure2, table)
 
 
 def test_trends_say_what_holds_and_where_not() -> None:

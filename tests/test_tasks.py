@@ -87,9 +87,15 @@ def test_other_files_are_refused_and_left_alone(content: bytes, tmp_path: Path) 
 
 
 def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
-    Checkpoint(tmp_path / "kept", {"seed": 0})
-    with pytest.raises(OutputError, match="results of other work"):
-        Checkpoint(tmp_path / "kept", {"seed": 1})
+    Checkpoint(tmp_path / "kept", {"seed": 0, "samples": 3}).add("a", 1)
+    with pytest.raises(OutputError, match=r"results of other work \(different: seed\); take another file"):
+        Checkpoint(tmp_path / "kept", {"seed": 1, "samples": 3})
+
+
+def test_work_of_which_nothing_was_done_is_forgotten(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "kept", {"seed": 0, "what": "a longer header than the next"})
+    Checkpoint(tmp_path / "kept", {"seed": 1}).add("a", 1)
+    assert Checkpoint(tmp_path / "kept", {"seed": 1}).get("a") == 1
 
 
 def test_a_scheduler_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

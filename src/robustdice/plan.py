@@ -231,6 +231,12 @@ class Plan:
         return _load(Path(path))
 
 
+def check_max_failed(devices: int, max_failed: int | None) -> None:
+    """PlanError unless so many of the devices can fail at once that one is left, or None is said."""
+    if max_failed is not None and not 0 <= max_failed < devices:
+        raise PlanError(f"of {devices} devices 0 to {devices - 1} can fail, not {max_failed}")
+
+
 def failure_sets(devices: int, size: int) -> list[FailureSet]:
     """All failure sets of ``size`` devices, in lexicographic order."""
     return [frozenset(chosen) for chosen in itertools.combinations(range(devices), size)]

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,13 +39,14 @@ class Checkpoint:
         """OutputError when the file holds something else or cannot be written."""
         self.path = Path(path)
         self._results: dict[str, Any] = {}
-        header = {"format": "robustdice-checkpoint", "version": 2, "work": json.loads(json.dumps(work))}
+        belongs = {"robustdice": version("robustdice"), **work}
+        header = {"format": "robustdice-checkpoint", "version": 2, "work": json.loads(json.dumps(belongs))}
         first = json.dumps(header).encode() + b"\n"
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
             end = content.rfind(b"\n") + 1  # what follows the last line break was cut short
-            if end or not first.startswith(content):
-                self._read(content[:end].split(b"\n")[:-1], header)
+            if (end or not first.startswith(content)) and not self._read(content[:end].split(b"\n")[:-1], header):
+                end = 0
             with self.path.open("r+b" if content else "wb") as file:
                 file.truncate(end)
                 if not end:
@@ -52,20 +54,26 @@ class Checkpoint:
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another place") from None
 
-    def _read(self, lines: list[bytes], header: Mapping[str, Any]) -> None:
+    def _read(self, lines: list[bytes], header: Mapping[str, Any]) -> bool:
+        """Whether the file is of this work; one of other work that holds no result is not, and may be overwritten."""
         remedy = "take another file, or delete it to start again"
         try:
             documents = [json.loads(line) for line in lines]
             if documents[0].get("format") != header["format"]:
                 raise ValueError
             if documents[0] != header:
-                raise OutputError(f"{self.path} holds results of other work (another model, plan or data); {remedy}")
+                ours, theirs = header["work"], documents[0]["work"]
+                if len(documents) == 1:
+                    return False
+                differing = ", ".join(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+                raise OutputError(f"{self.path} holds results of other work (different: {differing}); {remedy}")
             for document in documents[1:]:
                 if document["digest"] != _digest(document["result"]):
                     raise ValueError
                 self._results[str(document["key"])] = document["result"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise OutputError(f"{self.path} is not a checkpoint of robustdice, or damaged; {remedy}") from None
+        return True
 
     def get(self, key: str) -> Any | None:
         """The result that is kept for ``key``, or None."""
@@ -153,7 +161,8 @@ def _on_dask(
     with client:
         try:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-            shared = client.scatter(recreate, hash=False)
+            # As a task's result, which the scheduler has made again when the only worker that holds it dies.
+            shared = client.submit(_itself, recreate, pure=False)
         except (OSError, TimeoutError) as error:
             raise ClusterError(f"the Dask scheduler at {scheduler!r} has no workers ({error}); {advice}") from None
         pending = iter(keys)
@@ -181,8 +190,13 @@ def _result(future: Any) -> Any:
         raise
     except Exception as error:  # Dask's own have no common root: workers that keep dying, a scheduler that is gone
         raise ClusterError(
-            f"the Dask cluster did not finish a task ({type(error).__name__}: {first_line(error)})"
+            f"the Dask cluster did not finish a task ({type(error).__name__}: {first_line(error)}); start it again and "
+            "repeat the command: what a checkpoint has is not done twice"
         ) from None
+
+
+def _itself(recreate: Callable[[], Any]) -> Callable[[], Any]:
+    return recreate
 
 
 def _elsewhere(work: Callable[[Any, Any], Any], recreate: Callable[[], Any], item: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from torch import fx
 
 from robustdice.errors import ModelError, first_line
 from robustdice.model.canonical import arguments, aten, attribute
+from robustdice.model.load import quiet
 from robustdice.model.network import Network, NetworkLayer
 
 IR_VERSION = 9
@@ -41,32 +41,51 @@ class OnnxGraph:
 
 @dataclass(frozen=True)
 class Cut:
-    """Nodes and arrays of a part of an :class:`OnnxGraph`, in the order in which they are computed."""
+    """Nodes and arrays of a part of an :class:`OnnxGraph`, in the order in which they are computed.
+
+    ``weights`` names the arrays that count as weights.
+    """
 
     nodes: tuple[onnx.NodeProto, ...]
     arrays: Mapping[str, Array]
+    weights: frozenset[str]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the network's parameters in it."""
+        return sum(self.arrays[name].nbytes for name in self.weights)
 
 
 def export_onnx(network: Network) -> OnnxGraph:
     """One ONNX export of the whole network; ModelError naming what ONNX cannot express."""
     values = [node for node in network.nodes if node.op == "call_function" and node in network.shapes]
+    # The exporter names what it takes operations apart into as torch would, and does not look who else is called so:
+    # parameters and tensors get names that nothing else has, and their own ones afterwards.
+    names = {f"ours/{node.name}": node.name for node in (network.input, *values)}
+    parameters = {f"ours__{n}": str(node.target) for n, node in enumerate(network.nodes) if node.op == "get_attr"}
+    names |= {ours: _array(parameter) for ours, parameter in parameters.items()}
+    root = torch.nn.Module()
+    for ours, parameter in parameters.items():
+        root.register_buffer(ours, attribute(network.module, parameter).detach())
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(network.module.graph, copies)
+    for n, node in enumerate(network.nodes):
+        if node.op == "get_attr":
+            copies[node].target = f"ours__{n}"
     graph.output(tuple(copies[node] for node in values))
-    module = fx.GraphModule(network.module, graph)
+    module = fx.GraphModule(root, graph)
     example = torch.zeros(2, *network.input_shape)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates parts of itself that it still uses
+        with quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                input_names=[network.input.name],
-                output_names=[node.name for node in values],
+                input_names=[f"ours/{network.input.name}"],
+                output_names=[f"ours/{node.name}" for node in values],
             )
     except Exception as error:
         cause: BaseException = error
@@ -80,26 +99,47 @@ def export_onnx(network: Network) -> OnnxGraph:
     arrays = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
     model.graph.initializers.clear()
     proto = exported.model_proto
+    _rename(proto.graph, names)
     producers = {output: node for node in proto.graph.node for output in node.output if output}
     if missing := [node.name for node in values if node.name not in producers]:
         raise ModelError(f"the model cannot be written as ONNX: the export lost the value of node {missing[0]}")
+    shapes: dict[str, Array] = {}
     for name, (source, shape) in _reshapes(network).items():
-        arrays[f"{name}/shape"] = np.array(shape, dtype=np.int64)
+        shapes[f"{name}/shape"] = np.array(shape, dtype=np.int64)
         producers[name] = helper.make_node("Reshape", [source, f"{name}/shape"], [name])
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     types = {
         value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
         for value in (*proto.graph.input, *proto.graph.output)
     }
-    names = {str(node.target) for node in network.nodes if node.op == "get_attr"}
     return OnnxGraph(
         producers=producers,
-        arrays=arrays,
+        arrays={_renamed(name, names): array for name, array in arrays.items()} | shapes,
         types=types,
         per_image=frozenset(node.name for node in network.per_image),
-        parameters=frozenset(name for name in names if attribute(network.module, name).is_floating_point()),
+        parameters=frozenset(
+            _array(name) for name in parameters.values() if attribute(network.module, name).is_floating_point()
+        ),
         opset=opset,
     )
+
+
+def _array(parameter: str) -> str:
+    """The name of a parameter's array: a parameter may be called as some tensor of the network is."""
+    return f"weights/{parameter}"
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [_renamed(name, names) for name in node.input]
+        node.output[:] = [_renamed(name, names) for name in node.output]
+    for value in (*graph.input, *graph.output):
+        value.name = _renamed(value.name, names)
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """The name from ``names``, or one that none of those can be; the empty name stays so."""
+    return names.get(name, name and f"inner/{name}")
 
 
 def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:
@@ -131,7 +171,7 @@ def cut(graph: OnnxGraph, inputs: Iterable[str], outputs: Iterable[str]) -> Cut:
         else:
             pending.append((name, True))
             pending.extend((used, False) for used in node.input)
-    return Cut(tuple(nodes.values()), arrays)
+    return Cut(tuple(nodes.values()), arrays, graph.parameters & arrays.keys())
 
 
 def _is_batch_size(node: onnx.NodeProto, graph: OnnxGraph) -> bool:
@@ -152,7 +192,7 @@ def cut_layer(graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64],
     rename = {output: prefix + output for node in whole.nodes for output in node.output}
     rename |= {name: prefix + name for name in whole.arrays}
     rename[layer.value.name] = prefix + layer.value.name
-    slices = {parameter.name: parameter for parameter in layer.parameters}
+    slices = {_array(parameter.name): parameter for parameter in layer.parameters}
     arrays = {
         prefix + name: _take(array, neurons, slices[name].axis, slices[name].features) if name in slices else array
         for name, array in whole.arrays.items()
@@ -176,7 +216,7 @@ def cut_layer(graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64],
                 if attribute.name == "group" and attribute.i > 1:
                     attribute.i = attribute.i * len(neurons) // layer.layer.neurons
         nodes.append(copy)
-    return Cut(tuple(nodes), arrays)
+    return Cut(tuple(nodes), arrays, frozenset(prefix + name for name in whole.weights))
 
 
 def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[np.int64]], prefix: str) -> Cut:
@@ -190,16 +230,16 @@ def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[
         whole = cut_layer(graph, layer, longest, prefix)
         arrays = dict(whole.arrays)
         for parameter in layer.parameters:
-            summed = np.zeros(arrays[prefix + parameter.name].shape, np.float64)
+            array = _array(parameter.name)
+            summed = np.zeros(arrays[prefix + array].shape, np.float64)
             for neurons in members:
-                part = np.asarray(
-                    _take(graph.arrays[parameter.name], neurons, parameter.axis, parameter.features), np.float64
-                )
+                part = np.asarray(_take(graph.arrays[array], neurons, parameter.axis, parameter.features), np.float64)
                 summed[(slice(None),) * parameter.axis + (slice(part.shape[parameter.axis]),)] += part
-            arrays[prefix + parameter.name] = summed.astype(np.float32)
-        return Cut(whole.nodes, arrays)
+            arrays[prefix + array] = summed.astype(np.float32)
+        return Cut(whole.nodes, arrays, whole.weights)
     nodes: list[onnx.NodeProto] = []
     arrays = {}
+    weights: set[str] = set()
     terms = []
     rank = len(layer.shape) + 1
     for number, neurons in enumerate(members):
@@ -207,13 +247,14 @@ def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[
         part_cut = cut_layer(graph, layer, neurons, inner)
         nodes.extend(part_cut.nodes)
         arrays.update(part_cut.arrays)
+        weights |= part_cut.weights
         ends = np.zeros(2 * rank, dtype=np.int64)
         ends[rank + layer.axis] = len(longest) - len(neurons)
         arrays[f"{inner}pads/indices"] = ends
         terms.append(f"{inner}{layer.value.name}/padded")
         nodes.append(helper.make_node("Pad", [f"{inner}{layer.value.name}", f"{inner}pads/indices"], [terms[-1]]))
     nodes.append(helper.make_node("Sum", terms, [prefix + layer.value.name]))
-    return Cut(tuple(nodes), arrays)
+    return Cut(tuple(nodes), arrays, frozenset(weights))
 
 
 def mask_name(layer: NetworkLayer) -> str:
@@ -285,8 +326,8 @@ def make_model(
     outputs: Sequence[str],
     opset: int,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
-) -> tuple[bytes, set[str]]:
-    """An ONNX model whose inputs and outputs may have any size along every axis, and the names of the arrays in it.
+) -> bytes:
+    """An ONNX model whose inputs and outputs may have any size along every axis.
 
     ``types`` are an :class:`OnnxGraph`'s; what it does not know is float32, with any number of axes.
     """
@@ -298,7 +339,8 @@ def make_model(
     body = helper.make_graph(nodes, "robustdice", described_inputs, described_outputs, initializer=tensors)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], producer_name="robustdice")
     model.ir_version = IR_VERSION
-    return model.SerializeToString(), set(arrays)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _describe(name: str, types: Mapping[str, tuple[int, int]]) -> onnx.ValueInfoProto:

@@ -135,9 +135,8 @@ def _local_model(
     masks = [mask_name(layer) for layer in masked if layer.node in stage.local_inputs]
     inputs = (*(node.name for node in stage.local_inputs), *masks)
     part = cut(graph, inputs, outputs)
-    content, arrays = make_model([part], inputs, outputs, graph.opset, graph.types)
-    weights = sum(part.arrays[name].nbytes for name in arrays & graph.parameters)
-    return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, weights)
+    content = make_model([part], inputs, outputs, graph.opset, graph.types)
+    return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, part.weight_bytes)
 
 
 def _write_device(
@@ -240,7 +239,6 @@ def _piece(
     cuts: list[Cut] = []
     outputs: list[str] = []
     inputs: dict[str, None] = {}
-    weights = 0
     for index in sorted({layer for layer, _ in shards}):
         layer, of_layer = exchanged[index], plan.shards[index]
         mine = [of_layer[number] for which, number in shards if which == index]
@@ -252,14 +250,11 @@ def _piece(
         cuts.append(part)
         outputs.append(prefix + layer.value.name)
         inputs[arguments(layer.node)[0].name] = None
-        weights += sum(
-            array.nbytes for name, array in part.arrays.items() if name.rpartition("/")[2] in graph.parameters
-        )
-    content, _ = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
+    content = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
     piece = Piece(
         file=file,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         shards=tuple((list(exchanged).index(layer), number) for layer, number in shards),
     )
-    return piece, _Model(content, weights)
+    return piece, _Model(content, sum(part.weight_bytes for part in cuts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,13 +35,13 @@ from robustdice.cli.options import (
     resumable,
     score_with,
 )
-from robustdice.errors import DataError, ModelError, OutputError, RobustdiceError
+from robustdice.errors import DataError, ModelError, OutputError, PlanError, RobustdiceError
 from robustdice.failure.availability import for_each
+from robustdice.importance.values import SCORING_SAMPLES
 from robustdice.partitioning.robust import DEFAULT_MEMORY
+from robustdice.plan import check_max_failed
 from robustdice.report import plots, tables
 from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress, waiting
-
-SCORING_SAMPLES = 64
 
 
 @app.command(epilog="Example: robustdice inspect torchvision:resnet18 --random-weights")
@@ -186,10 +187,13 @@ def evaluate(
     plots.check_name(plot)
     up = None if availability is None else numbers(availability, "--availability")
     made = [rd.Plan.load(path) for path in plans]
-    if up is not None:
-        if max_failed is not None:
-            raise RobustdiceError("--availability needs every number of failed devices: leave out --max-failed")
-        for each in made:
+    if up is not None and max_failed is not None:
+        raise RobustdiceError("--availability needs every number of failed devices: leave out --max-failed")
+    for path, each in zip(plans, made, strict=True):
+        if each.model.digest != made[0].model.digest:
+            raise PlanError(f"{path} and {plans[0]} are plans of different models: evaluate them one after the other")
+        check_max_failed(each.devices, max_failed)
+        if up is not None:
             for_each(each.devices, up)
     with waiting("loading the model"):
         network = rd.reload_model(made[0].model)
@@ -296,7 +300,6 @@ def reproduce(
     ours. After an interruption the same command goes on where it was.
     """
     from robustdice.report import paper  # noqa: PLC0415 -- needs the workshop
-    from robustdice.report.reproduce import SCORING_SAMPLES as SCORED  # noqa: PLC0415
     from robustdice.report.reproduce import Subject, trends  # noqa: PLC0415
     from robustdice.report.reproduce import reproduce as run  # noqa: PLC0415
 
@@ -316,13 +319,16 @@ def reproduce(
         try:
             network = load_model(source, random_weights, seed, size, mean, std, classes)
             if here:
-                scoring = load_data(images, network, SCORED, seed + 1, "train")
-                subjects.append(Subject(name, network, scoring, load_data(images, network, samples, seed)))
-        except (ModelError, DataError) as error:
+                scoring = load_data(images, network, SCORING_SAMPLES, seed + 1, "train")
+                dataset = load_data(images, network, samples, seed)
+                subjects.append(Subject(name, network, scoring, dataset, as_in_paper=imagenet is not None))
+        except ModelError as error:
             missing.append(str(error))
+        except DataError as error:
+            missing.append(f"{name}: {error}")
     if missing:
         raise RobustdiceError("\n".join(dict.fromkeys(missing)))
-    command = "robustdice " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
+    command = " ".join(["robustdice", *(re.sub(r"[^=]*/(?=[^/])", "", word) for word in sys.argv[1:])])
     with resumable(output / "work"), progress("reproducing") as advance:
         results = run(
             subjects,

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.errors import PlanError
 from robustdice.failure.passes import Masks, run_under
 from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
-from robustdice.plan import FailureSet, Plan, failure_sets
+from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.tasks import Checkpoint, run_tasks
 
@@ -167,9 +166,8 @@ def choose_failure_sets(
     All of them, as long as these are no more than ``max_sets``. Else every size gets its share, the small ones all
     that they have, and of the larger ones that many are drawn, each at most once.
     """
+    check_max_failed(devices, max_failed)
     largest = devices - 1 if max_failed is None else max_failed
-    if not 0 <= largest < devices:
-        raise PlanError(f"of {devices} devices 0 to {devices - 1} can fail, not {largest}")
     sizes = sorted(range(largest + 1), key=lambda size: math.comb(devices, size))
     left, shares = max(max_sets, len(sizes)), {}
     for position, size in enumerate(sizes):

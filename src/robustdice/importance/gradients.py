@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from robustdice.errors import ModelError, first_line
 from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.model.canonical import execute
 from robustdice.model.network import Network, NetworkLayer
@@ -98,7 +99,12 @@ def _gradients(of: torch.Tensor, by: Sequence[torch.Tensor]) -> Sequence[torch.T
     """Zero where a tensor has no path to the result (through a comparison, say): then nothing depends on it."""
     if not by:
         return ()
-    return torch.autograd.grad(of, by, retain_graph=True, allow_unused=True, materialize_grads=True)
+    try:
+        return torch.autograd.grad(of, by, retain_graph=True, allow_unused=True, materialize_grads=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"torch cannot differentiate the model, as two of the scores need: {first_line(error)}"
+        ) from None
 
 
 def _outcomes(log_p: torch.Tensor) -> list[torch.Tensor]:

@@ -65,8 +65,9 @@ def score(
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise PlanError(f"unknown score {unknown[0]!r}; known: {', '.join(COLUMNS)}")
-    if s3 not in S3_METHODS:
-        raise PlanError(f"s3 is computed as {', '.join(S3_METHODS)}, not {s3!r}")
+    if not columns or len(set(columns)) < len(columns):
+        raise PlanError(f"name one or more different scores, not {', '.join(columns)!r}")
+    check_s3(s3)
     if images.shape[1:] != network.input_shape or not len(images):
         raise DataError(
             f"images of shape {list(images.shape)}, the model takes [n, {', '.join(map(str, network.input_shape))}]"
@@ -107,6 +108,12 @@ def score(
         model=network.reference,
         settings=settings,
     )
+
+
+def check_s3(method: str) -> None:
+    """PlanError unless s3 can be computed so."""
+    if method not in S3_METHODS:
+        raise PlanError(f"s3 is computed as {', '.join(S3_METHODS)}, not {method!r}")
 
 
 def choose_s3(network: Network, images: int) -> str:

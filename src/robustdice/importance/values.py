@@ -29,6 +29,8 @@ from robustdice.plan import ModelReference
 FORMAT_VERSION = 1
 COLUMNS = ("s1", "s2", "s3")
 """L1 norm, connection sensitivity, removal divergence (paper, section III-A)."""
+SCORING_SAMPLES = 64
+"""How many images are scored with unless somebody says otherwise."""
 NORMALISATIONS = ("minmax", "rank", "none")
 
 Scores = NDArray[np.float64]

@@ -103,7 +103,7 @@ def bench_build(
 def whole_model(network: Network) -> bytes:
     """The unpartitioned model as ONNX."""
     graph, source, result = export_onnx(network), network.input.name, network.output.name
-    return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)[0]
+    return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)
 
 
 def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]) -> list[float]:

@@ -43,6 +43,9 @@ _BATCH_NORMS = {
 }
 """Decomposed batch norms and the position of their momentum, which epsilon follows."""
 
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+_SUMS_AND_PRODUCTS = {*_COMMUTATIVE, aten.sub.Tensor, aten.div.Tensor}
+
 COPY_MARK = "__use"
 """What stands between the name of a parameter and the number of its use, from the second use on."""
 
@@ -72,6 +75,7 @@ def canonicalise(program: ExportedProgram) -> fx.GraphModule:
     graph.eliminate_dead_code()
     _join_linear_layers(graph)
     _fold_constants(module)
+    _inline_numbers(module)
     _unshare(module)
     graph.lint()
     module.recompile()
@@ -79,7 +83,10 @@ def canonicalise(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _check_signature(graph: fx.Graph) -> None:
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    every = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in every if node.users] or every[:1]
+    for node in set(every) - set(inputs):  # flags that the export has decided about, say
+        graph.erase_node(node)
     if len(inputs) != 1:
         names = ", ".join(node.name for node in inputs)
         raise ModelError(f"the model takes {len(inputs)} inputs ({names}); robustdice runs models of one image tensor")
@@ -88,9 +95,13 @@ def _check_signature(graph: fx.Graph) -> None:
     output = graph.output_node()
     results = output.args[0]
     if isinstance(results, (tuple, list)):
-        if len(results) != 1:
-            raise ModelError(f"the model has {len(results)} outputs; expected one tensor, a score per class")
-        output.args = (results[0],)
+        tensors = [result for result in results if isinstance(result, fx.Node)]
+        if len(tensors) > 1:
+            raise ModelError(
+                f"the model has {len(tensors)} outputs; expected one tensor, a score per class: "
+                "export a module that returns the class scores only"
+            )
+        output.args = tuple(tensors) or (None,)
     if not isinstance(output.args[0], fx.Node):
         raise ModelError("the model does not return a tensor; expected one score per class")
     graph._codegen = fx.graph.CodeGen()  # the exported calling convention (nested tuples) is gone
@@ -109,12 +120,16 @@ def _reject_unplaceable(node: fx.Node) -> None:
     if not isinstance(target, torch._ops.OpOverload):
         return
     if target._schema.is_mutable or target is aten._native_batch_norm_legit_functional.default:
-        raise ModelError(f"node {node.name} ({target}) cannot be placed: it learns; export in eval mode")
+        raise ModelError(
+            f"node {node.name} ({target}) cannot be placed: it changes what the model holds, as training does; "
+            "export in eval mode, and without counters"
+        )
     if torch.Tag.nondeterministic_seeded in target.tags:
-        training = any(arg is True for arg in node.args)
-        if target not in _IDENTITIES or training:
-            why = "it is random; export in eval mode" if "dropout" in str(target) else "it is random, or may be"
-            raise ModelError(f"node {node.name} ({target}) cannot be placed: {why}")
+        given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
+        given = {argument.name: argument.default_value for argument in target._schema.arguments} | given | node.kwargs
+        training = given.get("train", given.get("training"))
+        if training is not False and given.get("dropout_p") != 0:
+            raise ModelError(f"node {node.name} ({target}) cannot be placed: it is random; export in eval mode")
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, batch: int | torch.SymInt) -> None:
@@ -149,14 +164,24 @@ def _rewrite_item(graph: fx.Graph, node: fx.Node) -> None:
         _replace(graph, node, aten.batch_norm.default, _batch_norm_arguments(source))
     elif source.target is aten.max_pool2d_with_indices.default:
         _replace(graph, node, aten.max_pool2d.default, source.args)
+    elif source.target is aten.adaptive_max_pool2d.default and list(source.args[1]) == [1, 1]:  # type: ignore[arg-type]
+        _replace(graph, node, aten.amax.default, (source.args[0], [2, 3], True))
 
 
 def _rewrite_arithmetic(graph: fx.Graph, node: fx.Node) -> None:
     target = node.target
-    if target is aten.addmm.default and not node.kwargs and (weight := _transposed(node.args[2])) is not None:
-        _replace(graph, node, aten.linear.default, (node.args[1], weight, node.args[0]))
-    elif target is aten.mm.default and (weight := _transposed(node.args[1])) is not None:
-        _replace(graph, node, aten.linear.default, (node.args[0], weight, None))
+    if target is aten.addmm.default and not node.kwargs:
+        bias, x, matrix = node.args
+        if bias.meta["val"].ndim == 1:  # type: ignore[union-attr]
+            _replace(graph, node, aten.linear.default, (x, _transpose(graph, node, matrix), bias))
+    elif target in {aten.mm.default, aten.matmul.default} and node.args[1].meta["val"].ndim == 2:  # type: ignore[union-attr]
+        _replace(graph, node, aten.linear.default, (node.args[0], _transpose(graph, node, node.args[1]), None))
+    elif target is aten.copy.default and _alike(*node.args[:2]):
+        node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+        graph.erase_node(node)
+    elif target is aten.clamp.default:
+        bounds = [None if bound is None else float(bound) for bound in arguments(node, None, None, None)[1:]]
+        _replace(graph, node, target, (node.args[0], *bounds))
     elif target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]
         _replace(graph, node, aten.mean.dim, (node.args[0], [2, 3], True))
     elif target is aten.mul.Tensor:
@@ -198,6 +223,22 @@ def _transposed(node: Any) -> fx.Node | None:
         node.target in {aten.permute.default, aten.transpose.int} and list(_flat(node.args[1:])) in ([1, 0], [0, 1])
     )
     return node.args[0] if swaps and isinstance(node.args[0], fx.Node) else None
+
+
+def _transpose(graph: fx.Graph, before: fx.Node, matrix: Any) -> fx.Node:
+    """The transpose of a matrix, which is there already or computed before a node."""
+    found = _transposed(matrix)
+    if found is None:
+        with graph.inserting_before(before):
+            found = graph.call_function(aten.t.default, (matrix,))
+        found.meta = {"val": matrix.meta["val"].T}
+    return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two nodes are tensors of one type and shape."""
+    first, second = a.meta["val"], b.meta["val"]
+    return bool(first.dtype == second.dtype and list(map(str, first.shape)) == list(map(str, second.shape)))
 
 
 def _flat(values: Any) -> Sequence[int]:
@@ -317,6 +358,26 @@ def _fold_constants(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(folded)
     graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
+
+
+def _inline_numbers(module: fx.GraphModule) -> None:
+    """A parameter with one entry (a temperature, a gain, the slope of all channels) becomes a number, where it is a
+    number to each neuron alike: so what it scales stays in the neurons' tails."""
+    graph = module.graph
+    for node in graph.nodes:
+        if node.target not in {*_SUMS_AND_PRODUCTS, aten.prelu.default}:
+            continue
+        x, other = node.args
+        if isinstance(x, fx.Node) and x.op == "get_attr" and node.target in _COMMUTATIVE:
+            x, other = other, x
+        if not isinstance(x, fx.Node) or not isinstance(other, fx.Node) or other.op != "get_attr":
+            continue
+        value = attribute(module, str(other.target))
+        if value.numel() == 1 and value.dtype != torch.bool and _alike(x, node):
+            node.args = (x, value.item())
+            if node.target is aten.prelu.default:
+                node.target = aten.leaky_relu.default
+    graph.eliminate_dead_code()
 
 
 def attribute(module: fx.GraphModule, name: str) -> torch.Tensor:

@@ -83,7 +83,10 @@ def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, sp
         raise DataError(f"{path} holds no images ({', '.join(sorted(_SUFFIXES))}) in class folders")
     folders = [PurePosixPath(name).parent.name for name in names]
     if not all(folders):
-        raise DataError(f"{path}: the image {names[folders.index('')]} is in no class folder")
+        raise DataError(
+            f"{path}: the image {names[folders.index('')]} is in no class folder; "
+            "put each image into a folder that is named after its class (for ImageNet: its WNID)"
+        )
     classes = _classes(preprocessing, sorted(set(folders)), outputs, path)
     indices = {folder: class_of(folder, classes, str(path)) for folder in sorted(set(folders))}
     labels = np.array([indices[folder] for folder in folders])

@@ -11,6 +11,7 @@ import os
 import sys
 import types
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ def reload_model(reference: ModelReference) -> Network:
 def _check_preprocessing_fits(network: Network) -> None:
     declared = network.preprocessing
     size = tuple(declared.get("input_size", network.input_shape))
+    if size != network.input_shape and sorted(size) == sorted(network.input_shape):
+        raise ModelError(
+            f"the model takes images as {list(network.input_shape)}, robustdice gives [channels, height, width]: "
+            "export a module that permutes them"
+        )
     if size != network.input_shape:
         raise ModelError(
             f"the model takes inputs of shape {list(network.input_shape)}, but input_size says {list(size)}; "
@@ -105,9 +111,43 @@ def _load_file(
         return _load_onnx(path, {**declared, **(preprocessing or {})}), declared
     try:
         with quiet(), _nothing_unpickled():
-            return torch.export.load(path), declared
+            program = torch.export.load(path)
     except Exception as error:
-        raise ModelError(f"{path} is not a torch.export program: {first_line(error)}") from None
+        raise ModelError(f"{path} is not a torch.export program: {_what_else(path) or first_line(error)}") from None
+    return _with_fixed_size(program, {**declared, **(preprocessing or {})}, path), declared
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that was taken for a torch.export program, and what to do about it; empty when unknown."""
+    way_out = "write one with torch.export.save(torch.export.export(model.eval(), ...), path)"
+    try:
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                return "it is a pointer of Git LFS; 'git lfs pull' fetches the file"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    if any("/code/" in name for name in names):
+        return f"it is a TorchScript file; {way_out}"
+    if any(name.endswith("/data.pkl") for name in names):
+        return f"it is what torch.save writes; {way_out}"
+    return ""
+
+
+def _with_fixed_size(program: ExportedProgram, declared: Mapping[str, Any], path: Path) -> ExportedProgram:
+    """The program for images of the declared size, when it takes images of any."""
+    size = check_preprocessing(declared).get("input_size")
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    if size is None or not any(isinstance(side, torch.SymInt) for side in _sides(inputs)):
+        return program
+    return _export(program.module(check_guards=False), size, str(path))
+
+
+def _sides(inputs: Sequence[torch.fx.Node]) -> Sequence[Any]:
+    """The axes of the first input behind that for the batch."""
+    value = inputs[0].meta.get("val") if inputs else None
+    return value.shape[1:] if isinstance(value, torch.Tensor) else ()
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -235,10 +275,12 @@ def _input_size(declared: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _export(model: torch.nn.Module, shape: Sequence[int], name: str) -> ExportedProgram:
+    with contextlib.suppress(NotImplementedError):  # what has been exported before is as it is
+        model.eval()
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(
-                model.eval(), (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+                model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
     except ModelError:
         raise

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robustdice.errors import ModelError, PlanError, first_line
 from robustdice.model.canonical import (
@@ -34,6 +34,8 @@ from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, 
 from robustdice.plan import Layer, ModelReference, Plan
 
 _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default}
+_AFTER_SOFTMAX = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.log.default}
+"""What leaves the order of probabilities as it is, and may end a model."""
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
@@ -224,11 +226,14 @@ def build_network(
     exported = source_node.meta["val"].shape
     input_shape = tuple(exported[1:])
     if not all(isinstance(size, int) for size in input_shape) or len(input_shape) < 1:
-        raise ModelError(f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed")
+        raise ModelError(
+            f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed: "
+            "say the size with --size, as in --size 3,224,224, or in the sidecar"
+        )
     _check_types(module, source_node)
     batch = exported[0] if isinstance(exported[0], int) else 2
     example = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    output, shapes, per_image = _run_beside(module, program.module(check_guards=False), example)
+    output, shapes, per_image = _run_beside(module, program, example)
     output_node = _strip_softmax(module)
     layers, shared = _find_layers(module, shapes, per_image)
     return Network(
@@ -250,26 +255,36 @@ def _check_types(module: fx.GraphModule, source: fx.Node) -> None:
     found = {f"input {source.name}": source.meta["val"].dtype}
     found |= {str(n.target): attribute(module, str(n.target)).dtype for n in module.graph.nodes if n.op == "get_attr"}
     for name, kind in found.items():
-        if kind != torch.float32 and (kind.is_floating_point or kind.is_complex or name.startswith("input ")):
-            raise ModelError(f"{name} is {kind}; robustdice takes float32 models: export model.float()")
+        if name.startswith("input ") and not kind.is_floating_point:
+            raise ModelError(f"{name} is {kind}; robustdice gives float32 images: export a module that takes them")
+        if kind != torch.float32 and (kind.is_floating_point or kind.is_complex):
+            raise ModelError(
+                f"{name} is {kind}; robustdice takes float32 models: export model.float(), its constants too"
+            )
 
 
 def _run_beside(
-    module: fx.GraphModule, original: torch.nn.Module, example: torch.Tensor
+    module: fx.GraphModule, program: ExportedProgram, example: torch.Tensor
 ) -> tuple[torch.Tensor, Shapes, frozenset[fx.Node]]:
     """Scores and shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
     rewritten graph does not give an image the original's scores, whatever the batch that it is in."""
     try:
         output, shapes = measure_shapes(module, example)
         with torch.no_grad():
-            (expected,) = tree_leaves(original(example))  # one tensor, perhaps in a tuple or a dictionary
+            expected = _original(program, example)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"the model does not run a batch of {len(example)} ({first_line(error)}); {_DYNAMIC_BATCH}"
         ) from None
     if output.ndim != 2 or output.dtype != torch.float32:
         raise ModelError(
-            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes]"
+            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes]: "
+            "export a module that returns the class scores so"
+        )
+    if output.shape[1] < 2:
+        raise ModelError(
+            "the model returns one score; robustdice needs one for every class, for a yes and no question two: "
+            "export a module that returns torch.cat([-score, score], 1) / 2"
         )
     if not bool(expected.isfinite().all()):
         raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
@@ -301,6 +316,15 @@ def _run_beside(
     return output, shapes, per_image
 
 
+def _original(program: ExportedProgram, example: torch.Tensor) -> torch.Tensor:
+    """What the program itself gives, called as it was exported: its image by name or in a dictionary, say."""
+    arguments, keywords = program.example_inputs or ((example,), {})
+    arguments, keywords = tree_map_only(torch.Tensor, lambda _: example, (arguments, keywords))
+    results = tree_leaves(program.module(check_guards=False)(*arguments, **keywords))
+    (result,) = (result for result in results if isinstance(result, torch.Tensor))
+    return result
+
+
 _DYNAMIC_BATCH = (
     "export it in eval mode with a dynamic batch size: "
     "torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
@@ -310,13 +334,18 @@ _DYNAMIC_BATCH = (
 def _strip_softmax(module: fx.GraphModule) -> fx.Node:
     """Make the class scores the output: softmax is taken of them wherever probabilities are wanted."""
     end = module.graph.output_node()
-    scores = end.args[0]
+    output = softmax = end.args[0]
+    assert isinstance(output, fx.Node)
+    assert isinstance(softmax, fx.Node)
+    while softmax.target in _AFTER_SOFTMAX and isinstance(softmax.args[0], fx.Node):
+        softmax = softmax.args[0]
+    if softmax.target not in _SOFTMAXES or softmax.args[1] not in (1, -1):
+        return output
+    scores = softmax.args[0]
     assert isinstance(scores, fx.Node)
-    if scores.target in _SOFTMAXES and scores.args[1] in (1, -1) and isinstance(scores.args[0], fx.Node):
-        scores = scores.args[0]
-        end.args = (scores,)
-        module.graph.eliminate_dead_code()
-        module.recompile()
+    end.args = (scores,)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     return scores
 
 
@@ -349,9 +378,11 @@ def _find_layers(
             value, channels = following, reached
             in_tails.add(following)
         name = _unique_name(re.sub(rf"(\.weight)?({COPY_MARK}\d+)?$", "", str(node.args[1].target), count=1), names)
-        layers.append(_network_layer(name, node, value, start, channels, shapes, output))
+        layers.append(_network_layer(module, name, node, value, start, channels, shapes, output))
     if not layers:
-        raise ModelError("the model has no convolution or linear layer: there is nothing to distribute")
+        raise ModelError(
+            "the model has no convolution or linear layer that works image by image: there is nothing to distribute"
+        )
     sliced = {parameter.name for layer in layers for parameter in layer.parameters}
     used = {str(node.target): node for node in module.graph.nodes if node.op == "get_attr"}
     shared = tuple(name for name in used if name not in sliced and attribute(module, name).is_floating_point())
@@ -389,6 +420,7 @@ def _unique_name(base: str, taken: set[str]) -> str:
 
 
 def _network_layer(
+    module: fx.GraphModule,
     name: str,
     node: fx.Node,
     value: fx.Node,
@@ -401,12 +433,13 @@ def _network_layer(
     x, *_, groups = (
         arguments(node, None, None, None, 1, 0, 1, 1) if node.target in CONVOLUTIONS.values() else (node.args[0], 1)
     )
+    sliced = [(parameter, attribute(module, parameter.name)) for parameter in channels.parameters]
     weights = sum(
-        math.prod(shape) // (shape[s.axis] // s.features)
-        for s in channels.parameters
-        for shape in [_parameter_shape(node.graph, s.name, shapes)]
+        tensor.numel() // (tensor.shape[parameter.axis] // parameter.features)
+        for parameter, tensor in sliced
+        if tensor.is_floating_point()  # masks and the like are no weights
     )
-    own_weights = sum(math.prod(_parameter_shape(node.graph, name, shapes)[1:]) for name in start.filters)
+    own_weights = sum(math.prod(attribute(module, name).shape[1:]) for name in start.filters)
     shape = shapes[value][1:]
     return NetworkLayer(
         layer=Layer(
@@ -432,7 +465,3 @@ def _network_layer(
         filters=channels.filters,
         input_channels=shapes[x][1] // groups if groups > 1 else 0,
     )
-
-
-def _parameter_shape(graph: fx.Graph, name: str, shapes: Shapes) -> tuple[int, ...]:
-    return next(shapes[node] for node in graph.nodes if node.op == "get_attr" and node.target == name)

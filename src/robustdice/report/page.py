@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{border-bottom:1px solid #ddd;padding:.2rem .6rem;
-text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}.no{color:#b00020}"""
+text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"""
 
 
 def render(
@@ -26,10 +26,13 @@ def render(
     command: str,
 ) -> str:
     """The whole page. Accuracies are measured; what the paper says stands beside them where it is known."""
-    sources = {model.name: model.source for model in results}
+    sources = {model.name: model.source for model in results if model.as_in_paper}
     first = results[0].figure2[4][0]
     figure2 = [
-        {**row, "paper": ACCURACY.get((sources[row["model"]], row["devices"], row["failed"], row["method"]), "")}
+        {
+            **row,
+            "paper": ACCURACY.get((sources.get(row["model"]), row["devices"], row["failed"], row["method"]), ""),
+        }
         for row in tables["figure2"]
     ]
     about = [
@@ -48,13 +51,13 @@ def render(
         "<h1>RobustDiCE: the paper's evaluation</h1>",
         *(f"<p>{escape(line)}</p>" for line in about),
         "<h2>Do the paper's trends hold?</h2>",
-        _table(claims),
+        _table(claims) if claims else "<p>These weights are random: nothing to claim.</p>",
         "<h2>Figure 2: accuracy under failures</h2>",
         figure[figure.index("<svg") :],
         _table(figure2),
         "<h2>Table I: which scores (4 devices, one down)</h2>",
         "<p>At the same threshold more scores mean larger distances, hence more replicas: see the memory.</p>",
-        _table([{**row, "paper": _of_table1(sources[row["model"]], row)} for row in tables["table1"]]),
+        _table([{**row, "paper": _of_table1(sources.get(row["model"]), row)} for row in tables["table1"]]),
         "<h2>Table II: memory of the largest device over full replication</h2>",
         _table(tables["table2"]),
     ]
@@ -77,10 +80,11 @@ def _described(model: ModelResults) -> str:
     source = model.source if "/" not in model.source else Path(model.source).name
     classes = f" ({how['s3_classes']})" if "s3_classes" in how else ""
     images = f"{how['samples']} images of {model.scored_with}, without labels"
-    return f"{source}, scored with {images}: s3 {how['s3']}{classes}"
+    weights = "" if model.trained else " with random weights, whose accuracy says nothing"
+    return f"{source}{weights}, scored with {images}: s3 {how['s3']}{classes}"
 
 
-def _of_table1(source: str, row: Mapping[str, Any]) -> float | str:
+def _of_table1(source: str | None, row: Mapping[str, Any]) -> float | str:
     """The paper's number, which is for the same threshold."""
     every = row["scores"] == "s1+s2+s3" and row["same"] == "threshold"
     return ACCURACY.get((source, 4, 1, "robustdice"), "") if every else ""

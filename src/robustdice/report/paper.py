@@ -11,7 +11,7 @@ MEMORY = {
 }
 """The largest device's memory over full replication's, by number of devices (Table II)."""
 
-ACCURACY = {
+ACCURACY: dict[tuple[str | None, int, int, str], float] = {
     ("torchvision:alexnet", 4, 1, "robustdice"): 0.5240,
     ("torchvision:alexnet", 4, 2, "robustdice"): 0.4528,
     ("torchvision:alexnet", 4, 3, "robustdice"): 0.2893,

@@ -52,7 +52,7 @@ def draw_accuracy(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
             [100 * getattr(result.by_size[size], key) for size in sizes] for key in ("worst", "mean", "best")
         )
         colour = COLOURS[number % len(COLOURS)]
-        label = f"{result.method}, {100 * result.memory_share:.0f} % of the model each"
+        label = f"{result.method}, at most {100 * result.memory_share:.0f} % of the model each"
         axes.fill_between(sizes, worst, best, color=colour, alpha=0.15, linewidth=0)
         axes.plot(sizes, mean, color=colour, marker="os^Dvx"[number % 6], markersize=4, label=label)
     axes.axhline(100 * evaluations[0].clean, color="black", linewidth=0.8, linestyle=":", label="the model alone")

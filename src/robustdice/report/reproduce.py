@@ -9,15 +9,17 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from robustdice.errors import ModelError, OutputError
+from robustdice.errors import ModelError, OutputError, PlanError
 from robustdice.failure.evaluate import Evaluation, evaluate_plans
 from robustdice.files import write_atomically
-from robustdice.importance.score import score
+from robustdice.importance.score import check_s3, score
 from robustdice.importance.values import COLUMNS, Importance
 from robustdice.model.data import Dataset
 from robustdice.model.network import Network
@@ -31,29 +33,43 @@ SCENARIOS = {4: "A", 3: "B", 2: "C"}
 """Numbers of devices and the paper's names for them; every number of them but all can be down."""
 METHODS = ("robustdice", "lop", "cdc", "full")
 SUBSETS = tuple(subset for size in (1, 2, 3) for subset in itertools.combinations(COLUMNS, size))
-SCORING_SAMPLES = 64
+STEPS = len(SCENARIOS) + 2
+"""Of the work on a model: scores, the scenarios, Table I."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and the images that it is scored with (no labels are used) and evaluated on."""
+    """A model, and the images that it is scored with (no labels are used) and evaluated on.
+
+    ``as_in_paper`` when model and images are the paper's: then the memory is, too.
+    """
 
     name: str
     network: Network
     scoring: Dataset
     dataset: Dataset
+    as_in_paper: bool = False
 
 
 @dataclass(frozen=True)
 class ModelResults:
-    """Figure 2's evaluations by number of devices, one per method; Table I's by scores and what was kept the same."""
+    """Figure 2's evaluations by number of devices, one per method; Table I's by scores and what was kept the same.
+
+    ``source`` is the model's; ``as_in_paper`` when the paper has numbers for it.
+    """
 
     name: str
     source: str
+    as_in_paper: bool
     scored_with: str
     scores: Importance
     figure2: dict[int, list[Evaluation]]
     table1: dict[tuple[str, str], Evaluation]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are the model's own: accuracies of random ones say nothing."""
+        return self.scores.model.random_weights_seed is None
 
 
 def reproduce(
@@ -70,22 +86,29 @@ def reproduce(
     """Run all experiments and write ``figure2`` (.csv, .png, .svg), ``table1.csv``, ``table2.csv`` and
     ``report.html`` to ``out``.
 
-    The paper's models get the paper's memory for each number of devices. Others get ``memory`` (a share) on 4 devices,
+    What is as in the paper gets its memory for each number of devices. Others get ``memory`` (a share) on 4 devices,
     and the threshold that gives it on 3 and 2 as well: the paper's three shares are what one threshold gives.
-    OutputError when ``out`` holds the work of other settings.
+    PlanError when ``memory`` is too little or ``s3`` unknown; OutputError when ``out`` holds work of other settings.
     """
     names = [subject.name for subject in subjects]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ModelError(f"two models are called {twice.pop()!r}; rename a file, or run them one after the other")
+    check_s3(s3)
+    for subject in subjects:
+        least = partition(subject.network, devices=max(SCENARIOS), method="lop").memory_share
+        if not subject.as_in_paper and memory < least:
+            raise PlanError(
+                f"{max(SCENARIOS)} devices hold {least:.1%} of {subject.name} each without any replica: "
+                f"say --memory {math.ceil(100 * least) / 100 + 0.01:.2f} or more, not {memory}"
+            )
     for subject in subjects:
         _claim(out / "work" / subject.name, _settings(subject, memory, s3, seed))
-    steps = len(subjects) * (len(SCENARIOS) + 2)
     results = []
     for number, subject in enumerate(subjects):
-        first = number * (len(SCENARIOS) + 2)
 
-        def advance(step: int, first: int = first) -> Progress:
-            return lambda done, total: on_progress(1000 * (first + step) + 1000 * done // max(1, total), 1000 * steps)
+        def advance(step: int, first: int = number * STEPS) -> Progress:
+            every = len(subjects) * STEPS
+            return lambda done, total: on_progress(1000 * (first + step) + 1000 * done // max(1, total), 1000 * every)
 
         results.append(_run(subject, out / "work" / subject.name, memory, s3, seed, scheduler, advance))
     _write(results, out, command)
@@ -96,11 +119,11 @@ def _settings(subject: Subject, memory: float, s3: str, seed: int) -> dict[str, 
     """Everything that a model's results depend on."""
     network = subject.network
     data = [subject.dataset.digest, subject.scoring.digest]
-    paper = network.reference.source in MEMORY
     return {
+        "robustdice": version("robustdice"),
         "model": network.reference.digest,
         "data": data,
-        "memory": "the paper's" if paper else memory,
+        "memory": "the paper's" if subject.as_in_paper else memory,
         "s3": s3,
         "seed": seed,
     }
@@ -111,7 +134,8 @@ def _claim(work: Path, settings: Mapping[str, Any]) -> None:
     file = work / "settings.json"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        found = json.loads(file.read_bytes()) if file.exists() else settings
+        begun = any(work.glob("scores*"))
+        found = json.loads(file.read_bytes()) if begun and file.exists() else settings
     except OSError as error:
         raise OutputError(f"cannot write {work}: {error.strerror}; choose another place with -o") from None
     except ValueError:
@@ -125,7 +149,13 @@ def _claim(work: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _run(
-    subject: Subject, work: Path, memory: float, s3: str, seed: int, scheduler: str | None, advance: Any
+    subject: Subject,
+    work: Path,
+    memory: float,
+    s3: str,
+    seed: int,
+    scheduler: str | None,
+    advance: Callable[[int], Progress],
 ) -> ModelResults:
     network = subject.network
     kept, partial = work / "scores.npz", work / "scores.partial"
@@ -135,7 +165,7 @@ def _run(
         images = subject.scoring.images()
         scores = score(network, images, s3=s3, scheduler=scheduler, checkpoint=partial, on_progress=advance(0))
         scores.save(kept)
-        partial.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
 
     def robust(devices: int, **how: Any) -> Plan:
         return partition(network, scores, devices=devices, **how)
@@ -153,7 +183,7 @@ def _run(
         )
 
     figure2 = {}
-    shares = MEMORY.get(network.reference.source)
+    shares = MEMORY[network.reference.source] if subject.as_in_paper else None
     four = robust(4, memory=shares[4] if shares else memory)
     threshold = float(four.settings["thresholds"][0])  # float() knows "inf"
     for step, devices in enumerate(SCENARIOS, start=1):
@@ -164,10 +194,11 @@ def _run(
     for subset in SUBSETS:
         table["+".join(subset), "threshold"] = robust(4, threshold=threshold, columns=subset)
         table["+".join(subset), "memory"] = robust(4, memory=four.memory_share, columns=subset)
-    found = evaluated(list(table.values()), "scores", len(SCENARIOS) + 1, max_failed=1)
+    found = evaluated(list(table.values()), "table1", len(SCENARIOS) + 1, max_failed=1)
     return ModelResults(
         name=subject.name,
         source=network.reference.source,
+        as_in_paper=subject.as_in_paper and network.reference.random_weights_seed is None,
         scored_with=subject.scoring.name,
         scores=scores,
         figure2=figure2,
@@ -220,7 +251,7 @@ def table2_rows(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
             "model": model.name,
             "devices": devices,
             "memory_share": evaluations[0].memory_share,
-            "paper": MEMORY.get(model.source, {}).get(devices, ""),
+            "paper": MEMORY[model.source][devices] if model.as_in_paper else "",
         }
         for model in results
         for devices, evaluations in model.figure2.items()
@@ -228,9 +259,9 @@ def table2_rows(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
 
 
 def trends(results: Sequence[ModelResults]) -> list[dict[str, Any]]:
-    """The paper's claims, each with whether it holds for a model, and where it does not."""
+    """The paper's claims, each with whether it holds for a model (with trained weights), and where it does not."""
     verdicts = []
-    for model in results:
+    for model in filter(lambda model: model.trained, results):
         rows = {(r["devices"], r["failed"], r["method"]): r for r in figure2_rows([model])}
         cases = sorted({key[:2] for key in rows}, key=lambda case: (-case[0], case[1]))
 
