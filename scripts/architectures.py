@@ -103,7 +103,8 @@ ABOUT = """
 Each has random weights, scaled so that every layer matters to the scores, and takes images of 224x224. It is planned
 (RobustDiCE at half of the memory on 4 devices, CDC on 3; models above 400 MB RobustDiCE on 2 devices only), built, and
 run from its bundles. The error is the largest difference to the model's scores over the largest score, with nobody down
-and with each single device down, where the model loses the same neurons; above 1e-4 a model does not count as working.
+and with each single device down, where the model loses the same neurons. A model does not count as working when that is
+above 1e-4 and above four times what float32 alone does to the model (its difference from float64).
 *Exchanged* counts the activations of an image when every layer is handed over.
 """
 
