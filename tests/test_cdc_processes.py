@@ -42,8 +42,8 @@ def test_a_cluster_with_a_parity_device_outlives_any_one_device(tmp_path: Path) 
                     break
             else:
                 raise AssertionError(f"device {device} did not come back: {cluster.log(1)}")
-        for failed in ((0, 3), (0, 1, 3)):  # a slice and the sums, then another slice
-            for device in failed:
+        for failed, dying in (((0, 3), (0, 3)), ((0, 1, 3), (1,))):  # a slice and the sums, then another slice
+            for device in dying:
                 cluster.kill(device)
             *_, answer = cluster.client.stream(images)
             assert answer.down == failed
