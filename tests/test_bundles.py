@@ -59,7 +59,7 @@ class Extras(nn.Module):
         bright = x.mean((1, 2, 3)) > 0  # bool[batch]
         x = self.up(self.slope(self.conv(x))) - self.offset
         x = self.norm(self.again(x).relu())
-        x = self.norm(self.again(x[:, self.order]))
+        x = self.norm(self.again(x[:, self.order.clamp(0, 5)]))
         x = x + self.token.expand(x.shape[0], -1, -1, -1)
         x = nn.functional.pad(x, (1, 0, 0, 1))
         scores: Tensor = self.head(x.amax((2, 3)))

@@ -179,7 +179,7 @@ def _rewrite_arithmetic(graph: fx.Graph, node: fx.Node) -> None:
     elif target is aten.copy.default and _alike(*node.args[:2]):
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
         graph.erase_node(node)
-    elif target is aten.clamp.default:
+    elif target is aten.clamp.default and node.meta["val"].is_floating_point():
         bounds = [None if bound is None else float(bound) for bound in arguments(node, None, None, None)[1:]]
         _replace(graph, node, target, (node.args[0], *bounds))
     elif target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from robustdice.errors import ModelError, PlanError, first_line
+from robustdice.errors import ModelError, PlanError
+from robustdice.model.beside import check_types, run_beside
 from robustdice.model.canonical import (
     CONVOLUTIONS,
     COPY_MARK,
@@ -28,7 +28,6 @@ from robustdice.model.canonical import (
     attribute,
     canonicalise,
     execute,
-    measure_shapes,
 )
 from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
 from robustdice.plan import Layer, ModelReference, Plan
@@ -230,10 +229,10 @@ def build_network(
             f"the model takes inputs of shape {tuple(exported)}; all but the batch size must be fixed: "
             "say the size with --size, as in --size 3,224,224, or in the sidecar"
         )
-    _check_types(module, source_node)
+    check_types(module, source_node)
     batch = exported[0] if isinstance(exported[0], int) else 2
     example = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    output, shapes, per_image = _run_beside(module, program, example)
+    output, shapes, per_image = run_beside(module, program, example)
     output_node = _strip_softmax(module)
     layers, shared = _find_layers(module, shapes, per_image)
     return Network(
@@ -248,87 +247,6 @@ def build_network(
         shared_parameters=shared,
         reference=ModelReference(source, _digest(module), random_weights_seed, dict(preprocessing or {})),
     )
-
-
-def _check_types(module: fx.GraphModule, source: fx.Node) -> None:
-    """Everything that is computed with is float32: plans count four bytes a parameter."""
-    found = {f"input {source.name}": source.meta["val"].dtype}
-    found |= {str(n.target): attribute(module, str(n.target)).dtype for n in module.graph.nodes if n.op == "get_attr"}
-    for name, kind in found.items():
-        if name.startswith("input ") and not kind.is_floating_point:
-            raise ModelError(f"{name} is {kind}; robustdice gives float32 images: export a module that takes them")
-        if kind != torch.float32 and (kind.is_floating_point or kind.is_complex):
-            raise ModelError(
-                f"{name} is {kind}; robustdice takes float32 models: export model.float(), its constants too"
-            )
-
-
-def _run_beside(
-    module: fx.GraphModule, program: ExportedProgram, example: torch.Tensor
-) -> tuple[torch.Tensor, Shapes, frozenset[fx.Node]]:
-    """Scores and shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
-    rewritten graph does not give an image the original's scores, whatever the batch that it is in."""
-    try:
-        output, shapes = measure_shapes(module, example)
-        with torch.no_grad():
-            expected = _original(program, example)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"the model does not run a batch of {len(example)} ({first_line(error)}); {_DYNAMIC_BATCH}"
-        ) from None
-    if output.ndim != 2 or output.dtype != torch.float32:
-        raise ModelError(
-            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes]: "
-            "export a module that returns the class scores so"
-        )
-    if output.shape[1] < 2:
-        raise ModelError(
-            "the model returns one score; robustdice needs one for every class, for a yes and no question two: "
-            "export a module that returns torch.cat([-score, score], 1) / 2"
-        )
-    if not bool(expected.isfinite().all()):
-        raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
-    more = torch.cat([example, example[:1]])
-    try:
-        larger, more_shapes = measure_shapes(module, more)
-        single, _ = measure_shapes(module, example[:1])
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"the model runs batches of {len(example)} only ({first_line(error)}); {_DYNAMIC_BATCH}"
-        ) from None
-    for result, images in (
-        (output, slice(None)),
-        (larger[:-1], slice(None)),
-        (larger[-1:], slice(1)),
-        (single, slice(1)),
-    ):
-        wanted = expected[images]
-        scale = wanted.abs().max().clamp_min(1e-12)
-        if result.shape != wanted.shape or not float((result - wanted).abs().max() / scale) <= 1e-4:
-            raise ModelError(
-                f"the model's answers for an image depend on the batch that it is in, or on chance; {_DYNAMIC_BATCH}"
-            )
-    per_image = frozenset(
-        node
-        for node, shape in shapes.items()
-        if shape and shape[0] == len(example) and more_shapes[node] == (len(more), *shape[1:])
-    )
-    return output, shapes, per_image
-
-
-def _original(program: ExportedProgram, example: torch.Tensor) -> torch.Tensor:
-    """What the program itself gives, called as it was exported: its image by name or in a dictionary, say."""
-    arguments, keywords = program.example_inputs or ((example,), {})
-    arguments, keywords = tree_map_only(torch.Tensor, lambda _: example, (arguments, keywords))
-    results = tree_leaves(program.module(check_guards=False)(*arguments, **keywords))
-    (result,) = (result for result in results if isinstance(result, torch.Tensor))
-    return result
-
-
-_DYNAMIC_BATCH = (
-    "export it in eval mode with a dynamic batch size: "
-    "torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
-)
 
 
 def _strip_softmax(module: fx.GraphModule) -> fx.Node:
