@@ -15,8 +15,8 @@ from typing import Any
 
 from bundles import make_manifest
 from robustdice.plan import Plan
-from robustdice.runtime.engine import Engine
-from robustdice.runtime.events import (
+from robustdice.runtime.protocol.engine import Engine
+from robustdice.runtime.protocol.events import (
     Computed,
     Event,
     Forget,
@@ -30,7 +30,7 @@ from robustdice.runtime.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
 
 CLIENT = "c0"
 HEARTBEAT_SECONDS = 0.3

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from bundles import make_manifest, make_plan
-from robustdice.runtime.engine import Engine
-from robustdice.runtime.events import Action, Computed, Forget, PeerUp, Received, RunStage, Send, Settings
-from robustdice.runtime.membership import Membership
-from robustdice.runtime.messages import Frame, FrameId, Pass, Refused, Shards
+from robustdice.runtime.protocol.engine import Engine
+from robustdice.runtime.protocol.events import Action, Computed, Forget, PeerUp, Received, RunStage, Send, Settings
+from robustdice.runtime.protocol.membership import Membership
+from robustdice.runtime.wire.messages import Frame, FrameId, Pass, Refused, Shards
 from simulation import Network, World
 
 FAULTS = ("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.errors import MessageError
-from robustdice.runtime.messages import (
+from robustdice.runtime.wire.messages import (
     Answer,
     Codec,
     Frame,

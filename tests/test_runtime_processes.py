@@ -22,9 +22,9 @@ from bundles import INPUT_SHAPE, Floats, Network, make_plan, write_bundles, writ
 from robustdice.errors import BundleError, ClusterError, DataError
 from robustdice.runtime.client import Answer, Client
 from robustdice.runtime.cluster import LocalCluster
-from robustdice.runtime.config import Cluster, write_cluster
 from robustdice.runtime.device import run_device
 from robustdice.runtime.inprocess import InProcess
+from robustdice.runtime.wire.config import Cluster, write_cluster
 
 FRAMES = np.random.default_rng(7).standard_normal((600, *INPUT_SHAPE)).astype(np.float32)
 

@@ -20,8 +20,8 @@ from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import partition as partition_layers
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, silent
-from robustdice.runtime.config import write_cluster
 from robustdice.runtime.inprocess import InProcess
+from robustdice.runtime.wire.config import write_cluster
 
 
 def partition(

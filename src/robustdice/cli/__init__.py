@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from robustdice.cli import workshop as _workshop  # first: --help lists the commands in this order
-
+# --help lists the commands in this order.
+from robustdice.cli import model as _model  # isort: skip
+from robustdice.cli import plan as _plan  # isort: skip
+from robustdice.cli import evaluate as _evaluate  # isort: skip
+from robustdice.cli import build as _build  # isort: skip
+from robustdice.cli import reproduce as _reproduce  # isort: skip
 from robustdice.cli import cluster as _cluster  # isort: skip
 from robustdice.cli.app import app
 from robustdice.errors import RobustdiceError
@@ -13,7 +17,7 @@ from robustdice.terminal import err, escape
 
 __all__ = ["app", "main"]
 
-_COMMANDS = (_workshop, _cluster)
+_COMMANDS = (_model, _plan, _evaluate, _build, _reproduce, _cluster)
 """Modules whose import registers their commands."""
 
 

@@ -16,12 +16,12 @@ import zmq
 from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, DataError, MessageError
-from robustdice.runtime import messages
-from robustdice.runtime.config import CLIENT_KEY_NAME, Cluster, read_secret
-from robustdice.runtime.deadlines import Estimate
-from robustdice.runtime.events import Settings
-from robustdice.runtime.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
-from robustdice.runtime.zeromq import Line
+from robustdice.runtime.protocol.deadlines import Estimate
+from robustdice.runtime.protocol.events import Settings
+from robustdice.runtime.wire import messages
+from robustdice.runtime.wire.config import CLIENT_KEY_NAME, Cluster, read_secret
+from robustdice.runtime.wire.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
+from robustdice.runtime.wire.zeromq import Line
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""

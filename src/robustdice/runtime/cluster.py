@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError
 from robustdice.runtime.client import Answer, Client
-from robustdice.runtime.config import CLUSTER_NAME, Cluster
+from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 
 START_SECONDS = 60.0
 

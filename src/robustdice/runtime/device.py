@@ -18,9 +18,9 @@ from typing import Any
 from robustdice.bundle.manifest import Manifest
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.errors import BundleError, ClusterError, RobustdiceError
-from robustdice.runtime.config import CLUSTER_NAME, SECRET_NAME, Cluster, read_secret
-from robustdice.runtime.engine import Engine
-from robustdice.runtime.events import (
+from robustdice.runtime.executor import Executor, Values
+from robustdice.runtime.protocol.engine import Engine
+from robustdice.runtime.protocol.events import (
     Action,
     Computed,
     Forget,
@@ -32,10 +32,10 @@ from robustdice.runtime.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.executor import Executor, Values
-from robustdice.runtime.messages import Codec, FrameId, ShardId, Status, StatusRequest
-from robustdice.runtime.transport import Transport
-from robustdice.runtime.zeromq import ZeroMQTransport
+from robustdice.runtime.wire.config import CLUSTER_NAME, SECRET_NAME, Cluster, read_secret
+from robustdice.runtime.wire.messages import Codec, FrameId, ShardId, Status, StatusRequest
+from robustdice.runtime.wire.transport import Transport
+from robustdice.runtime.wire.zeromq import ZeroMQTransport
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from robustdice.runtime.events import Settings
-from robustdice.runtime.inflight import InFlight
+from robustdice.runtime.protocol.events import Settings
+from robustdice.runtime.protocol.inflight import InFlight
 
 RATE_SECONDS = 5.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from robustdice.runtime.events import Settings
+from robustdice.runtime.protocol.events import Settings
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from robustdice.runtime.messages import Array, ClientMessage, DeviceMessage, FrameId, Message, ShardId
+from robustdice.runtime.wire.messages import Array, ClientMessage, DeviceMessage, FrameId, Message, ShardId
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""What a device needs of a network. :mod:`robustdice.runtime.zeromq` is the real one."""
+"""What a device needs of a network. :mod:`robustdice.runtime.wire.zeromq` is the real one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-from robustdice.runtime.events import PeerDown, PeerUp, Received
-from robustdice.runtime.messages import Message
+from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
+from robustdice.runtime.wire.messages import Message
 
 
 class Transport(Protocol):

@@ -17,9 +17,9 @@ import zmq
 from zmq.utils import z85
 
 from robustdice.errors import ClusterError, MessageError
-from robustdice.runtime.config import Cluster
-from robustdice.runtime.events import PeerDown, PeerUp, Received
-from robustdice.runtime.messages import Codec, Frame, Message, StatusRequest
+from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
+from robustdice.runtime.wire.config import Cluster
+from robustdice.runtime.wire.messages import Codec, Frame, Message, StatusRequest
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Line:
 
 
 class ZeroMQTransport:
-    """See :class:`robustdice.runtime.transport.Transport`.
+    """See :class:`robustdice.runtime.wire.transport.Transport`.
 
     ClusterError when the device's address cannot be bound, or ``keys`` are not those of the device.
     """

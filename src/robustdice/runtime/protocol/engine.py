@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime.deadlines import Deadlines, Record
-from robustdice.runtime.events import (
+from robustdice.runtime.protocol.deadlines import Deadlines, Record
+from robustdice.runtime.protocol.events import (
     Action,
     Computed,
     Event,
@@ -29,9 +29,9 @@ from robustdice.runtime.events import (
     Task,
     Tick,
 )
-from robustdice.runtime.inflight import Early, InFlight, Phase
-from robustdice.runtime.membership import Membership
-from robustdice.runtime.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
+from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.protocol.membership import Membership
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
 
 EXTENSION = 3.0
 """So much longer may a device take that nobody can stand in for."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime.messages import Array, FrameId, ShardId
+from robustdice.runtime.wire.messages import Array, FrameId, ShardId
 
 
 class Phase(enum.Enum):

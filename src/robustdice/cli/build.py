@@ -1,0 +1,64 @@
+"""From a plan to verified bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import robustdice as rd
+from robustdice.cli.app import app
+from robustdice.cli.options import (
+    BuildDirectory,
+    Json,
+    Seed,
+    UnusedSeed,
+)
+from robustdice.errors import RobustdiceError
+from robustdice.report import tables
+from robustdice.terminal import out, print_json, progress, waiting
+
+
+@app.command(epilog="Example: robustdice build plan.json -o build --spares standby")
+def build(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where to write the bundles")],
+    spares: Annotated[
+        str, typer.Option(help="standby (computed when needed) or hot (computed on every frame)")
+    ] = "standby",
+    host: Annotated[str, typer.Option(help="address of the devices in cluster.toml, to be edited")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="device K listens on this port + K (default: free ones)")] = None,
+    seed: UnusedSeed = 0,  # noqa: ARG001
+    as_json: Json = False,
+) -> None:
+    """One self-contained bundle per device, and DIR/cluster.toml."""
+    made = rd.Plan.load(plan)
+    with waiting("loading the model"):
+        network = rd.reload_model(made.model)
+    with waiting("writing the bundles"):
+        rd.build(network, made, output, spares=spares, host=host, base_port=port)
+    if as_json:
+        print_json({"directory": str(output), "bytes_per_device": made.bytes_per_device})
+    else:
+        for device, size in enumerate(made.bytes_per_device):
+            out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights", soft_wrap=True)
+        out.print(f"Next: robustdice verify {output}, then robustdice up {output} to try it here.", soft_wrap=True)
+
+
+@app.command(epilog="Example: robustdice verify build")
+def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> None:
+    """Run the bundles in one process and compare them with the model, for every failure set.
+
+    Above 8 devices for 256 of the failure sets, and the table says so.
+    """
+    with progress("verifying") as advance:
+        result = rd.verify(directory, seed=seed, on_progress=advance)
+    if as_json:
+        print_json(tables.verification_json(result))
+    else:
+        out.print(tables.verification_table(result))
+    if result.max_relative_error > 1e-4:
+        raise RobustdiceError(
+            f"the bundles differ from the model by {result.max_relative_error:.1e}, more than 1e-4; build them again"
+        )

@@ -1,0 +1,89 @@
+"""What plans leave of the accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import robustdice as rd
+from robustdice.cli.app import app
+from robustdice.cli.options import (
+    Data,
+    Json,
+    Plot,
+    Samples,
+    Scheduler,
+    Seed,
+    load_data,
+    numbers,
+    resumable,
+)
+from robustdice.errors import PlanError, RobustdiceError
+from robustdice.failure.availability import for_each
+from robustdice.plan import check_max_failed
+from robustdice.report import plots, tables
+from robustdice.terminal import out, print_json, progress, waiting
+
+
+@app.command(epilog="Example: robustdice evaluate plan.json --data cifar10-test.zip --samples 1000 --availability 0.99")
+def evaluate(
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="what 'robustdice plan' wrote, of one model")],
+    data: Data,
+    max_failed: Annotated[int | None, typer.Option(min=0, help="most devices down at once (all but one)")] = None,
+    availability: Annotated[
+        str | None, typer.Option(metavar="P,...", help="how likely each device is up: what accuracy to expect")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="keep what is finished there; the same command goes on from it")
+    ] = None,
+    scheduler: Scheduler = None,
+    plot: Plot = None,
+    samples: Samples = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy for every set of failed devices, before anything is deployed.
+
+    Where there are more than a few hundred sets, some are drawn, and the table says so. Several plans of one model are
+    evaluated on the same images, which costs less than one after the other.
+    """
+    plots.check_name(plot)
+    up = None if availability is None else numbers(availability, "--availability")
+    made = [rd.Plan.load(path) for path in plans]
+    if up is not None and max_failed is not None:
+        raise RobustdiceError("--availability needs every number of failed devices: leave out --max-failed")
+    for path, each in zip(plans, made, strict=True):
+        if each.model.digest != made[0].model.digest:
+            raise PlanError(f"{path} and {plans[0]} are plans of different models: evaluate them one after the other")
+        check_max_failed(each.devices, max_failed)
+        if up is not None:
+            for_each(each.devices, up)
+    with waiting("loading the model"):
+        network = rd.reload_model(made[0].model)
+    dataset = load_data(data, network, samples, seed)
+    with resumable(checkpoint), progress("evaluating") as advance:
+        results = rd.evaluate_plans(
+            network,
+            made,
+            dataset,
+            max_failed=max_failed,
+            seed=seed,
+            scheduler=scheduler,
+            checkpoint=checkpoint,
+            on_progress=advance,
+        )
+    expectations = [None if up is None else rd.expect(result, up) for result in results]
+    documents = [tables.evaluation_json(r, e) for r, e in zip(results, expectations, strict=True)]
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else {"plans": documents})
+    else:
+        for result, expectation in zip(results, expectations, strict=True):
+            out.print(tables.evaluation_table(result))
+            if expectation is not None:
+                out.print(tables.expectation_table(expectation))
+    if plot is not None:
+        plots.save(plots.accuracy(results), plot)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""The commands about a model: what is in it, and which of its neurons matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustdice.cli.app import app
+from robustdice.cli.options import (
+    S3,
+    Classes,
+    Data,
+    Json,
+    Mean,
+    ModelArgument,
+    Plot,
+    RandomWeights,
+    Samples,
+    Scheduler,
+    Seed,
+    Size,
+    Std,
+    Use,
+    load_model,
+    resumable,
+    score_with,
+)
+from robustdice.errors import OutputError
+from robustdice.importance.values import SCORING_SAMPLES
+from robustdice.report import plots, tables
+from robustdice.terminal import out, print_json, waiting
+
+
+@app.command(epilog="Example: robustdice inspect torchvision:resnet18 --random-weights")
+def inspect(
+    model: ModelArgument,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Layers, neurons, parameters, exchanges and their sizes."""
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    if as_json:
+        print_json(tables.network_json(network))
+    else:
+        out.print(tables.network_table(network))
+
+
+@app.command(epilog="Example: robustdice score resnet20.pt2 --data cifar10-train.zip --samples 64 -o scores.npz")
+def score(
+    model: ModelArgument,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the scores (.npz)")],
+    use: Use = "s1,s2,s3",
+    s3: S3 = "auto",
+    scheduler: Scheduler = None,
+    plot: Plot = None,
+    samples: Samples = SCORING_SAMPLES,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Importance of every neuron: L1 norm (s1), connection sensitivity (s2), removal divergence (s3).
+
+    s3 is exact where that takes about a minute, with a forward pass per neuron and image from the neuron's layer on;
+    else a few backward passes say to first order how every removal moves the answer (fisher). --s3 chooses. What is
+    finished when the work is interrupted is kept beside FILE, and the same command goes on from there.
+    """
+    plots.check_name(plot)
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file with -o")
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    kept = output.with_name(f"{output.name}.partial")
+    with resumable(kept):
+        importance = score_with(network, data, samples, seed, use.split(","), s3, scheduler, kept)
+    importance.save(output)
+    kept.unlink(missing_ok=True)
+    if plot is not None:
+        plots.save(plots.importance(importance), plot)
+    if as_json:
+        print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
+    else:
+        out.print(tables.importance_table(importance))
+        out.print(f"Scores of {len(importance.names)} layers are in {output}.")

@@ -1,0 +1,87 @@
+"""Plans: making one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import robustdice as rd
+from robustdice.cli.app import app
+from robustdice.cli.options import (
+    S3,
+    Classes,
+    Json,
+    Mean,
+    ModelArgument,
+    Plot,
+    RandomWeights,
+    Samples,
+    Scheduler,
+    Seed,
+    Size,
+    Std,
+    Use,
+    load_model,
+    score_with,
+)
+from robustdice.errors import RobustdiceError
+from robustdice.importance.values import SCORING_SAMPLES
+from robustdice.report import plots, tables
+from robustdice.terminal import out, print_json, waiting
+
+
+@app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
+def plan(
+    model: ModelArgument,
+    devices: Annotated[int, typer.Option(help="number of devices, 2 to 16")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="where to write the plan (.json)")],
+    method: Annotated[
+        str, typer.Option(help="robustdice, lop (slices), cdc (slices and their sum) or full (replicas of everything)")
+    ] = "robustdice",
+    memory: Annotated[
+        str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="cluster threshold, instead of --memory")] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
+    use: Use = "s1,s2,s3",
+    s3: S3 = "auto",
+    scheduler: Scheduler = None,
+    plot: Plot = None,
+    samples: Samples = SCORING_SAMPLES,
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which device holds which neurons, and which are copied."""
+    plots.check_name(plot)
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    importance = columns = None
+    if method == "robustdice":
+        columns = use.split(",")
+        if scores is not None:
+            importance = rd.Importance.load(scores)
+        elif data is not None:
+            importance = score_with(network, data, samples, seed, columns, s3, scheduler)
+        else:
+            raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
+    with waiting("clustering and distributing"):
+        made = rd.partition(
+            network, importance, devices=devices, method=method, memory=memory, threshold=threshold, columns=columns
+        )
+    made.save(output)
+    if plot is not None:
+        plots.save(plots.holders(made), plot)
+    if as_json:
+        print_json(tables.plan_json(made))
+    else:
+        out.print(tables.plan_table(made))
+        out.print(tables.plan_summary(made))
+        out.print(f"The plan is in {output}.")

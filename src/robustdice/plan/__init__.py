@@ -1,0 +1,35 @@
+"""Who holds what: NumPy only. The workshop writes plans, the device side reasons with the same functions."""
+
+from __future__ import annotations
+
+from robustdice.plan.file import shard_from_json, shard_to_json
+from robustdice.plan.plan import ModelReference, Plan
+from robustdice.plan.shards import (
+    MAX_DEVICES,
+    FailureSet,
+    Holder,
+    Layer,
+    Shard,
+    check_max_failed,
+    failure_sets,
+    parity_problem,
+    publishers,
+    shard_width,
+)
+
+__all__ = [
+    "MAX_DEVICES",
+    "FailureSet",
+    "Holder",
+    "Layer",
+    "ModelReference",
+    "Plan",
+    "Shard",
+    "check_max_failed",
+    "failure_sets",
+    "parity_problem",
+    "publishers",
+    "shard_from_json",
+    "shard_to_json",
+    "shard_width",
+]

@@ -1,0 +1,200 @@
+"""A plan: for every layer its shards, and who holds them in which order.
+
+Everything else (holders matrix, bytes per device, who publishes under a failure set) follows from
+the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdice.errors import PlanError
+from robustdice.files import write_atomically
+from robustdice.plan import file
+from robustdice.plan.shards import (
+    BYTES_PER_WEIGHT,
+    MAX_DEVICES,
+    FailureSet,
+    Layer,
+    Shard,
+    check_layer,
+    check_shard,
+    parity_problem,
+    publishers,
+    shard_width,
+)
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where a model comes from: enough to load it again and to notice when it has changed."""
+
+    source: str
+    digest: str
+    random_weights_seed: int | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of every layer. ``shared_weights`` counts the parameters outside of all layers,
+    which every device needs. ``settings`` records how the plan was made (thresholds, seeds, ...)."""
+
+    devices: int
+    layers: tuple[Layer, ...]
+    shards: tuple[tuple[Shard, ...], ...]
+    shared_weights: int
+    method: str
+    model: ModelReference
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters of the model in float32."""
+        weights = sum(layer.neurons * layer.neuron_weights for layer in self.layers)
+        return 4 * (weights + self.shared_weights)
+
+    @property
+    def bytes_per_device(self) -> tuple[int, ...]:
+        """Bytes of parameters that each device holds."""
+        held = np.full(self.devices, 4 * self.shared_weights, dtype=np.int64)
+        for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
+            by_all = layer.tail_weights if self.exchanged_before_tail(index) else 0
+            held += 4 * layer.neurons * by_all
+            for number, shard in enumerate(shards):
+                # Filters over different inputs cannot be added up: their parity has all of them.
+                summed = not (shard.parity_of and layer.reads_group)
+                neurons = (
+                    shard_width(shards, number) if summed else sum(len(shards[m].neurons) for m in shard.parity_of)
+                )
+                for holder in shard.holders:
+                    width = BYTES_PER_WEIGHT[holder.representation]
+                    held[holder.device] += width * (layer.neuron_weights - by_all) * neurons
+        return tuple(int(b) for b in held)
+
+    @property
+    def memory_share(self) -> float:
+        """The largest device's bytes over the bytes of all parameters in float32."""
+        return max(self.bytes_per_device) / self.total_bytes
+
+    def held_by_all(self, layer: int) -> bool:
+        """Whether every device holds the whole layer: all compute it, and it has no exchange."""
+        return all(len(shard.holders) == self.devices for shard in self.shards[layer])
+
+    def exchanged_before_tail(self, layer: int) -> bool:
+        """Whether devices hand each other pre-activations, and each computes the whole tail: sums need that."""
+        return any(shard.parity_of for shard in self.shards[layer])
+
+    @property
+    def exchanged_activations(self) -> int:
+        """Activations of one image that are handed over while every device is up, each counted once."""
+        return sum(
+            layer.neurons * (layer.neuron_preactivations if self.exchanged_before_tail(index) else layer.neuron_outputs)
+            for index, layer in enumerate(self.layers)
+            if not self.held_by_all(index)
+        )
+
+    @property
+    def healthy_compute_share(self) -> float:
+        """The largest device's share of the model's multiply-adds while every device is up and spares
+        stand by."""
+        work = np.zeros(self.devices)
+        for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
+            if self.held_by_all(index):
+                work += layer.neurons * layer.neuron_macs
+            else:
+                by_all = layer.tail_macs if self.exchanged_before_tail(index) else 0
+                work += layer.neurons * by_all
+                for shard in shards:
+                    work[shard.devices[0]] += len(shard.neurons) * (layer.neuron_macs - by_all)
+        return float(work.max() / sum(layer.neurons * layer.neuron_macs for layer in self.layers))
+
+    def publishers(self, failed: Iterable[int]) -> tuple[tuple[int | None, ...], ...]:
+        """For every layer and shard: the first holder that is up, or None, as :func:`publishers` says."""
+        down = self.failure_set(failed)
+        return tuple(publishers(shards, down) for shards in self.shards)
+
+    def surviving_neurons(self, failed: Iterable[int]) -> tuple[NDArray[np.bool_], ...]:
+        """For every layer: which neurons still have a publisher or follow from a parity shard, bool[neurons]."""
+        masks = []
+        for layer, shards, found in zip(self.layers, self.shards, self.publishers(failed), strict=True):
+            mask = np.zeros(layer.neurons, dtype=np.bool_)
+            repaired = any(shard.parity_of and device is not None for shard, device in zip(shards, found, strict=True))
+            for shard, device in zip(shards, found, strict=True):
+                mask[list(shard.neurons)] = repaired or device is not None
+            mask.flags.writeable = False
+            masks.append(mask)
+        return tuple(masks)
+
+    def failure_set(self, failed: Iterable[int]) -> FailureSet:
+        """``failed`` as a failure set of this plan; PlanError when it names a device that does not exist."""
+        down = frozenset(failed)
+        if unknown := sorted(d for d in down if not 0 <= d < self.devices):
+            raise PlanError(f"device {unknown[0]} does not exist: the plan has devices 0 to {self.devices - 1}")
+        return down
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything the plan says."""
+        return hashlib.sha256(file.canonical(self)).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to one file (docs/formats.md); OutputError when that is not possible."""
+        write_atomically(Path(path), file.to_bytes(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan; PlanError when the file is missing, damaged or of another version."""
+        return _load(Path(path))
+
+
+def _load(path: Path) -> Plan:
+    document = file.read_document(path)
+    try:
+        body = document["plan"]
+        plan = Plan(
+            devices=int(body["devices"]),
+            layers=tuple(Layer(**layer) for layer in body["layers"]),
+            shards=tuple(tuple(file.shard_from_json(shard) for shard in shards) for shards in body["shards"]),
+            shared_weights=int(body["shared_weights"]),
+            method=str(body["method"]),
+            model=ModelReference(**body["model"]),
+            settings=dict(body["settings"]),
+        )
+    except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {file.REMEDY}") from None
+    if plan.digest != document.get("digest"):
+        raise PlanError(f"{path} does not have the digest that it states: it was changed by hand; {file.REMEDY}")
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    if not 2 <= plan.devices <= MAX_DEVICES:
+        raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {plan.devices}")
+    if not plan.layers or len(plan.layers) != len(plan.shards):
+        raise PlanError(f"{len(plan.layers)} layers (at least one), but shards for {len(plan.shards)}")
+    if len({layer.name for layer in plan.layers}) != len(plan.layers):
+        raise PlanError("two layers have the same name")
+    if plan.shared_weights < 0:
+        raise PlanError(f"the number of shared weights must be 0 or more, got {plan.shared_weights}")
+    for layer, shards in zip(plan.layers, plan.shards, strict=True):
+        check_layer(layer)
+        dealt = sorted(neuron for shard in shards for neuron in shard.neurons)
+        if len(dealt) != layer.neurons or dealt != list(range(layer.neurons)):
+            raise PlanError(f"layer {layer.name}: the shards do not hold each of its {layer.neurons} neurons once")
+        for shard in shards:
+            check_shard(plan.devices, layer, shard)
+        if problem := parity_problem(shards):
+            raise PlanError(f"layer {layer.name}: {problem}")

@@ -1,0 +1,1 @@
+"""The protocol of the devices: pure state, events in, actions out."""
