@@ -133,15 +133,15 @@ class World:
         if node.frozen_since is not None:
             node.inbox.append(event)
             return
-        known = set(node.engine._frames)
+        known = {frame.id for frame in node.engine.frames}
         for action in node.engine.handle(event, self.now):
             self._act(node, action)
         if isinstance(event, Received) and isinstance(event.message, Frame):
-            for frame in set(node.engine._frames) - known:
+            for frame in {frame.id for frame in node.engine.frames} - known:
                 deadline = self.now + event.message.timeout_seconds
                 self.admissions[device, frame] = Admission(device, incarnation, self.now, deadline)
         shards = sum(len(e.shards) for e in self.manifests[0].exchanges)
-        assert node.engine.buffered <= 4 * self.settings.window * 2 * shards, f"seed {self.seed}: memory"
+        assert node.engine.frames.buffered <= 4 * self.settings.window * 2 * shards, f"seed {self.seed}: memory"
         assert len(node.values) <= 2 * self.settings.window + 1, f"seed {self.seed}: values"
         due = node.engine.next_due()
         if due is not None and (node.tick_at is None or due < node.tick_at or node.tick_at <= self.now):

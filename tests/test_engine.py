@@ -235,7 +235,7 @@ def test_frames_that_the_client_no_longer_waits_for_are_dropped() -> None:
     assert not admitted(engine, 2)
     actions = admitted(engine, 3, oldest=2)
     assert actions == [Forget(FrameId("c0", 0)), Forget(FrameId("c0", 1))]
-    assert engine.in_flight == 2
+    assert engine.frames.in_flight == 2
     (following,) = engine.handle(Computed(task, {}), 1.1)  # the result is of no use; the executor goes on
     assert isinstance(following, RunStage)
     assert following.frame.number == 2

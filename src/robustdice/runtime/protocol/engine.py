@@ -7,7 +7,7 @@ is when a deadline passes. Whoever was silent is suspect, and its shards become 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +29,7 @@ from robustdice.runtime.protocol.events import (
     Task,
     Tick,
 )
+from robustdice.runtime.protocol.frames import Frames
 from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
@@ -51,12 +52,7 @@ class Engine:
         self.settings = settings or Settings()
         self.membership = Membership(self.me, manifest.devices, self.settings)
         self._incarnation = incarnation
-        self._frames: dict[FrameId, InFlight] = {}
-        """In the order of admission. At most ``window`` that are not DONE and ``window`` that are."""
-        self._early: OrderedDict[FrameId, Early] = OrderedDict()
-        """Frames that only peers spoke of; at most 2 ``window``, never one of ``_frames`` or ``_finished``."""
-        self._finished: OrderedDict[FrameId, None] = OrderedDict()
-        """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
+        self.frames = Frames(self.settings)
         self._tasks: deque[Task] = deque()
         """What the executor computes, and what it does next: at most ``QUEUED_TASKS``, of different frames. With one
         in reserve it need not wait while this device hands over what it has just computed."""
@@ -100,8 +96,8 @@ class Engine:
 
     def next_due(self) -> float | None:
         """When a Tick is needed, if no other event comes before."""
-        times = [early.since + self._early_seconds(early) for early in self._early.values()]
-        for frame in self._frames.values():
+        times = [early.since + self._early_seconds(early) for _, early in self.frames.early_ones()]
+        for frame in self.frames:
             if frame.phase is Phase.WAITING:
                 times.append(self._deadlines.hurry_at(frame))
                 if frame.id == self._head:
@@ -110,22 +106,11 @@ class Engine:
                 times.append(frame.deadline)
         return min(times, default=None)
 
-    @property
-    def buffered(self) -> int:
-        """Arrays held for all frames (bounded by the window; the simulation checks it)."""
-        early = sum(len(early.shards) for early in self._early.values())
-        return early + sum(len(frame.got) + len(frame.own) for frame in self._frames.values())
-
-    @property
-    def in_flight(self) -> int:
-        """Frames admitted and not answered yet."""
-        return sum(frame.phase is not Phase.DONE for frame in self._frames.values())
-
     def status(self, now: float) -> dict[str, Any]:
         """For ``robustdice status``: who is up in this device's view, frames per second, the last fault."""
         return {
             "up": self.membership.up(now),
-            "in_flight": self.in_flight,
+            "in_flight": self.frames.in_flight,
             **self._record.status(now),
         }
 
@@ -133,32 +118,26 @@ class Engine:
 
     def _on_frame(self, message: Frame, now: float) -> None:
         client = message.frame.client
-        for frame in [f for f in self._frames.values() if f.id.client == client and f.id.number < message.oldest]:
-            self._drop(frame.id)  # the client has its answer, or has given up
-        if message.frame in self._frames or message.frame in self._finished or message.frame.number < message.oldest:
+        for frame in self.frames:
+            if frame.id.client == client and frame.id.number < message.oldest:
+                self._drop(frame.id)  # the client has its answer, or has given up
+        if not self.frames.is_new(message.frame) or message.frame.number < message.oldest:
             return
-        early = self._early.pop(message.frame, None)
-        if self.in_flight >= self.settings.window:
-            reason = f"device {self.me} already works on {self.in_flight} frames, its window; send fewer at once"
+        if self.frames.in_flight >= self.settings.window:
+            reason = f"device {self.me} already works on {self.frames.in_flight} frames, its window; send fewer at once"
             self._refuse(message.frame, reason)
-            self._remember(message.frame)
+            self.frames.forget(message.frame)
             return
         live, entering = self.membership.admit(now)
         for device in entering:
             self._actions.append(Note(f"device {device} takes part from frame {message.frame.number} on"))
         deadline = now + message.timeout_seconds
-        frame = InFlight(message.frame, self.manifest, deadline, live, message.array)
-        self._frames[frame.id] = frame
-        if early:
-            frame.live -= early.passed
-            frame.wanted = early.wanted
-            for shard, (array, source) in early.shards.items():
-                frame.offer([(shard, array)], source)
+        self.frames.admit(InFlight(message.frame, self.manifest, deadline, live, message.array))
 
     def _on_shards(self, message: Shards, now: float) -> None:
-        frame = self._frames.get(message.frame)
+        frame = self.frames.get(message.frame)
         if frame is None:
-            if early := self._know_early(message.frame, now):
+            if early := self.frames.early(message.frame, now):
                 for shard, array in zip(message.shards, message.arrays, strict=True):
                     early.shards.setdefault(shard, (array, message.sender))
             return
@@ -180,9 +159,9 @@ class Engine:
             self.membership.evidence(message.sender)
 
     def _on_want(self, message: Want, now: float) -> None:
-        frame = self._frames.get(message.frame)
+        frame = self.frames.get(message.frame)
         if frame is None:
-            early = self._know_early(message.frame, now)
+            early = self.frames.early(message.frame, now)
             if early is None or early.told:
                 self._send(message.sender, Pass(self.me, message.frame))
             else:
@@ -196,10 +175,10 @@ class Engine:
             frame.owes = True
 
     def _on_pass(self, sender: int, frame_id: FrameId, now: float) -> None:
-        frame = self._frames.get(frame_id)
+        frame = self.frames.get(frame_id)
         if frame is not None:
             self._shrink(frame, {sender}, now)
-        elif early := self._know_early(frame_id, now):
+        elif early := self.frames.early(frame_id, now):
             early.passed.add(sender)
 
     def _on_hello(self, message: Hello, now: float) -> None:
@@ -208,22 +187,14 @@ class Engine:
         if message.reply:
             self._send(message.sender, Hello(self.me, self._incarnation, reply=False))
 
-    def _know_early(self, frame_id: FrameId, now: float) -> Early | None:
-        if frame_id in self._finished:
-            return None
-        early = self._early.setdefault(frame_id, Early(now))
-        while len(self._early) > 2 * self.settings.window:
-            self._early.popitem(last=False)
-        return early
-
     # -- computing
 
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
-        for frame in list(self._frames.values()):
+        for frame in self.frames:
             if len(self._tasks) == QUEUED_TASKS:
                 return
-            if frame.id not in self._frames or any(task.frame == frame.id for task in self._tasks):
+            if frame.id not in self.frames or any(task.frame == frame.id for task in self._tasks):
                 continue
             if frame.owes and (task := self._owed(frame)):
                 self._run(task, now)
@@ -260,7 +231,7 @@ class Engine:
         task, started = event.task, self._computing_since
         self._tasks.popleft()
         self._computing_since = now
-        frame = self._frames.get(task.frame)
+        frame = self.frames.get(task.frame)
         if frame is None:
             return
         if event.error is not None:
@@ -309,7 +280,7 @@ class Engine:
 
     def _lead(self, now: float) -> None:
         """Let the head's deadline run from the moment that it has become the head."""
-        head = next((frame for frame in self._frames.values() if frame.phase is not Phase.DONE), None)
+        head = self.frames.head()
         if head is not None and head.id != self._head and head.phase is Phase.WAITING:
             head.since[head.stage] = now
             self._deadlines.arm(head, now)
@@ -328,16 +299,15 @@ class Engine:
 
     def _on_tick(self, due: float, now: float) -> None:
         frozen = now - due > self.settings.late_timer
-        for frame in list(self._frames.values()):
+        for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)
             elif frame.phase is Phase.WAITING:
                 self._on_wait(frame, frozen, now)
-        for frame_id, early in list(self._early.items()):
+        for frame_id, early in self.frames.early_ones():
             if now >= early.since + self._early_seconds(early):
                 if early.told:
-                    del self._early[frame_id]
-                    self._remember(frame_id)
+                    self.frames.forget(frame_id)
                 else:
                     self._tell_all(Pass(self.me, frame_id))
                     early.told = True
@@ -391,7 +361,7 @@ class Engine:
         for device in gone:
             self._record.fault = device, now, reason
             self._actions.append(Note(f"device {device} is suspect: {reason}"))
-        for frame in list(self._frames.values()):
+        for frame in self.frames:
             self._shrink(frame, gone, now)
 
     def _shrink(self, frame: InFlight, gone: set[int], now: float) -> None:
@@ -426,8 +396,7 @@ class Engine:
     def _retire(self, frame: InFlight) -> None:
         frame.phase = Phase.DONE
         frame.got.clear()
-        done = [other.id for other in self._frames.values() if other.phase is Phase.DONE]
-        for frame_id in done[: -self.settings.window]:
+        for frame_id in self.frames.surplus():
             self._drop(frame_id)
 
     def _refuse(self, frame_id: FrameId, reason: str) -> None:
@@ -435,14 +404,8 @@ class Engine:
         self._tell_all(Pass(self.me, frame_id))
 
     def _drop(self, frame_id: FrameId) -> None:
-        del self._frames[frame_id]
-        self._remember(frame_id)
+        self.frames.forget(frame_id)
         self._actions.append(Forget(frame_id))
-
-    def _remember(self, frame_id: FrameId) -> None:
-        self._finished[frame_id] = None
-        while len(self._finished) > self.settings.remembered_frames:
-            self._finished.popitem(last=False)
 
     def _early_seconds(self, early: Early) -> float:
         return self.settings.maximum_wait if early.told else self.settings.pass_after

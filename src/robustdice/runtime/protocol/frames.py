@@ -1,0 +1,91 @@
+"""Which frames a device knows, and how many it remembers: its memory is bounded whatever others say."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from robustdice.runtime.protocol.events import Settings
+from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.wire.messages import FrameId
+
+
+class Frames:
+    """The frames that were admitted, those that only peers spoke of, and the names of those that are over."""
+
+    def __init__(self, settings: Settings) -> None:
+        """No frame is known."""
+        self._settings = settings
+        self._admitted: dict[FrameId, InFlight] = {}
+        """In the order of admission. At most ``window`` that are not DONE and ``window`` that are."""
+        self._early: OrderedDict[FrameId, Early] = OrderedDict()
+        """At most 2 ``window``, never one that was admitted or is over."""
+        self._over: OrderedDict[FrameId, None] = OrderedDict()
+        """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
+
+    def __iter__(self) -> Iterator[InFlight]:
+        """Those admitted, the oldest first; they may change meanwhile."""
+        return iter(list(self._admitted.values()))
+
+    def __contains__(self, frame_id: FrameId) -> bool:
+        """Whether the frame is admitted."""
+        return frame_id in self._admitted
+
+    def get(self, frame_id: FrameId) -> InFlight | None:
+        """The frame, if it is admitted."""
+        return self._admitted.get(frame_id)
+
+    def is_new(self, frame_id: FrameId) -> bool:
+        """Whether it was neither admitted nor is it over."""
+        return frame_id not in self._admitted and frame_id not in self._over
+
+    def admit(self, frame: InFlight) -> None:
+        """Work on a frame, with what peers have already said about it."""
+        self._admitted[frame.id] = frame
+        early = self._early.pop(frame.id, None)
+        if early:
+            frame.live -= early.passed
+            frame.wanted = early.wanted
+            for shard, (array, source) in early.shards.items():
+                frame.offer([(shard, array)], source)
+
+    def early(self, frame_id: FrameId, now: float) -> Early | None:
+        """What peers say about a frame that was not admitted yet; None when it is over."""
+        if frame_id in self._over:
+            return None
+        early = self._early.setdefault(frame_id, Early(now))
+        while len(self._early) > 2 * self._settings.window:
+            self._early.popitem(last=False)
+        return early
+
+    def early_ones(self) -> list[tuple[FrameId, Early]]:
+        """All frames that only peers spoke of."""
+        return list(self._early.items())
+
+    def forget(self, frame_id: FrameId) -> None:
+        """The frame is over: nothing that is said about it matters any more."""
+        self._admitted.pop(frame_id, None)
+        self._early.pop(frame_id, None)
+        self._over[frame_id] = None
+        while len(self._over) > self._settings.remembered_frames:
+            self._over.popitem(last=False)
+
+    def surplus(self) -> list[FrameId]:
+        """Those that are DONE, but for the last ``window``."""
+        done = [frame.id for frame in self._admitted.values() if frame.phase is Phase.DONE]
+        return done[: -self._settings.window]
+
+    def head(self) -> InFlight | None:
+        """The oldest frame that is not DONE."""
+        return next((frame for frame in self._admitted.values() if frame.phase is not Phase.DONE), None)
+
+    @property
+    def in_flight(self) -> int:
+        """Frames admitted and not answered yet."""
+        return sum(frame.phase is not Phase.DONE for frame in self._admitted.values())
+
+    @property
+    def buffered(self) -> int:
+        """Arrays held for all frames."""
+        early = sum(len(early.shards) for early in self._early.values())
+        return early + sum(len(frame.got) + len(frame.own) for frame in self._admitted.values())
