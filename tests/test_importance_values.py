@@ -28,7 +28,8 @@ def importance() -> Importance:
         scores=(rng.random((6, 3)), rng.random((4, 3)) * 1e-9),
         columns=("s1", "s2", "s3"),
         model=MODEL,
-        settings={"s3": "exact", "samples": 64, "seed": 0},
+        settings={"s3": "exact", "samples": 64},
+        provenance={"data": {"name": "digits"}, "seed": 0},
     )
 
 
@@ -78,6 +79,7 @@ def test_file_roundtrip(tmp_path: Path) -> None:
     assert loaded.digest == value.digest
     assert (loaded.names, loaded.columns, loaded.model) == (value.names, value.columns, value.model)
     assert loaded.settings == value.settings
+    assert loaded.provenance == value.provenance == {"data": {"name": "digits"}, "seed": 0}
     for mine, its in zip(value.scores, loaded.scores, strict=True):
         assert (mine == its).all()
         assert not its.flags.writeable
@@ -97,6 +99,8 @@ def test_digest_covers_everything() -> None:
     digests = [Importance(**{**fields, **other}).digest for other in ({}, *others)]
     assert digests[0] == value.digest
     assert len(set(digests)) == len(digests)
+    moved = ModelReference(source="elsewhere/net.pt2", digest=MODEL.digest, preprocessing=MODEL.preprocessing)
+    assert Importance(**{**fields, "model": moved, "provenance": {"seed": 1}}).digest == digests[0]
 
 
 def test_cannot_be_written(tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def _missing_scores(_: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_other_version, "has scores format version 9, this version reads 1"),
+        (_other_version, "has scores format version 9, this version reads 2"),
         (_other_format, "no robustdice-importance header"),
         (_no_columns, "columns"),
         (_other_model, "colour"),

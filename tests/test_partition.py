@@ -100,10 +100,12 @@ def test_settings_say_how_the_plan_was_made(tmp_path: Path) -> None:
     assert plan.settings == {
         "columns": ["s3", "s1"],
         "normalisation": "rank",
-        "scores": {"digest": IMPORTANCE.select(["s3", "s1"]).digest, "samples": 8, "seed": 0},
         "memory": "12KB",
         "thresholds": [threshold] * 4,
     }
+    origin = {"digest": IMPORTANCE.select(["s3", "s1"]).digest, "samples": 8, "seed": 0}
+    assert plan.provenance["scores"] == origin
+    assert set(plan.provenance["versions"]) == {"python", "robustdice", "numpy"}
     again = make(threshold=threshold, columns=["s3", "s1"], normalisation="rank")
     assert again.shards == plan.shards
     plan.save(tmp_path / "plan.json")

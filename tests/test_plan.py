@@ -41,6 +41,7 @@ def example(**changes: Any) -> Plan:
         "method": "robustdice",
         "model": MODEL,
         "settings": {"thresholds": [0.1, 0.2, "inf"], "memory": "80MB"},
+        "provenance": {"scores": {"data": {"name": "digits"}}},
     }
     return Plan(**{**fields, **changes})
 
@@ -142,6 +143,7 @@ def test_file_roundtrip(tmp_path: Path) -> None:
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan
     assert loaded.digest == plan.digest
+    assert loaded.provenance == plan.provenance == {"scores": {"data": {"name": "digits"}}}
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -159,6 +161,14 @@ def test_digest_covers_everything() -> None:
     assert len(digests) == 1 + len(others)
     assert example().digest == example().digest
     assert len(example().digest) == 64
+
+
+def test_where_a_plan_comes_from_does_not_make_it_another(tmp_path: Path) -> None:
+    elsewhere = example(provenance={"versions": {"numpy": "1.26"}}, model=replace(MODEL, source="elsewhere/net.pt2"))
+    assert elsewhere.digest == example().digest
+    assert example(provenance={}) == example()
+    elsewhere.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").provenance == {"versions": {"numpy": "1.26"}}
 
 
 def test_cannot_be_written(tmp_path: Path) -> None:
@@ -190,7 +200,7 @@ def drop(*keys: str | int) -> Callable[[Any], None]:
     ("change", "message"),
     [
         (put("robustdice-bundle", "format"), "no robustdice-plan header"),
-        (put(99, "version"), "has plan format version 99, this version reads 2"),
+        (put(99, "version"), "has plan format version 99, this version reads 3"),
         (drop("version"), "has plan format version None"),
         (drop("plan"), "is a damaged plan .*'plan'"),
         (put([], "plan"), "is a damaged plan"),

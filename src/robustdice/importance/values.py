@@ -1,7 +1,7 @@
 """Importance scores as a value: what scoring produces and partitioning reads. NumPy only.
 
 On disk an Importance is one ``.npz`` file: ``header``, UTF-8 JSON as a uint8 array (format, version,
-digest, names, columns, model, settings), and ``scores_0``, ``scores_1``, ...: float64 [units, columns],
+digest, names, columns, model, settings, provenance), and ``scores_0``, ``scores_1``, ...: float64 [units, columns],
 one array per name, in order.
 """
 
@@ -26,7 +26,7 @@ from robustdice.errors import PlanError
 from robustdice.files import write_atomically
 from robustdice.plan import ModelReference
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COLUMNS = ("s1", "s2", "s3")
 """L1 norm, connection sensitivity, removal divergence (paper, section III-A)."""
 SCORING_SAMPLES = 64
@@ -43,8 +43,9 @@ class Importance:
     """How important every unit of every layer is.
 
     ``names`` are the layers' names and ``scores`` their scores, float64 [units, columns], read-only;
-    ``columns`` says which scores these are, in order. ``model`` is what was scored, ``settings`` how
-    (method, samples, seed). PlanError when they do not fit together or a score is not finite.
+    ``columns`` says which scores these are, in order. ``model`` is what was scored, ``settings`` how (method,
+    samples), ``provenance`` with what (data, seed, versions). PlanError when they do not fit together or a score is not
+    finite.
     """
 
     names: tuple[str, ...]
@@ -52,6 +53,7 @@ class Importance:
     columns: tuple[str, ...]
     model: ModelReference
     settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", tuple(_read_only(scores) for scores in self.scores))
@@ -71,12 +73,16 @@ class Importance:
             columns=tuple(columns),
             model=self.model,
             settings=self.settings,
+            provenance=self.provenance,
         )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the scores and of everything that is said about them."""
-        sha = hashlib.sha256(json.dumps(_header(self), sort_keys=True).encode())
+        """SHA-256 (hex) of the scores and of what is said about them, without their provenance and without where the
+        model's file lies."""
+        header = _header(self)
+        del header["provenance"], header["model"]["source"]
+        sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for scores in self.scores:
             sha.update(f"{scores.shape}".encode() + scores.astype("<f8").tobytes())
         return sha.hexdigest()
@@ -151,6 +157,7 @@ def _header(importance: Importance) -> dict[str, Any]:
         "columns": list(importance.columns),
         "model": asdict(importance.model),
         "settings": dict(importance.settings),
+        "provenance": dict(importance.provenance),
     }
 
 
@@ -177,6 +184,7 @@ def _load(path: Path) -> Importance:
             columns=tuple(map(str, header["columns"])),
             model=ModelReference(**header["model"]),
             settings=dict(header["settings"]),
+            provenance=dict(header["provenance"]),
         )
         digest = header["digest"]
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, MemoryError) as error:

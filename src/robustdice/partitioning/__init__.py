@@ -12,6 +12,7 @@ from robustdice.partitioning.replicate import full
 from robustdice.partitioning.request import Answer, Request
 from robustdice.partitioning.robust import robustdice
 from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
+from robustdice.provenance import versions
 
 __all__ = ["METHODS", "partition"]
 
@@ -67,4 +68,5 @@ def partition(
         method=method,
         model=model,
         settings=answer.settings,
+        provenance={**answer.provenance, "versions": versions("numpy")},
     )

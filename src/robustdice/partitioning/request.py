@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustdice.errors import PlanError
@@ -37,7 +37,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The shards of every layer, and the settings worth recording in the plan."""
+    """The shards of every layer, the settings worth recording in the plan, and where it comes from."""
 
     shards: tuple[tuple[Shard, ...], ...]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)

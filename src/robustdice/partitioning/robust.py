@@ -38,7 +38,6 @@ def robustdice(request: Request) -> Answer:
     settings: dict[str, Any] = {
         "columns": list(importance.columns),
         "normalisation": request.normalisation,
-        "scores": {"digest": importance.digest, **importance.settings},
     }
     if request.threshold is None:
         memory = DEFAULT_MEMORY if request.memory is None else request.memory
@@ -55,7 +54,8 @@ def robustdice(request: Request) -> Answer:
         _shards(layer, layer_scores, threshold, request.devices, first=index)
         for index, (layer, layer_scores, threshold) in enumerate(zip(request.layers, scores, thresholds, strict=True))
     )
-    return Answer(shards=shards, settings=settings)
+    origin = {"digest": importance.digest, **importance.settings, **importance.provenance}
+    return Answer(shards=shards, settings=settings, provenance={"scores": origin})
 
 
 def _shards(layer: Layer, scores: Scores, threshold: float, devices: int, first: int) -> tuple[Shard, ...]:

@@ -14,13 +14,15 @@ from robustdice.plan.shards import Holder, Shard
 if TYPE_CHECKING:
     from robustdice.plan.plan import Plan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REMEDY = "make a new one with 'robustdice plan'"
 
 
 def canonical(plan: Plan) -> bytes:
-    """What a plan says, the same bytes for the same plan."""
-    return json.dumps(body_of(plan), sort_keys=True, separators=(",", ":")).encode()
+    """What makes a plan this plan, the same bytes for the same one: not where it comes from."""
+    body = body_of(plan)
+    del body["provenance"], body["model"]["source"]
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
 def to_bytes(plan: Plan) -> bytes:
@@ -39,6 +41,7 @@ def body_of(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "model": asdict(plan.model),
         "settings": dict(plan.settings),
+        "provenance": dict(plan.provenance),
     }
 
 

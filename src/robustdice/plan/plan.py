@@ -47,7 +47,8 @@ class ModelReference:
 @dataclass(frozen=True)
 class Plan:
     """The shards of every layer. ``shared_weights`` counts the parameters outside of all layers,
-    which every device needs. ``settings`` records how the plan was made (thresholds, seeds, ...)."""
+    which every device needs. ``settings`` says what was asked for (columns, thresholds, ...), ``provenance`` where the
+    plan comes from (scores and their data, seed, versions): two plans that differ only there are the same."""
 
     devices: int
     layers: tuple[Layer, ...]
@@ -56,6 +57,7 @@ class Plan:
     method: str
     model: ModelReference
     settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -147,7 +149,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of everything the plan says."""
+        """SHA-256 (hex) of everything the plan says, without its provenance and without where the model's file lies."""
         return hashlib.sha256(file.canonical(self)).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -172,6 +174,7 @@ def _load(path: Path) -> Plan:
             method=str(body["method"]),
             model=ModelReference(**body["model"]),
             settings=dict(body["settings"]),
+            provenance=dict(body["provenance"]),
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {file.REMEDY}") from None

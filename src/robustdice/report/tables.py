@@ -114,6 +114,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "exchanged_activations": plan.exchanged_activations,
         "digest": plan.digest,
         "settings": dict(plan.settings),
+        "provenance": dict(plan.provenance),
     }
 
 
