@@ -20,12 +20,13 @@ out = Console()
 err = Console(stderr=True)
 
 
-class JsonLines(logging.Formatter):
-    """Log records as JSON objects."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record, without a line break."""
-        return json.dumps({"time": record.created, "level": record.levelname, "message": record.getMessage()})
+def log_to_stderr(formatter: logging.Formatter, level: int) -> None:
+    """Send what the package logs, from ``level`` on, to standard error; in the place of where it went before."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    ours = logging.getLogger("robustdice")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(level)
 
 
 def escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 # --help lists the commands in this order.
@@ -13,7 +14,7 @@ from robustdice.cli import reproduce as _reproduce  # isort: skip
 from robustdice.cli import cluster as _cluster  # isort: skip
 from robustdice.cli.app import app
 from robustdice.errors import RobustdiceError
-from robustdice.terminal import err, escape
+from robustdice.terminal import err, escape, log_to_stderr
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ _COMMANDS = (_model, _plan, _evaluate, _build, _reproduce, _cluster)
 
 def main() -> None:
     """Run a command; errors of the project are one line on stderr and exit status 1."""
+    log_to_stderr(logging.Formatter("warning: %(message)s"), logging.WARNING)
     try:
         app()
     except RobustdiceError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,8 @@ from robustdice.cli.options import BuildDirectory, Json, Seed, UnusedSeed
 from robustdice.errors import RobustdiceError
 from robustdice.images import read_image
 from robustdice.report import tables
-from robustdice.terminal import JsonLines, out, print_json, progress, stop_on_signals
+from robustdice.runtime.journal import JsonLines
+from robustdice.terminal import log_to_stderr, out, print_json, progress, stop_on_signals
 
 
 @app.command(epilog="Example: robustdice device build/device-0")
@@ -28,9 +28,7 @@ def device(
     as_json: Annotated[bool, typer.Option("--json", help="log one JSON object a line")] = False,
 ) -> None:
     """Run one device in the foreground; Ctrl-C stops it."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_stderr(JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s"), logging.INFO)
     rd.run_device(directory, cluster, threads, stop=stop_on_signals())
 
 

@@ -19,6 +19,7 @@ from robustdice.bundle.manifest import Manifest
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.errors import BundleError, ClusterError, RobustdiceError
 from robustdice.runtime.executor import Executor, Values
+from robustdice.runtime.journal import say
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
@@ -72,7 +73,8 @@ def run_device(
     transport = ZeroMQTransport(manifest.device, cluster, keys, codec)
     entry = cluster.devices[manifest.device]
     megabytes = manifest.weight_bytes / 1e6
-    log.info("%s listens on %s, holds %.2f MB of weights", entry.name, entry.address, megabytes)
+    text = f"{entry.name} listens on {entry.address}, holds {megabytes:.2f} MB of weights"
+    say(log, text, event="started", device=manifest.device)
     worker = Worker(executor, transport.waker())
     worker.start()
     try:
@@ -80,7 +82,7 @@ def run_device(
     finally:
         worker.stop()
         transport.close()
-        log.info("%s has stopped", entry.name)
+        say(log, f"{entry.name} has stopped", event="stopped", device=manifest.device)
 
 
 class Worker(threading.Thread):
@@ -187,7 +189,15 @@ class Loop:
             if isinstance(action, Send):
                 self._unsent += not self._transport.send(action.to, action.message)
             elif isinstance(action, Note):
-                log.info("%s: %s", self._name, action.text)
+                say(
+                    log,
+                    f"{self._name}: {action.text}",
+                    event=action.event,
+                    device=self._engine.me,
+                    peer=action.peer,
+                    frame=action.frame,
+                    reason=action.reason,
+                )
             else:
                 self._worker.tasks.put(action)
 

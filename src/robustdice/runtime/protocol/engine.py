@@ -130,7 +130,9 @@ class Engine:
             return
         live, entering = self.membership.admit(now)
         for device in entering:
-            self._actions.append(Note(f"device {device} takes part from frame {message.frame.number} on"))
+            number = message.frame.number
+            text = f"device {device} takes part from frame {number} on"
+            self._actions.append(Note(text, "admitted", peer=device, frame=number))
         deadline = now + message.timeout_seconds
         self.frames.admit(InFlight(message.frame, self.manifest, deadline, live, message.array))
 
@@ -235,7 +237,9 @@ class Engine:
         if frame is None:
             return
         if event.error is not None:
-            self._actions.append(Note(f"frame {task.frame.number} failed in stage {task.stage}: {event.error}"))
+            number = task.frame.number
+            text = f"frame {number} failed in stage {task.stage}: {event.error}"
+            self._actions.append(Note(text, "failed", frame=number, reason=event.error))
             self._give_up(frame, f"device {self.me} could not compute stage {task.stage}: {event.error}")
             return
         frame.own.update(event.shards)
@@ -353,16 +357,16 @@ class Engine:
             if self.membership.peers[device].admitted:
                 self.membership.fault(device, now)
         reason = f"frame {frame.id.number} waited {now - frame.since[frame.stage]:.3f} s for it in stage {frame.stage}"
-        self._lost(silent, now, reason)
+        self._lost(silent, now, reason, frame.id.number)
 
-    def _lost(self, devices: Iterable[int], now: float, reason: str) -> None:
-        """Devices left: no frame in flight counts on them any longer."""
+    def _lost(self, devices: Iterable[int], now: float, reason: str, frame: int | None = None) -> None:
+        """Devices left (``frame`` waited for them in vain): no frame in flight counts on them any longer."""
         gone = set(devices)
         for device in gone:
             self._record.fault = device, now, reason
-            self._actions.append(Note(f"device {device} is suspect: {reason}"))
-        for frame in self.frames:
-            self._shrink(frame, gone, now)
+            self._actions.append(Note(f"device {device} is suspect: {reason}", "suspect", device, frame, reason))
+        for each in self.frames:
+            self._shrink(each, gone, now)
 
     def _shrink(self, frame: InFlight, gone: set[int], now: float) -> None:
         """Take devices out of a frame's view, and take over at once what has become this device's task."""

@@ -110,9 +110,14 @@ class Forget:
 
 @dataclass(frozen=True)
 class Note:
-    """For the log: a fault or a recovery."""
+    """For the log: a fault or a recovery, as a sentence and as what the sentence says."""
 
     text: str
+    event: str
+    """``suspect``, ``admitted`` or ``failed``."""
+    peer: int | None = None
+    frame: int | None = None
+    reason: str | None = None
 
 
 Event: TypeAlias = Received | PeerUp | PeerDown | Computed | Tick

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,14 @@ import zmq
 from robustdice.errors import ClusterError, OutputError
 from robustdice.files import write_atomically
 from robustdice.plan import MAX_DEVICES
+from robustdice.runtime.journal import say
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CLUSTER_NAME = "cluster.toml"
@@ -117,9 +122,13 @@ def write_cluster(
 
 
 def read_secret(path: Path) -> tuple[bytes, bytes]:
-    """The key pair (public, secret; Z85) of a secret key file; ClusterError when it is none."""
+    """The key pair (public, secret; Z85) of a secret key file; ClusterError when it is none.
+
+    A file that others than its owner may read or change is warned about in the log.
+    """
     try:
         secret = path.read_text("ascii").strip()
+        mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         raise ClusterError(
             f"cannot read the secret key {path}: {error.strerror}; 'robustdice build' writes it"
@@ -128,6 +137,9 @@ def read_secret(path: Path) -> tuple[bytes, bytes]:
         secret = ""
     if not KEY.fullmatch(secret):
         raise ClusterError(f"{path} is not a secret key (40 characters, Z85); 'robustdice build' writes a new one")
+    if mode & 0o077:
+        text = f"the secret key {path} is open to other users (mode {mode:o}): chmod 600 {path}"
+        say(log, text, event="exposed-key", reason=f"mode {mode:o}", level=logging.WARNING)
     return zmq.curve_public(secret.encode()), secret.encode()
 
 

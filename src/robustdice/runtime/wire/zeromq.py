@@ -17,6 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from robustdice.errors import ClusterError, MessageError
+from robustdice.runtime.journal import say
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.messages import Codec, Frame, Message, StatusRequest
@@ -122,6 +123,7 @@ class ZeroMQTransport:
                 "copy both from one 'robustdice build'"
             )
         self.dropped = 0
+        self._device = device
         self._codec = codec
         self._allowed: dict[bytes, str] = {d.public_key.encode(): str(k) for k, d in enumerate(cluster.devices)}
         self._allowed |= {client.public_key.encode(): "client" for client in cluster.clients}
@@ -236,7 +238,8 @@ class ZeroMQTransport:
         if mechanism == b"CURVE" and len(credentials) == 1:
             user = self._allowed.get(z85.encode(credentials[0]))
         if user is None:
-            log.warning("refused a connection from %s: its key is not listed", address.decode("ascii", "replace"))
+            text = f"refused a connection from {address.decode('ascii', 'replace')}: its key is not listed"
+            say(log, text, event="refused", device=self._device, reason="key not listed", level=logging.WARNING)
             self._zap.send_multipart([version, request, b"400", b"key not listed", b"", b""])
         else:
             self._zap.send_multipart([version, request, b"200", b"OK", user.encode(), b""])
@@ -249,7 +252,8 @@ class ZeroMQTransport:
         except MessageError as error:
             self.dropped += 1
             if self.dropped & (self.dropped - 1) == 0:  # 1, 2, 4, 8, ...
-                log.warning("dropped a message (%d in all): %s", self.dropped, error)
+                text = f"dropped a message ({self.dropped} in all): {error}"
+                say(log, text, event="dropped", device=self._device, reason=str(error), level=logging.WARNING)
             return None
         if isinstance(message, Frame | StatusRequest):
             name = message.frame.client if isinstance(message, Frame) else message.client
