@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -112,12 +114,16 @@ def run_tasks(
     checkpoint: Checkpoint | None = None,
     cost: Callable[[str], int] = lambda _: 1,
     on_progress: Progress = silent,
+    threads: int | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """``work(context, item(key))`` for every key, as a dictionary in the order of ``keys``. Results are JSON data.
 
     ``item`` is called when a task's turn comes, and not for those that ``checkpoint`` has. With ``scheduler``, the
     address of a Dask scheduler, the tasks run on its workers; there ``recreate`` makes the context, once a process.
-    Progress counts ``cost``. ClusterError when the scheduler cannot be reached or its workers keep dying.
+    Progress counts ``cost``. With ``threads`` that many tasks run at once here; ``stop`` is set, for them to end early,
+    when one fails or the caller is interrupted. ClusterError when the scheduler cannot be reached or its workers keep
+    dying.
     """
     kept = {} if checkpoint is None else {key: checkpoint.get(key) for key in keys}
     found = {key: result for key, result in kept.items() if result is not None}
@@ -125,18 +131,35 @@ def run_tasks(
     total = sum(map(cost, keys))
     done = total - sum(map(cost, todo))
     on_progress(done, total)
-    if scheduler is None or not todo:
-        results: Iterator[tuple[str, Any]] = ((key, work(context, item(key))) for key in todo)
-    else:
+    if scheduler is not None and todo:
         assert recreate is not None, "tasks that may run elsewhere say how their context is made there"
         results = _on_dask(work, todo, item, recreate, scheduler)
-    for key, result in results:
-        found[key] = result
-        if checkpoint is not None:
-            checkpoint.add(key, result)
-        done += cost(key)
-        on_progress(done, total)
+    elif threads is not None:
+        results = _in_threads(lambda key: work(context, item(key)), todo, threads, stop or threading.Event())
+    else:
+        results = ((key, work(context, item(key))) for key in todo)
+    with closing(results):
+        for key, result in results:
+            found[key] = result
+            if checkpoint is not None:
+                checkpoint.add(key, result)
+            done += cost(key)
+            on_progress(done, total)
     return {key: found[key] for key in keys}
+
+
+def _in_threads(
+    run: Callable[[str], Any], keys: Sequence[str], threads: int, stop: threading.Event
+) -> Generator[tuple[str, Any], None, None]:
+    """Results as they come."""
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            names = {pool.submit(run, key): key for key in keys}
+            for future in as_completed(names):
+                yield names[future], future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _on_dask(
@@ -145,7 +168,7 @@ def _on_dask(
     item: Callable[[str], Item],
     recreate: Callable[[], Context],
     scheduler: str,
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """Results as they come. A task whose worker dies goes to another one; Dask gives up after several deaths."""
     try:
         import distributed  # noqa: PLC0415 -- heavy, and not everybody's

@@ -101,7 +101,7 @@ def score_with(
     checkpoint: Path | None = None,
 ) -> rd.Importance:
     """Scores from the images that DATA and --samples name."""
-    images = load_data(data, network, samples, seed, "train").images()
+    images = load_data(data, network, samples, seed, "train")
     with progress("scoring") as advance:
         return rd.score(
             network,

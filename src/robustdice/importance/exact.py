@@ -22,12 +22,13 @@ from robustdice.importance.gradients import per_unit, units_of
 from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, execute
 from robustdice.model.channelwise import Channels, channelwise, parameter_name
 from robustdice.model.network import BATCH_ELEMENTS, Network, NetworkLayer
+from robustdice.progress import Progress, silent
 
 _BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 
 def removal_divergences(
-    network: Network, images: torch.Tensor, index: int, units: range | None = None
+    network: Network, images: torch.Tensor, index: int, units: range | None = None, *, on_progress: Progress = silent
 ) -> NDArray[np.float64]:
     """s3 of ``units`` (all) of layer ``index``: the Jensen-Shannon divergence (natural logarithm) between the output
     distribution and the one without the unit, mean over ``images`` [n, channels, height, width]: float64 [units].
@@ -37,6 +38,7 @@ def removal_divergences(
     sums = torch.zeros(units_of(layer), dtype=torch.float64)
     suffix = nodes_after(network, layer.value)
     reached = _reached(network, layer)
+    done = 0
     with torch.no_grad():
         for part in torch.split(images, rows_at_once(network, network.nodes)):
             values: dict[fx.Node, Any] = {**network.constants(images.device), network.input: part}
@@ -55,6 +57,8 @@ def removal_divergences(
                 removed = _run_without(network, layer, suffix, reached, values, lost, image)
                 divergence = jensen_shannon(intact[image], removed.double().softmax(1))
                 sums.index_add_(0, lost.cpu(), divergence.cpu())
+                done += len(pairs)
+                on_progress(done, len(units) * len(images))
     return sums[units.start : units.stop].numpy() / len(images)
 
 

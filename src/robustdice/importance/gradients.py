@@ -62,13 +62,14 @@ def sensitivities(network: Network, images: torch.Tensor, *, on_progress: Progre
     return [sum_filters(layer, [products[name] for name in layer.filters]) for layer in network.layers]
 
 
-def divergences(network: Network, images: torch.Tensor) -> Scores:
+def divergences(network: Network, images: torch.Tensor, *, on_progress: Progress = silent) -> Scores:
     """The s3 of every unit from backward passes, mean over ``images``: float64 [units] per layer.
 
     Class scores that are lost count as minus infinity, whose divergence has a closed form.
     """
     inner = [layer for layer in network.layers if not math.isinf(layer.fill)]
     sums = {layer.layer.name: torch.zeros(units_of(layer), dtype=torch.float64) for layer in network.layers}
+    done = 0
     for part in torch.split(images, _images_at_once(network)):
         values: dict[fx.Node, Any] = {
             **network.constants(images.device),
@@ -92,6 +93,8 @@ def divergences(network: Network, images: torch.Tensor) -> Scores:
             for layer in network.layers:
                 if math.isinf(layer.fill):
                     sums[layer.layer.name] += class_removal(per_unit(layer, log_p.exp())).sum(0).cpu()
+        done += len(part)
+        on_progress(done, len(images))
     return [sums[layer.layer.name].numpy() / len(images) for layer in network.layers]
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,12 +28,14 @@ from robustdice.importance.gradients import (
     sum_filters,
     units_of,
 )
-from robustdice.importance.values import COLUMNS, Importance
+from robustdice.importance.values import COLUMNS, Importance, rounded
 from robustdice.model.canonical import attribute
+from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, on_best_device
 from robustdice.plan import ModelReference
 from robustdice.progress import Progress, silent
+from robustdice.provenance import versions
 from robustdice.tasks import Checkpoint, run_tasks
 
 S3_METHODS = ("auto", "exact", "fisher")
@@ -46,7 +50,7 @@ PREFIX_SHARE = 4
 
 def score(
     network: Network,
-    images: NDArray[np.float32],
+    images: NDArray[np.float32] | Dataset,
     *,
     columns: Sequence[str] = COLUMNS,
     s3: str = "auto",
@@ -54,13 +58,15 @@ def score(
     checkpoint: str | os.PathLike[str] | None = None,
     on_progress: Progress = silent,
 ) -> Importance:
-    """Score every unit of every layer with ``images``, float32 [n, channels, height, width]; no labels are needed.
+    """Score every unit of every layer with ``images``, float32 [n, channels, height, width], or those of a data set,
+    whose name and seed are then recorded; no labels are needed.
 
     s1 is the L1 norm of filter and bias, s2 the connection sensitivity against the model's own answers, s3 the
     Jensen-Shannon divergence (natural logarithm) after removal of the unit at the exchange: ``exact``, ``fisher`` (from
     a few backward passes, which say to first order how every removal moves the answer) or ``auto``, exact
     where that takes about a minute. ``checkpoint`` keeps what is finished when the work is interrupted, and is
-    left to the caller; ``scheduler`` is a Dask scheduler's address. DataError when the images do not fit the model;
+    left to the caller; ``scheduler`` is a Dask scheduler's address. As many tasks run at once as torch has threads,
+    each in one of them: so their number changes no bit of the scores. DataError when the images do not fit the model;
     PlanError when ``columns`` or ``s3`` name something else; OutputError when the checkpoint is of other work.
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
@@ -68,6 +74,9 @@ def score(
     if not columns or len(set(columns)) < len(columns):
         raise PlanError(f"name one or more different scores, not {', '.join(columns)!r}")
     check_s3(s3)
+    name, seed = (images.name, images.seed) if isinstance(images, Dataset) else (None, None)
+    if isinstance(images, Dataset):
+        images = images.images()
     if images.shape[1:] != network.input_shape or not len(images):
         raise DataError(
             f"images of shape {list(images.shape)}, the model takes [n, {', '.join(map(str, network.input_shape))}]"
@@ -80,33 +89,54 @@ def score(
             few = network.outputs <= EVERY_CLASS_UP_TO
             settings["s3_classes"] = "all" if few else f"the {LIKELIEST} likeliest, all others as one"
     work = _Work(network, _prepared(images), tuple(columns), settings)
+    digest = hashlib.sha256(images.astype("<f4", copy=False).tobytes()).hexdigest()
     kept = None
     if checkpoint is not None:
-        of = {"model": network.reference.digest, "images": hashlib.sha256(images.tobytes()).hexdigest()}
+        of = {"model": network.reference.digest, "images": digest}
         kept = Checkpoint(checkpoint, {"what": "scores", **of, "columns": list(columns), **settings})
     costs = work.tasks()
     total = sum(costs.values())
-    work.on_part = lambda done, parts: on_progress(costs["s2"] * done // parts, total)
-    found = run_tasks(
-        _run,
-        list(costs),
-        lambda key: key,
-        work,
-        recreate=partial(_recreate, network.reference, images, tuple(columns), settings),
-        scheduler=scheduler,
-        checkpoint=kept,
-        cost=costs.__getitem__,
-        on_progress=on_progress,
-    )
-    by_column = {name: work.column(name, found) for name in columns}
+    furthest = 0
+
+    def forward(done: int, total: int) -> None:
+        nonlocal furthest
+        furthest = max(furthest, done)
+        on_progress(furthest, total)
+
+    work.on_part = lambda done, parts: forward(costs["s2"] * done // parts, total)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        found = run_tasks(
+            _run,
+            list(costs),
+            lambda key: key,
+            work,
+            recreate=partial(_recreate, network.reference, images, tuple(columns), settings),
+            scheduler=scheduler,
+            checkpoint=kept,
+            cost=costs.__getitem__,
+            on_progress=forward,
+            threads=threads if work.images.device.type == "cpu" else 1,
+            stop=work.stop,
+        )
+        by_column = {name: work.column(name, found) for name in columns}
+    finally:
+        torch.set_num_threads(threads)
     return Importance(
         names=tuple(layer.layer.name for layer in network.layers),
         scores=tuple(
-            np.stack([by_column[name][index] for name in columns], axis=1) for index in range(len(network.layers))
+            rounded(np.stack([by_column[name][index] for name in columns], axis=1))
+            for index in range(len(network.layers))
         ),
         columns=tuple(columns),
         model=network.reference,
         settings=settings,
+        provenance={
+            "data": {"name": name, "samples": len(images), "digest": digest},
+            "seed": seed,
+            "versions": versions("torch", "numpy"),
+        },
     )
 
 
@@ -148,6 +178,17 @@ class _Work:
     columns: tuple[str, ...]
     settings: dict[str, Any]
     on_part: Callable[[int, int], None] = silent
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def go_on(self, _done: int = 0, _total: int = 0) -> None:
+        """Called now and then by tasks; ends them when nobody waits for their results any more."""
+        if self.stop.is_set():
+            raise CancelledError
+
+    def go_on_with_s2(self, done: int, total: int) -> None:
+        """As :meth:`go_on`; the longest task says how far it is."""
+        self.go_on()
+        self.on_part(done, total)
 
     def tasks(self) -> dict[str, int]:
         """Every task and the multiply-adds that it costs, roughly."""
@@ -187,15 +228,17 @@ def _ranges(count: int, at_once: int) -> list[tuple[int, int]]:
 
 
 def _run(work: _Work, task: str) -> Any:
+    # Other numbers of threads take sums in another order: that is what makes the last bits of scores differ.
+    torch.set_num_threads(1)
     kind, *numbers = task.split()
     if kind == "s2":
-        return [values.tolist() for values in sensitivities(work.network, work.images, on_progress=work.on_part)]
+        return [values.tolist() for values in sensitivities(work.network, work.images, on_progress=work.go_on_with_s2)]
     if kind == "fisher":
         first, last = map(int, numbers)
-        found = divergences(work.network, work.images[first:last])
+        found = divergences(work.network, work.images[first:last], on_progress=work.go_on)
         return [(values * (last - first)).tolist() for values in found]
     index, first, last = map(int, numbers)
-    return removal_divergences(work.network, work.images, index, range(first, last)).tolist()
+    return removal_divergences(work.network, work.images, index, range(first, last), on_progress=work.go_on).tolist()
 
 
 def _recreate(

@@ -32,6 +32,8 @@ COLUMNS = ("s1", "s2", "s3")
 SCORING_SAMPLES = 64
 """How many images are scored with unless somebody says otherwise."""
 NORMALISATIONS = ("minmax", "rank", "none")
+SIGNIFICANT_BITS = 20
+"""Of the largest score of a layer and column, and so of all others: float32 has 24, sums of them a few less."""
 
 Scores = NDArray[np.float64]
 """float64 [units, columns]: the scores of one layer. A unit is what is dealt out, a neuron or, in a
@@ -99,6 +101,15 @@ class Importance:
     def load(cls, path: str | os.PathLike[str]) -> Importance:
         """Read scores; PlanError when the file is missing, damaged or of another version."""
         return _load(Path(path))
+
+
+def rounded(scores: Scores) -> Scores:
+    """Scores [units, columns] without the last bits, which depend on the order of sums: multiples of a power of two,
+    about a millionth of the largest of each column."""
+    _, exponent = np.frexp(np.abs(scores).max(axis=0))
+    step = np.ldexp(1.0, exponent - SIGNIFICANT_BITS)
+    result: Scores = np.round(scores / step) * step
+    return result
 
 
 def normalise(scores: Scores, how: str = "minmax") -> Scores:

@@ -25,12 +25,13 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", "
 class Dataset:
     """Labelled images in a fixed order. ``read(index)`` gives one as a model's input: float32 [channels, height,
     width]. ``digest`` is another one when the images are: of files by their names, sizes, and checksums or times of
-    change; empty where nothing but labels and name tell data apart."""
+    change; empty where nothing but labels and name tell data apart. ``seed`` is what a sample was drawn with."""
 
     name: str
     labels: NDArray[np.int64]
     read: Callable[[int], NDArray[np.float32]]
     digest: str = ""
+    seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +58,7 @@ class Dataset:
         chosen = np.sort(order[:count])
         read = self.read
         digest = _digest([self.digest, *map(str, chosen)])
-        return Dataset(self.name, self.labels[chosen], lambda index: read(int(chosen[index])), digest)
+        return Dataset(self.name, self.labels[chosen], lambda index: read(int(chosen[index])), digest, seed)
 
 
 def load_data(source: str, preprocessing: Mapping[str, Any], outputs: int, *, split: Split = "test") -> Dataset:

@@ -162,8 +162,7 @@ def _run(
     if kept.exists():
         scores = Importance.load(kept)
     else:
-        images = subject.scoring.images()
-        scores = score(network, images, s3=s3, scheduler=scheduler, checkpoint=partial, on_progress=advance(0))
+        scores = score(network, subject.scoring, s3=s3, scheduler=scheduler, checkpoint=partial, on_progress=advance(0))
         scores.save(kept)
     partial.unlink(missing_ok=True)
 
