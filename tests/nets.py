@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,9 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from robustdice.failure.copies import can_shift
 from robustdice.model.load import quiet
-from robustdice.model.network import Network, build_network
-from robustdice.plan import Holder, Plan, Shard
+from robustdice.model.network import Network, NetworkLayer, build_network
+from robustdice.plan import Holder, Plan, Shard, failure_sets
+from robustdice.representation import BITS, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction, code_range
 
 Floats = NDArray[np.float32]
 
@@ -194,6 +197,59 @@ def random_plan(network: Network, devices: int, seed: int = 0, everywhere: Seque
         model=network.reference,
         settings={"seed": seed},
     )
+
+
+def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0) -> CoarseLayer:
+    """Codes and scales of the right shapes and sizes for one layer; what they are worth is nobody's weights."""
+    random = np.random.default_rng([seed, BITS[kind]])
+
+    def filters(neurons: int, weights: int, kind: str, group: int) -> CoarseFilter:
+        groups = -(-weights // group)
+        if kind == "float16":
+            values = random.standard_normal((neurons, weights)) * 0.3
+            return CoarseFilter(kind, values, np.empty((neurons, 0), np.float16), group)
+        low, high = code_range(kind)
+        scales = (random.uniform(0.3, 0.6, (neurons, groups)) / high).astype(np.float16)
+        return CoarseFilter(kind, random.integers(low, high + 1, (neurons, weights)), scales, group)
+
+    plan_layer = layer.layer
+    sizes = [plan_layer.tail_filter_weights // max(plan_layer.tail_filters, 1)] * plan_layer.tail_filters
+    group = int(random.integers(1, plan_layer.filter_weights + 1))
+    shift = random.standard_normal(plan_layer.neurons, np.float32) * can_shift(layer)
+    return CoarseLayer(
+        filters(plan_layer.neurons, plan_layer.filter_weights, kind, group),
+        shift,
+        {name: filters(plan_layer.neurons, k, "int8", k) for name, k in zip(layer.tail_filters, sizes, strict=True)},
+    )
+
+
+def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
+    """The plan with a random representation for every holder, and random corrections for some failure sets."""
+    random = np.random.default_rng(seed)
+    shards = tuple(
+        tuple(
+            replace(shard, holders=tuple(Holder(d, str(random.choice(REPRESENTATIONS))) for d in shard.devices))
+            for shard in of_layer
+        )
+        for of_layer in plan.shards
+    )
+    used = {(i, h.representation) for i, of in enumerate(shards) for shard in of for h in shard.holders}
+    coarse = {(i, kind): random_coarse(network.layers[i], kind, seed) for i, kind in used if kind != "float32"}
+    corrections = {
+        failed: tuple(
+            None
+            if random.random() < 0.3
+            else Correction(
+                random.uniform(0.5, 1.5, layer.neurons).astype(np.float16),
+                random.standard_normal(layer.neurons).astype(np.float16),
+            )
+            for layer in plan.layers
+        )
+        for size in range(1, plan.devices)
+        for failed in failure_sets(plan.devices, size)
+        if random.random() < 0.5
+    }
+    return replace(plan, shards=shards, coarse=coarse, corrections=corrections)
 
 
 def relative_error(found: Floats, expected: Floats) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import nn
 
 from nets import ChannelsLast, Residual, network_of, random_images, random_plan, relative_error, seeded, without
 from robustdice.errors import OutputError, PlanError
 from robustdice.failure.availability import expect
+from robustdice.failure.copies import Copies, State
 from robustdice.failure.evaluate import (
     Evaluation,
     choose_failure_sets,
@@ -28,6 +31,7 @@ from robustdice.model.canonical import attribute, execute
 from robustdice.model.data import Dataset
 from robustdice.model.network import Network
 from robustdice.plan import Holder, ModelReference, Plan, Shard, failure_sets
+from robustdice.representation import LOST
 
 SHAPE = (3, 8, 8)
 SAMPLES = 70  # more than one batch
@@ -104,6 +108,11 @@ def test_failures_that_leave_the_same_neurons_share_their_passes(
     assert executed == 2 * len(network.nodes)  # two batches, each once: clean and all neurons there are the same
 
 
+def lost_states(survivors: Sequence[Sequence[NDArray[np.bool_]]]) -> list[State]:
+    """States in which everything that is there is float32."""
+    return [State(tuple(np.where(mask, 0, LOST).astype(np.int8) for mask in masks)) for masks in survivors]
+
+
 def test_what_comes_before_the_first_difference_is_computed_once(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +126,7 @@ def test_what_comes_before_the_first_difference_is_computed_once(
     monkeypatch.setattr("robustdice.failure.passes.execute", counted)
     plan = random_plan(network, 3, seed=4, everywhere=(0, 1))
     sets = [plan.surviving_neurons(failed) for size in range(3) for failed in failure_sets(3, size)]
-    run_under(network, torch.from_numpy(IMAGES[:2]), sets)
+    run_under(network, torch.from_numpy(IMAGES[:2]), lost_states(sets), Copies(network, {}))
     counts = [convolutions.count(layer.node) for layer in network.layers]
     assert counts[:3] == [1, 1, 1]
     assert counts == sorted(counts)
@@ -151,7 +160,7 @@ def test_shared_passes_give_what_separate_ones_give(name: str, seed: int, device
     plan = random_plan(network, devices, seed, everywhere)
     sets = [plan.surviving_neurons(failed) for size in range(devices) for failed in failure_sets(devices, size)]
     images = torch.from_numpy(IMAGES[:3])
-    for masks, found in zip(sets, run_under(network, images, sets), strict=True):
+    for masks, found in zip(sets, run_under(network, images, lost_states(sets), Copies(network, {})), strict=True):
         with torch.no_grad():
             expected = network.run(images, [torch.tensor(mask) for mask in masks])
         assert relative_error(found.numpy(), expected.numpy()) < 1e-6
@@ -175,7 +184,7 @@ def test_scores_that_are_a_view_of_a_layers_value_stay_apart() -> None:
     whole = [np.ones(layer.neurons, np.bool_) for layer in network.plan_layers]
     lost = [[*whole[:1], np.arange(6) != neuron] for neuron in (2, 3)]
     for sets in ([whole, *lost], [lost[0], whole, lost[1]], lost):
-        for masks, found in zip(sets, run_under(network, images, sets), strict=True):
+        for masks, found in zip(sets, run_under(network, images, lost_states(sets), Copies(network, {})), strict=True):
             with torch.no_grad():
                 expected = network.run(images, [torch.tensor(mask) for mask in masks])
             assert torch.equal(found, expected)
@@ -189,7 +198,7 @@ def test_a_lost_neuron_is_zero_whatever_it_would_have_said() -> None:
     with torch.no_grad():
         attribute(network.module, "conv.weight")[1] = float("inf")
     masks = [np.arange(6) != 1, np.ones(6, np.bool_)]
-    (found,) = run_under(network, torch.from_numpy(IMAGES[:2]), [masks])
+    (found,) = run_under(network, torch.from_numpy(IMAGES[:2]), lost_states([masks]), Copies(network, {}))
     assert bool(found.isfinite().all())
 
 

@@ -13,7 +13,9 @@ import torch
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, write_bundles
 from robustdice.errors import BundleError
+from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
+from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
@@ -105,12 +107,11 @@ def verify(
     cluster = InProcess(bundles)
     frames = np.random.default_rng(seed).standard_normal((images, *network.input_shape), dtype=np.float32)
     every = choose_failure_sets(plan.devices, seed=seed)
+    copies = Copies(network, plan.coarse)
     errors: dict[FailureSet, float] = {}
     for failed in every:
-        survivors = [torch.tensor(mask) for mask in plan.surviving_neurons(failed)]
-        with torch.no_grad():
-            expected = network.run(torch.from_numpy(frames), survivors).numpy()
-        errors[failed] = relative_error(cluster.run(frames, failed), expected)
+        (expected,) = run_under(network, torch.from_numpy(frames), [state_of(plan, failed)], copies)
+        errors[failed] = relative_error(cluster.run(frames, failed), expected.numpy())
         on_progress(len(errors), len(every))
     return Verification(errors, of=2**plan.devices - 1)
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.failure.passes import Masks, run_under
+from robustdice.failure.copies import Copies, State, intact, state_of
+from robustdice.failure.passes import run_under
 from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
@@ -121,7 +122,7 @@ def evaluate_plans(
     for plan in plans:
         check_plan_fits(network, plan)
     chosen = [choose_failure_sets(plan.devices, max_failed, max_sets, seed) for plan in plans]
-    states = _States(network, _survivors(plans, chosen))
+    states = _States(network, plans, chosen)
     size = images_at_once(network)
     kept = None
     if checkpoint is not None:
@@ -187,40 +188,53 @@ def choose_failure_sets(
 
 
 class _States:
-    """The different sets of surviving neurons of some plans: ``masks`` of each, and their numbers.
+    """The different states that some plans leave a network in: ``states`` of each plan's weights, and their numbers.
 
-    ``of_plans`` has the state of every failure set of every plan, ``clean`` that of the intact network.
+    ``of_plans`` has the number of the state of every failure set of every plan, ``clean`` that of the intact network.
     """
 
-    def __init__(self, network: Network, survivors: Sequence[Sequence[Masks]]) -> None:
+    def __init__(self, network: Network, plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> None:
         self.network = network
-        self.masks: list[Masks] = []
-        numbers: dict[bytes, int] = {}
+        self.runs: list[tuple[Copies, list[State]]] = [(Copies(network, {}), [])]
+        """Plans without coarse weights share their passes, in the first of these; each other plan has its own."""
+        numbers: dict[tuple[int, bytes], int] = {}
+        placed: list[tuple[int, int]] = []  # in which run, and where in it
 
-        def number(masks: Masks) -> int:
-            key = b"".join(mask.tobytes() for mask in masks)
+        def number(run: int, state: State) -> int:
+            key = (run, state.key)
             if key not in numbers:
-                numbers[key] = len(self.masks)
-                self.masks.append(masks)
+                numbers[key] = len(placed)
+                placed.append((run, len(self.runs[run][1])))
+                self.runs[run][1].append(state)
             return numbers[key]
 
-        self.clean = number([np.ones(layer.neurons, dtype=np.bool_) for layer in network.plan_layers])
-        self.of_plans = [[number(masks) for masks in of_plan] for of_plan in survivors]
+        self.clean = number(0, intact(network))
+        self.of_plans: list[list[int]] = []
+        for plan, sets in zip(plans, chosen, strict=True):
+            run = 0
+            if plan.coarse:
+                run = len(self.runs)
+                self.runs.append((Copies(network, plan.coarse), []))
+            self.of_plans.append([number(run, state_of(plan, failed)) for failed in sets])
+        starts = np.cumsum([0, *(len(states) for _, states in self.runs)])
+        self.order = [int(starts[run]) + position for run, position in placed]
+        """Where each number's result stands among those of all runs."""
 
 
 def _count(states: _States, batch: Batch) -> list[int]:
     """How many images of the batch each state answers rightly."""
     images = on_best_device(torch.from_numpy(batch[0]))
     labels = torch.from_numpy(batch[1]).to(images.device)
-    return [count_correct(scores, labels) for scores in run_under(states.network, images, states.masks)]
+    counts = [
+        count_correct(scores, labels)
+        for copies, of_run in states.runs
+        for scores in run_under(states.network, images, of_run, copies)
+    ]
+    return [counts[position] for position in states.order]
 
 
 def _recreate(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> _States:
-    return _States(reload_model(plans[0].model), _survivors(plans, chosen))
-
-
-def _survivors(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> list[list[Masks]]:
-    return [[plan.surviving_neurons(failed) for failed in sets] for plan, sets in zip(plans, chosen, strict=True)]
+    return _States(reload_model(plans[0].model), plans, chosen)
 
 
 def _read(dataset: Dataset, start: int, size: int) -> Batch:

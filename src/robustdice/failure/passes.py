@@ -1,4 +1,4 @@
-"""One batch of images under many sets of survivors, with everything computed once that they have in common."""
+"""One batch of images under many failure sets, with everything computed once that they have in common."""
 
 from __future__ import annotations
 
@@ -12,44 +12,66 @@ from numpy.typing import NDArray
 from torch import fx
 from torch._ops import OpOverload
 
+from robustdice.failure.copies import Copies, State
 from robustdice.model.canonical import execute
 from robustdice.model.network import Network, NetworkLayer
-
-Masks = Sequence[NDArray[np.bool_]]
-"""For every layer, which neurons are there: bool[neurons]."""
+from robustdice.representation import LOST, Correction
 
 
-def run_under(network: Network, images: torch.Tensor, survivors: Sequence[Masks]) -> list[torch.Tensor]:
-    """Class scores [batch, outputs] of ``images`` for each of ``survivors``, as ``Network.run`` gives them.
+def run_under(network: Network, images: torch.Tensor, states: Sequence[State], copies: Copies) -> list[torch.Tensor]:
+    """Class scores [batch, outputs] of ``images`` for each of ``states``.
 
-    The network is computed once up to the first layer at which the sets differ; from there on those that still agree
+    The network is computed once up to the first layer at which the states differ; from there on those that still agree
     stay together, down to the class scores. Depth first, so that at most one intermediate state for each layer is kept.
     """
-    walk = _Walk(network, survivors)
+    walk = _Walk(network, states, copies)
     values: dict[fx.Node, Any] = {**network.constants(images.device), network.input: images}
     with torch.no_grad():
-        walk.run(0, values, Counter(walk.uses), list(range(len(survivors))))
+        walk.run(0, values, Counter(walk.uses), list(range(len(states))))
     return walk.results
 
 
 class _Walk:
-    def __init__(self, network: Network, survivors: Sequence[Masks]) -> None:
+    def __init__(self, network: Network, states: Sequence[State], copies: Copies) -> None:
         self.network = network
-        self.survivors = survivors
+        self.states = states
+        self.copies = copies
         self.nodes = network.nodes
+        self.layers = {layer.node: index for index, layer in enumerate(network.layers)}
+        self.corrected = {layer.affine_end: index for index, layer in enumerate(network.layers)}
         self.exchanges = {layer.value: index for index, layer in enumerate(network.layers)}
         self.uses = Counter(used for node in self.nodes for used in node.all_input_nodes)
-        self.results: list[torch.Tensor] = [torch.empty(0)] * len(survivors)
+        self.results: list[torch.Tensor] = [torch.empty(0)] * len(states)
 
-    def run(self, position: int, values: dict[fx.Node, Any], remaining: Counter[fx.Node], members: list[int]) -> None:
-        """From the node at ``position`` to the end, for the ``members`` of survivors; takes ``values`` over."""
+    def run(
+        self,
+        position: int,
+        values: dict[fx.Node, Any],
+        remaining: Counter[fx.Node],
+        members: list[int],
+        together: bool = False,
+    ) -> None:
+        """From the node at ``position`` to the end, for the ``members`` of the states; takes ``values`` over.
+
+        ``together``: at the node at ``position`` they have been told apart already.
+        """
         for at in range(position, len(self.nodes)):
             node = self.nodes[at]
+            if node in self.layers and not (together and at == position):
+                *others, members = self._by_copies(self.layers[node], members)
+                for part in others:
+                    self.run(at, dict(values), remaining.copy(), part, together=True)
+            if node in self.layers:
+                index = self.layers[node]
+                values.update(self.copies.parameters(index, self.states[members[0]].copies[index], values))
             execute(self.network.module, [node], values)
             for used in node.all_input_nodes:
                 remaining[used] -= 1
                 if not remaining[used] and used is not self.network.output:
                     del values[used]
+            if node in self.corrected:
+                index = self.corrected[node]
+                values[node] = self._correct(index, values[node], self.states[members[0]].correction(index))
             if node in self.exchanges:
                 parts = self._parts(self.exchanges[node], members)
                 whole = values[node]
@@ -63,13 +85,35 @@ class _Walk:
         for member in members:
             self.results[member] = values[self.network.output]
 
+    def _by_copies(self, index: int, members: list[int]) -> list[list[int]]:
+        """The members whose neurons of layer ``index`` come from the same copies, with the same correction. A lost
+        neuron may come from any, so that what is only lost does not tell them apart."""
+        parts: dict[tuple[bytes, int], list[int]] = {}
+        kinds = {int(kind) for member in members for kind in np.unique(self.states[member].copies[index])} - {LOST}
+        for member in members:
+            copies = self.states[member].copies[index] if len(kinds) > 1 else np.empty(0)
+            parts.setdefault((copies.tobytes(), id(self.states[member].correction(index))), []).append(member)
+        return list(parts.values())
+
+    def _correct(self, index: int, value: torch.Tensor, correction: Correction | None) -> torch.Tensor:
+        if correction is None:
+            return value
+        axis = self.network.layers[index].affine_axis
+        shape = [-1 if position == axis else 1 for position in range(value.ndim)]
+        scale, shift = (
+            torch.from_numpy(each.astype(np.float32)).to(value.device).reshape(shape)
+            for each in (correction.scale, correction.shift)
+        )
+        return value * scale + shift
+
     def _parts(self, index: int, members: list[int]) -> list[tuple[list[int], NDArray[np.intp]]]:
-        """The members that agree about layer ``index``, and the neurons that each part has lost; nothing only in the
+        """The members that lose the same neurons of layer ``index``, and which these are; nothing only in the
         last part, which so does not share its tensor with others that are to be filled."""
         parts: dict[bytes, list[int]] = {}
         for member in members:
-            parts.setdefault(self.survivors[member][index].tobytes(), []).append(member)
-        found = [(part, np.flatnonzero(~self.survivors[part[0]][index])) for part in parts.values()]
+            lost = self.states[member].copies[index] == LOST
+            parts.setdefault(lost.tobytes(), []).append(member)
+        found = [(part, np.flatnonzero(self.states[part[0]].copies[index] == LOST)) for part in parts.values()]
         return sorted(found, key=lambda part: not part[1].size)
 
     def _fill(self, node: fx.Node, value: torch.Tensor, lost: NDArray[np.intp], in_place: bool = False) -> torch.Tensor:

@@ -36,6 +36,9 @@ _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, ate
 _AFTER_SOFTMAX = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.log.default}
 """What leaves the order of probabilities as it is, and may end a model."""
 
+_NOT_INVERTED = {aten.sub.Tensor, aten.div.Tensor}
+_AFFINE = {aten.batch_norm.default, aten.add.Tensor, aten.mul.Tensor, *_NOT_INVERTED}
+
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
 
@@ -51,7 +54,9 @@ class NetworkLayer:
     value's shape (without the batch axis), ``own_shape`` that of ``node``; neurons lie along ``axis`` of the value
     (counted with the batch axis), ``features`` entries each. ``fill`` stands in for a lost neuron. ``parameters``
     hold one slice per neuron, ``filters`` names those that count in the scores. ``input_channels`` is 0 when every
-    neuron reads the whole input, else the number of input channels that each group of neurons reads.
+    neuron reads the whole input, else the number of input channels that each group of neurons reads. ``affine`` are the
+    nodes directly behind ``node`` that scale and shift each neuron by parameters, before anything that is not linear;
+    at their end neurons lie along ``affine_axis``.
     """
 
     layer: Layer
@@ -65,6 +70,36 @@ class NetworkLayer:
     parameters: tuple[ParameterSlice, ...]
     filters: tuple[str, ...]
     input_channels: int
+    affine: tuple[fx.Node, ...] = ()
+    affine_axis: int = 1
+
+    @property
+    def affine_end(self) -> fx.Node:
+        """The value behind the affine chain: where a coarse copy's own output stands, and corrections apply."""
+        return self.affine[-1] if self.affine else self.node
+
+    @property
+    def own_filter(self) -> str:
+        """The name of the layer's own filters, [neurons, ...]."""
+        name = parameter_name(arguments(self.node)[1])
+        assert name is not None  # else it were no layer
+        return name
+
+    @property
+    def own_bias(self) -> str | None:
+        """The name of the layer's own bias, if it has one."""
+        return parameter_name(arguments(self.node, None, None, None)[2])
+
+    @property
+    def tail_filters(self) -> tuple[str, ...]:
+        """The names of the depthwise filters in the tail."""
+        convolutions = set(CONVOLUTIONS.values())
+        nodes, end = [], self.node
+        while end is not self.value:
+            end = next(iter(end.users))
+            if end.target in convolutions:
+                nodes.append(end)
+        return tuple(name for node in nodes if (name := parameter_name(arguments(node)[1])))
 
     @property
     def without_tail(self) -> NetworkLayer:
@@ -80,6 +115,8 @@ class NetworkLayer:
             features=1,
             fill=0.0,
             parameters=tuple(parameter for parameter in self.parameters if parameter.name in own),
+            affine=(),
+            affine_axis=1 if self.node.target in CONVOLUTIONS.values() else len(self.own_shape),
         )
 
     def broadcast(self, per_neuron: torch.Tensor) -> torch.Tensor:
@@ -359,6 +396,17 @@ def _network_layer(
     )
     own_weights = sum(math.prod(attribute(module, name).shape[1:]) for name in start.filters)
     shape = shapes[value][1:]
+    affine, affine_axis = _affine_chain(
+        node, value, start, shapes, {parameter.name for parameter in channels.parameters}
+    )
+    per_neuron = {
+        parameter.name: tensor.numel() // (tensor.shape[parameter.axis] // parameter.features)
+        for parameter, tensor in sliced
+        if tensor.is_floating_point()
+    }
+    in_chain = {found for each in affine for argument in each.args if (found := parameter_name(argument))}
+    in_chain.update(start.filters[1:])  # the bias
+    tail_filters = [name for name in channels.filters if name not in start.filters and attribute(module, name).ndim > 1]
     return NetworkLayer(
         layer=Layer(
             name=name,
@@ -371,6 +419,10 @@ def _network_layer(
             tail_macs=channels.macs - start.macs,
             neuron_preactivations=math.prod(shapes[node][1:]) // channels.neurons,
             reads_group=groups > 1,
+            filter_weights=per_neuron[start.filters[0]],
+            affine_weights=sum(per_neuron[name] for name in in_chain),
+            tail_filter_weights=sum(per_neuron[name] for name in tail_filters),
+            tail_filters=len(tail_filters),
         ),
         node=node,
         value=value,
@@ -382,4 +434,31 @@ def _network_layer(
         parameters=channels.parameters,
         filters=channels.filters,
         input_channels=shapes[x][1] // groups if groups > 1 else 0,
+        affine=affine,
+        affine_axis=affine_axis,
     )
+
+
+def _affine_chain(
+    node: fx.Node, value: fx.Node, channels: Channels, shapes: Shapes, sliced: set[str]
+) -> tuple[tuple[fx.Node, ...], int]:
+    """The batch norms, sums and products with a parameter behind a layer's ``node``, up to the first other operation,
+    and the axis along which neurons lie at their end.
+
+    Reordering axes does not end the chain, but is no part of it.
+    """
+    chain: list[fx.Node] = []
+    axis = channels.axis
+    while node is not value:
+        node = next(iter(node.users))
+        reached = channelwise(node, channels, shapes)
+        assert reached is not None  # it is in the tail
+        channels = reached
+        if node.target in _AFFINE and {name for a in node.args if (name := parameter_name(a))} & sliced:
+            if node.target in _NOT_INVERTED and parameter_name(node.args[0]):
+                break  # a parameter divided by the value, or less the value
+            chain.append(node)
+            axis = channels.axis
+        elif node.target not in {aten.permute.default, aten.transpose.int}:
+            break
+    return tuple(chain), axis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustdice.plan.certificate import Certificate
 from robustdice.plan.file import shard_from_json, shard_to_json
 from robustdice.plan.plan import ModelReference, Plan
 from robustdice.plan.shards import (
@@ -19,6 +20,7 @@ from robustdice.plan.shards import (
 
 __all__ = [
     "MAX_DEVICES",
+    "Certificate",
     "FailureSet",
     "Holder",
     "Layer",

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from robustdice.errors import PlanError
 from robustdice.files import write_atomically
 from robustdice.plan import file
+from robustdice.plan.certificate import Certificate
 from robustdice.plan.shards import (
-    BYTES_PER_WEIGHT,
     MAX_DEVICES,
     FailureSet,
     Layer,
@@ -31,6 +31,14 @@ from robustdice.plan.shards import (
     parity_problem,
     publishers,
     shard_width,
+)
+from robustdice.representation import (
+    CORRECTION_BYTES,
+    LOST,
+    REPRESENTATIONS,
+    CoarseLayer,
+    Correction,
+    neuron_bytes,
 )
 
 
@@ -48,7 +56,12 @@ class ModelReference:
 class Plan:
     """The shards of every layer. ``shared_weights`` counts the parameters outside of all layers,
     which every device needs. ``settings`` says what was asked for (columns, thresholds, ...), ``provenance`` where the
-    plan comes from (scores and their data, seed, versions): two plans that differ only there are the same."""
+    plan comes from (scores and their data, seed, versions): two plans that differ only there are the same.
+
+    ``coarse`` has the weights of every (layer, representation) that a holder keeps, other than float32.
+    ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by (None: a
+    layer that needs nothing). ``certificate`` is what was measured of the plan; it is no part of what the plan says.
+    """
 
     devices: int
     layers: tuple[Layer, ...]
@@ -58,6 +71,9 @@ class Plan:
     model: ModelReference
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    coarse: Mapping[tuple[int, str], CoarseLayer] = field(default_factory=dict)
+    corrections: Mapping[FailureSet, tuple[Correction | None, ...]] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -73,8 +89,8 @@ class Plan:
         """Bytes of parameters that each device holds."""
         held = np.full(self.devices, 4 * self.shared_weights, dtype=np.int64)
         for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
-            by_all = layer.tail_weights if self.exchanged_before_tail(index) else 0
-            held += 4 * layer.neurons * by_all
+            by_all = 4 * layer.tail_weights if self.exchanged_before_tail(index) else 0
+            held += layer.neurons * by_all
             for number, shard in enumerate(shards):
                 # Filters over different inputs cannot be added up: their parity has all of them.
                 summed = not (shard.parity_of and layer.reads_group)
@@ -82,9 +98,18 @@ class Plan:
                     shard_width(shards, number) if summed else sum(len(shards[m].neurons) for m in shard.parity_of)
                 )
                 for holder in shard.holders:
-                    width = BYTES_PER_WEIGHT[holder.representation]
-                    held[holder.device] += width * (layer.neuron_weights - by_all) * neurons
+                    held[holder.device] += (self.neuron_bytes(index, holder.representation) - by_all) * neurons
+                    corrected = sum(
+                        holder.device not in failed and of_layers[index] is not None
+                        for failed, of_layers in self.corrections.items()
+                    )
+                    held[holder.device] += CORRECTION_BYTES * corrected * len(shard.neurons)
         return tuple(int(b) for b in held)
+
+    def neuron_bytes(self, layer: int, representation: str) -> int:
+        """Bytes of one neuron of a layer in a representation that the plan has it in."""
+        kept = self.coarse.get((layer, representation))
+        return neuron_bytes(self.layers[layer], representation, kept.filter.group if kept else None)
 
     @property
     def memory_share(self) -> float:
@@ -140,6 +165,33 @@ class Plan:
             masks.append(mask)
         return tuple(masks)
 
+    def copies(self, failed: Iterable[int]) -> tuple[NDArray[np.int8], ...]:
+        """For every layer: the representation of what is published of each neuron, int8[neurons], as a position in
+        ``REPRESENTATIONS``, or ``LOST``. What follows from a parity shard is float32."""
+        found = []
+        for layer, shards, publishing, alive in zip(
+            self.layers, self.shards, self.publishers(failed), self.surviving_neurons(failed), strict=True
+        ):
+            kinds = np.where(alive, 0, LOST).astype(np.int8)
+            for shard, device in zip(shards, publishing, strict=True):
+                if device is not None and shard.neurons:
+                    kinds[list(shard.neurons)] = REPRESENTATIONS.index(shard.representation_on(device))
+            assert len(kinds) == layer.neurons
+            kinds.flags.writeable = False
+            found.append(kinds)
+        return tuple(found)
+
+    def correction(self, failed: Iterable[int]) -> tuple[Correction | None, ...] | None:
+        """What a failure set's survivors apply: its own corrections, or those of the calibrated set that it has most
+        devices in common with and none beside (the larger, then the first, of several), or None."""
+        down = self.failure_set(failed)
+        nearest = max(
+            (known for known in self.corrections if known <= down),
+            key=lambda known: (len(known), [-device for device in sorted(known)]),
+            default=frozenset[int](),
+        )
+        return self.corrections.get(nearest)
+
     def failure_set(self, failed: Iterable[int]) -> FailureSet:
         """``failed`` as a failure set of this plan; PlanError when it names a device that does not exist."""
         down = frozenset(failed)
@@ -163,7 +215,7 @@ class Plan:
 
 
 def _load(path: Path) -> Plan:
-    document = file.read_document(path)
+    document, arrays = file.read_document(path)
     try:
         body = document["plan"]
         plan = Plan(
@@ -175,6 +227,9 @@ def _load(path: Path) -> Plan:
             model=ModelReference(**body["model"]),
             settings=dict(body["settings"]),
             provenance=dict(body["provenance"]),
+            coarse=file.coarse_from(body, arrays),
+            corrections=file.corrections_from(body, arrays),
+            certificate=Certificate.from_json(document.get("certificate")),
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {file.REMEDY}") from None
@@ -201,3 +256,24 @@ def _check(plan: Plan) -> None:
             check_shard(plan.devices, layer, shard)
         if problem := parity_problem(shards):
             raise PlanError(f"layer {layer.name}: {problem}")
+    _check_coarse(plan)
+    for failed, of_layers in plan.corrections.items():
+        of_this = len(of_layers) == len(plan.layers) and all(
+            each is None or len(each.scale) == layer.neurons
+            for layer, each in zip(plan.layers, of_layers, strict=False)
+        )
+        if not failed or not failed < set(range(plan.devices)) or not of_this:
+            raise PlanError(f"the corrections for {sorted(failed)} down are not of this plan")
+
+
+def _check_coarse(plan: Plan) -> None:
+    for (index, kind), kept in plan.coarse.items():
+        if not 0 <= index < len(plan.layers) or kept.representation != kind:
+            raise PlanError(f"coarse weights of layer {index} in {kind} are not of this plan")
+        layer = plan.layers[index]
+        if kept.filter.codes.shape != (layer.neurons, layer.filter_weights) or len(kept.tail) != layer.tail_filters:
+            raise PlanError(f"layer {layer.name}: its weights in {kind} have another shape than the layer")
+    for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
+        for kind in {holder.representation for shard in shards for holder in shard.holders} - {"float32"}:
+            if (index, kind) not in plan.coarse:
+                raise PlanError(f"layer {layer.name}: there are no weights in {kind}")

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from robustdice.errors import PlanError
+from robustdice.representation import BITS
 
 MAX_DEVICES = 16
-BYTES_PER_WEIGHT = {"float32": 4}
-"""Representations a copy can be kept in, and the bytes of one weight."""
-
 FailureSet = frozenset[int]
 """The devices that are down."""
 
@@ -28,6 +26,10 @@ class Layer:
     What of that is the tail's is counted in ``tail_weights`` and ``tail_macs``; before the tail a neuron has
     ``neuron_preactivations``. ``reads_group``: every group reads input channels of its own (grouped and depthwise
     convolutions); otherwise all neurons read the same input.
+
+    For coarse copies: ``filter_weights`` of a neuron are its own filter's, ``affine_weights`` (its bias, batch norm and
+    the like) only scale and shift what the filter gives, and ``tail_filter_weights`` are in ``tail_filters`` depthwise
+    filters of the tail.
     """
 
     name: str
@@ -40,6 +42,10 @@ class Layer:
     tail_macs: int = 0
     neuron_preactivations: int = 1
     reads_group: bool = False
+    filter_weights: int = 0
+    affine_weights: int = 0
+    tail_filter_weights: int = 0
+    tail_filters: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class Shard:
     def devices(self) -> tuple[int, ...]:
         """The holders' device numbers, in order of preference."""
         return tuple(holder.device for holder in self.holders)
+
+    def representation_on(self, device: int) -> str:
+        """What one of the holders keeps the shard in."""
+        return next(holder.representation for holder in self.holders if holder.device == device)
 
     def publisher(self, failed: Iterable[int]) -> int | None:
         """The first holder that is not in ``failed``, or None when nobody is left."""
@@ -104,11 +114,13 @@ def failure_sets(devices: int, size: int) -> list[FailureSet]:
 def check_layer(layer: Layer) -> None:
     """PlanError unless the layer's numbers make sense."""
     for name, value in asdict(layer).items():
-        least = 0 if name.startswith(("tail_", "reads_")) else 1
+        least = 0 if name.startswith(("tail_", "reads_", "filter_", "affine_")) else 1
         if name != "name" and not (isinstance(value, int) and value >= least):
             raise PlanError(f"layer {layer.name}: {name} must be a whole number of at least {least}, got {value!r}")
     if layer.tail_weights >= layer.neuron_weights or layer.tail_macs >= layer.neuron_macs:
         raise PlanError(f"layer {layer.name}: the tail has more than the whole layer")
+    if layer.filter_weights + layer.affine_weights + layer.tail_filter_weights > layer.neuron_weights:
+        raise PlanError(f"layer {layer.name}: its filters have more weights than a neuron")
     if layer.neurons % layer.group:
         raise PlanError(f"layer {layer.name}: {layer.neurons} neurons are not a multiple of their group, {layer.group}")
 
@@ -126,10 +138,10 @@ def check_shard(devices: int, layer: Layer, shard: Shard) -> None:
         device, kind = holder.device, holder.representation
         if not 0 <= device < devices:
             raise PlanError(f"layer {layer.name}: device {device} does not exist, the plan has {devices} devices")
-        if kind not in BYTES_PER_WEIGHT:
-            raise PlanError(
-                f"layer {layer.name}: unknown representation {kind!r}; known: {', '.join(BYTES_PER_WEIGHT)}"
-            )
+        if kind not in BITS:
+            raise PlanError(f"layer {layer.name}: unknown representation {kind!r}; known: {', '.join(BITS)}")
+        if kind != "float32" and shard.parity_of:
+            raise PlanError(f"layer {layer.name}: a sum of shards is kept in float32, not in {kind}")
 
 
 def parity_problem(shards: Sequence[Shard]) -> str | None:

@@ -1,0 +1,149 @@
+"""What a layer computes with when some of its neurons come from coarse copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from robustdice.model.canonical import aten, attribute
+from robustdice.model.channelwise import parameter_name
+from robustdice.model.network import Network, NetworkLayer
+from robustdice.plan import FailureSet, Plan
+from robustdice.representation import LOST, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What is computed under one failure set: of every layer's neurons the copy, int8[neurons] (a position in
+    ``REPRESENTATIONS``, or ``LOST``), and the layers' corrections, if any."""
+
+    copies: tuple[NDArray[np.int8], ...]
+    corrections: tuple[Correction | None, ...] | None = None
+
+    def correction(self, layer: int) -> Correction | None:
+        """A layer's correction, if it has one."""
+        return None if self.corrections is None else self.corrections[layer]
+
+    @cached_property
+    def key(self) -> bytes:
+        """Equal for states that compute the same."""
+        parts = [copies.tobytes() for copies in self.copies]
+        parts += [
+            b"none" if each is None else each.scale.tobytes() + each.shift.tobytes() for each in self.corrections or ()
+        ]
+        return b"|".join(parts)
+
+
+def state_of(plan: Plan, failed: FailureSet) -> State:
+    """What a plan's devices compute while those of ``failed`` are down."""
+    return State(plan.copies(failed), plan.correction(failed))
+
+
+def intact(network: Network) -> State:
+    """The unpartitioned network."""
+    return State(tuple(np.zeros(layer.layer.neurons, np.int8) for layer in network.layers))
+
+
+class Copies:
+    """The parameters of a network's layers, as copies in several representations have them."""
+
+    def __init__(self, network: Network, coarse: Mapping[tuple[int, str], CoarseLayer]) -> None:
+        """``coarse`` are a plan's coarse weights."""
+        self._network = network
+        self._coarse = coarse
+        self._nodes = {str(node.target): node for node in network.nodes if node.op == "get_attr"}
+        self._known: dict[tuple[int, str, torch.device], dict[fx.Node, torch.Tensor]] = {}
+
+    def parameters(
+        self, layer: int, copies: NDArray[np.int8], values: Mapping[fx.Node, torch.Tensor]
+    ) -> dict[fx.Node, torch.Tensor]:
+        """The parameters of a layer that are not those of the network (in ``values``), by their nodes.
+
+        A lost neuron's are those of any copy.
+        """
+        kinds = [REPRESENTATIONS[kind] for kind in np.unique(copies[copies != LOST])]
+        if not kinds or kinds == ["float32"]:
+            return {}
+        of_layer = self._network.layers[layer]
+        device = values[self._nodes[of_layer.own_filter]].device
+        sources = {kind: self._of_kind(layer, kind, device) for kind in kinds if kind != "float32"}
+        if len(kinds) == 1:
+            return sources[kinds[0]]
+        mixed = {}
+        slices = {parameter.name: parameter for parameter in of_layer.parameters}
+        for node in next(iter(sources.values())):
+            parameter = slices[str(node.target)]
+            tensor = values[node].clone()
+            for kind, of_kind in sources.items():
+                neurons = np.flatnonzero(copies == REPRESENTATIONS.index(kind))
+                rows = (neurons[:, None] * parameter.features + np.arange(parameter.features)).ravel()
+                index = torch.from_numpy(rows).to(device)
+                tensor.index_copy_(parameter.axis, index, of_kind[node].index_select(parameter.axis, index))
+            mixed[node] = tensor
+        return mixed
+
+    def _of_kind(self, layer: int, kind: str, device: torch.device) -> dict[fx.Node, torch.Tensor]:
+        key = (layer, kind, device)
+        if key not in self._known:
+            arrays = coarse_parameters(self._network, self._network.layers[layer], self._coarse[layer, kind])
+            self._known[key] = {self._nodes[name]: tensor.to(device) for name, tensor in arrays.items()}
+        return self._known[key]
+
+
+def coarse_parameters(network: Network, layer: NetworkLayer, coarse: CoarseLayer) -> dict[str, torch.Tensor]:
+    """The values of a layer's parameters that make the network compute what the coarse copy does.
+
+    The affine chain behind the layer is part of the copy's filter and shift: its own parameters change nothing then,
+    except the one that adds the shift.
+    """
+
+    def whole(filters: CoarseFilter, name: str) -> torch.Tensor:
+        return torch.from_numpy(filters.values()).reshape(attribute(network.module, name).shape)
+
+    found = {layer.own_filter: whole(coarse.filter, layer.own_filter)}
+    found |= {name: whole(filters, name) for name, filters in coarse.tail.items()}
+    shift = torch.from_numpy(coarse.shift.copy())
+    for name, (neutral, sign) in _chain_parameters(layer).items():
+        like = attribute(network.module, name)
+        found[name] = torch.full_like(like, neutral, requires_grad=False)
+        if sign and shift.any():
+            found[name] += sign * shift.reshape(like.shape)
+            shift = torch.zeros(1)
+    if shift.any():
+        raise ValueError(f"layer {layer.layer.name} has nothing that adds, so its copies cannot be shifted")
+    return found
+
+
+def can_shift(layer: NetworkLayer) -> bool:
+    """Whether something behind a layer adds to its neurons, so that copies can have a shift."""
+    return any(sign for _, sign in _chain_parameters(layer).values())
+
+
+def _chain_parameters(layer: NetworkLayer) -> dict[str, tuple[float, int]]:
+    """Each parameter of a layer's affine chain: the value with which it changes nothing, and whether it is added (1),
+    taken off (-1), or neither (0)."""
+    found = {} if layer.own_bias is None else {layer.own_bias: (0.0, 1)}
+    for node in layer.affine:
+        if node.target is aten.batch_norm.default:
+            kinds = ((1.0, 0), (0.0, 1), (0.0, -1), (1.0 - float(node.args[7]), 0))  # type: ignore[arg-type]
+            for argument, kind in zip(node.args[1:5], kinds, strict=True):
+                if (name := parameter_name(argument)) is not None:
+                    found[name] = kind
+        else:
+            name = next(name for argument in node.args if (name := parameter_name(argument)) is not None)
+            found[name] = _OPERATIONS[node.target]  # type: ignore[index]
+    return found
+
+
+_OPERATIONS = {
+    aten.add.Tensor: (0.0, 1),
+    aten.sub.Tensor: (0.0, -1),
+    aten.mul.Tensor: (1.0, 0),
+    aten.div.Tensor: (1.0, 0),
+}

@@ -1,0 +1,182 @@
+"""Coarse copies of a layer's neurons: arrays <-> packed bytes, and what they are worth as numbers (NumPy only).
+
+A weight of a coarse copy is ``(code + offset) * scale``: codes are small whole numbers, one scale holds for a whole
+neuron or for each ``group`` weights of its filter. What evaluator and devices compute with are exactly these values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from robustdice.plan.shards import Layer
+
+REPRESENTATIONS = ("float32", "float16", "int8", "int4", "int3", "int2")
+"""What a copy can be kept in, finest first. A copy's representation is often told by its position here."""
+
+BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits of one weight of a filter, scales not counted."""
+
+LOST = -1
+"""In the place of a representation's position: nobody has the neuron."""
+
+SCALE_BYTES = 2
+SHIFT_BYTES = 4
+TAIL_REPRESENTATION = "int8"
+"""Depthwise filters in a layer's tail are a few weights each, on which much depends."""
+
+
+def code_range(representation: str) -> tuple[int, int]:
+    """The least and the largest code, symmetric about ``-offset``."""
+    bits = BITS[representation]
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits == 2 else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
+def code_offset(representation: str) -> float:
+    """What is added to a code before scaling. Two bits have no code to spare for zero: their levels lie at halves."""
+    return 0.5 if representation == "int2" else 0.0
+
+
+def _frozen(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    copy = np.ascontiguousarray(array, dtype=dtype)
+    if copy is array or copy.base is not None:
+        copy = copy.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseFilter:
+    """The filters of some neurons, K weights each, in one representation.
+
+    ``codes`` [neurons, K] are int8, or float16 where the representation is ``float16`` and nothing is scaled;
+    ``scales`` float16 [neurons, groups], where each scale holds for ``group`` weights that follow each other (the last
+    group may be shorter). ValueError when the arrays do not belong together.
+    """
+
+    representation: str
+    codes: NDArray[Any]
+    scales: NDArray[np.float16]
+    group: int
+
+    def __post_init__(self) -> None:
+        exact = self.representation == "float16"
+        if self.representation not in REPRESENTATIONS[1:] or self.group < 1 or np.ndim(self.codes) != 2:
+            raise ValueError(f"no coarse filter of {self.representation} in groups of {self.group}")
+        neurons, weights = self.codes.shape
+        groups = 0 if exact else -(-weights // self.group)
+        if self.scales.shape != (neurons, groups):
+            raise ValueError(f"scales of shape {self.scales.shape}, expected {(neurons, groups)}")
+        if not (np.isfinite(self.scales).all() and np.isfinite(self.codes).all()):
+            raise ValueError("scales and weights must be finite")
+        if not exact and self.codes.size:
+            low, high = code_range(self.representation)
+            if self.codes.min() < low or self.codes.max() > high:
+                raise ValueError(f"codes of {self.representation} lie between {low} and {high}")
+        object.__setattr__(self, "codes", _frozen(self.codes, np.float16 if exact else np.int8))
+        object.__setattr__(self, "scales", _frozen(self.scales, np.float16))
+
+    def values(self) -> NDArray[np.float32]:
+        """The weights that the copies compute with, float32 [neurons, K]."""
+        if self.representation == "float16":
+            return np.asarray(self.codes, np.float32)
+        levels = self.codes.astype(np.float32) + np.float32(code_offset(self.representation))
+        wide = np.repeat(self.scales.astype(np.float32), self.group, axis=1)[:, : levels.shape[1]]
+        return np.asarray(levels * wide, np.float32)
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of one neuron: its packed codes, padded to whole bytes, and its scales."""
+        return filter_bytes(self.codes.shape[1], self.representation, self.group)
+
+
+def filter_bytes(weights: int, representation: str, group: int | None = None) -> int:
+    """Bytes of one filter of ``weights`` weights with a scale for every ``group`` of them (one for all)."""
+    scaled = representation not in ("float32", "float16")
+    groups = -(-weights // (group or max(weights, 1))) if scaled else 0
+    return -(-weights * BITS[representation] // 8) + groups * SCALE_BYTES
+
+
+def pack(codes: NDArray[np.int8], representation: str) -> NDArray[np.uint8]:
+    """Codes [neurons, K] as uint8 [neurons, ceil(K * bits / 8)], least significant bits first."""
+    bits = BITS[representation]
+    low, _ = code_range(representation)
+    unsigned = (codes.astype(np.int16) - low).astype(np.uint8)
+    spread = np.unpackbits(unsigned[:, :, None], axis=2, count=bits, bitorder="little")
+    return np.packbits(spread.reshape(len(codes), -1), axis=1, bitorder="little")
+
+
+def unpack(packed: NDArray[np.uint8], representation: str, weights: int) -> NDArray[np.int8]:
+    """The inverse of :func:`pack`, for filters of ``weights`` weights."""
+    bits = BITS[representation]
+    low, _ = code_range(representation)
+    spread = np.unpackbits(packed, axis=1, count=weights * bits, bitorder="little").reshape(len(packed), weights, bits)
+    unsigned = np.packbits(spread, axis=2, bitorder="little")[:, :, 0]
+    return (unsigned.astype(np.int16) + low).astype(np.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseLayer:
+    """All neurons of one layer in one representation.
+
+    What scales and shifts each neuron by parameters directly behind the layer (its affine chain: bias, batch norm,
+    ...) is part of ``filter``'s scales and of ``shift``, float32 [neurons]. ``tail`` has the depthwise filters of the
+    layer's tail by their parameters' names. Every other parameter of the tail stays as it is.
+    """
+
+    filter: CoarseFilter
+    shift: NDArray[np.float32]
+    tail: Mapping[str, CoarseFilter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        neurons = len(self.filter.codes)
+        if self.shift.shape != (neurons,) or not np.isfinite(self.shift).all():
+            raise ValueError(f"shifts of shape {self.shift.shape}, expected ({neurons},), all finite")
+        if any(len(each.codes) != neurons for each in self.tail.values()):
+            raise ValueError("the tail's filters are of another number of neurons")
+        object.__setattr__(self, "shift", _frozen(self.shift, np.float32))
+
+    @property
+    def representation(self) -> str:
+        """Of the layer's own filters."""
+        return self.filter.representation
+
+
+def neuron_bytes(layer: Layer, representation: str, group: int | None = None) -> int:
+    """Bytes of one neuron of a layer with its tail in a representation; ``group`` weights share a scale (all)."""
+    if representation == "float32":
+        return 4 * layer.neuron_weights
+    rest = layer.neuron_weights - layer.filter_weights - layer.affine_weights - layer.tail_filter_weights
+    tail = filter_bytes(layer.tail_filter_weights, TAIL_REPRESENTATION) + SCALE_BYTES * (layer.tail_filters - 1)
+    return (
+        filter_bytes(layer.filter_weights, representation, group)
+        + (SHIFT_BYTES if layer.affine_weights else 0)
+        + (tail if layer.tail_filters else 0)
+        + 4 * rest
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What makes up for what a layer's neurons compute under one failure set: ``scale * y + shift`` of each neuron's
+    value behind the affine chain, float16 [neurons] each. ValueError when they do not belong together."""
+
+    scale: NDArray[np.float16]
+    shift: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.shift.shape or np.ndim(self.scale) != 1:
+            raise ValueError(f"a scale and a shift for each neuron, not {self.scale.shape} and {self.shift.shape}")
+        if not (np.isfinite(self.scale).all() and np.isfinite(self.shift).all()):
+            raise ValueError("corrections must be finite")
+        object.__setattr__(self, "scale", _frozen(self.scale, np.float16))
+        object.__setattr__(self, "shift", _frozen(self.shift, np.float16))
+
+
+CORRECTION_BYTES = 4
+"""Of one neuron under one failure set."""

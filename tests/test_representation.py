@@ -1,0 +1,75 @@
+"""Coarse weights: packed bytes and back, and what they are worth."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from robustdice.representation import (
+    BITS,
+    REPRESENTATIONS,
+    CoarseFilter,
+    code_offset,
+    code_range,
+    filter_bytes,
+    pack,
+    unpack,
+)
+
+CODED = [kind for kind in REPRESENTATIONS if kind.startswith("int")]
+
+
+@given(st.sampled_from(CODED), st.integers(1, 5), st.integers(1, 40), st.integers(0, 10**6))
+def test_codes_survive_packing_and_take_no_more_than_their_bits(
+    kind: str, neurons: int, weights: int, seed: int
+) -> None:
+    low, high = code_range(kind)
+    codes = np.random.default_rng(seed).integers(low, high + 1, (neurons, weights)).astype(np.int8)
+    packed = pack(codes, kind)
+    assert packed.shape == (neurons, -(-weights * BITS[kind] // 8))
+    assert np.array_equal(unpack(packed, kind, weights), codes)
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_levels_are_symmetric(kind: str) -> None:
+    low, high = code_range(kind)
+    assert low + code_offset(kind) == -(high + code_offset(kind))
+    assert high - low + 1 in {2 ** BITS[kind], 2 ** BITS[kind] - 1}
+
+
+@given(st.sampled_from(CODED), st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6))
+def test_a_weight_is_its_level_times_its_groups_scale(kind: str, weights: int, group: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    low, high = code_range(kind)
+    codes = random.integers(low, high + 1, (2, weights)).astype(np.int8)
+    scales = random.uniform(0.01, 1, (2, -(-weights // group))).astype(np.float16)
+    values = CoarseFilter(kind, codes, scales, group).values()
+    for neuron in range(2):
+        for k in range(weights):
+            expected = (float(codes[neuron, k]) + code_offset(kind)) * float(scales[neuron, k // group])
+            assert values[neuron, k] == pytest.approx(expected, rel=1e-6)
+
+
+def test_bytes_count_codes_and_scales() -> None:
+    assert filter_bytes(10, "float32") == 40
+    assert filter_bytes(10, "float16") == 20
+    assert filter_bytes(10, "int3") == 4 + 2
+    assert filter_bytes(10, "int2", group=4) == 3 + 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "group"),
+    [
+        (np.full((2, 3), 4), np.ones((2, 1)), 3),  # of int3
+        (np.zeros((2, 3)), np.ones((2, 2)), 3),
+        (np.zeros((2, 3)), np.full((2, 1), np.inf), 3),
+        (np.zeros((2, 3)), np.ones((2, 1)), 0),
+        (np.zeros(3), np.ones((3, 1)), 1),
+    ],
+)
+def test_arrays_that_are_no_coarse_filter_are_refused(codes: NDArray[Any], scales: NDArray[Any], group: int) -> None:
+    with pytest.raises(ValueError, match=r"codes|scales|filter"):
+        CoarseFilter("int3", codes, scales, group)
