@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from robustdice.errors import RobustdiceError
 from robustdice.importance.values import Importance
+from robustdice.partitioning.distribute import to_shards
 from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ __all__ = [
     "reload_model",
     "run_device",
     "score",
+    "to_shards",
     "verify",
 ]
 

@@ -12,14 +12,16 @@ import torch
 
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, write_bundles
-from robustdice.errors import BundleError
+from robustdice.errors import BundleError, PlanError
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
+from robustdice.partitioning import Method
 from robustdice.partitioning import partition as partition_layers
+from robustdice.partitioning.budget import parse_memory
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, silent
 from robustdice.runtime.inprocess import InProcess
@@ -31,14 +33,17 @@ def partition(
     scores: Importance | None = None,
     *,
     devices: int,
-    method: str = "robustdice",
+    method: Method = "robustdice",
     memory: float | str | None = None,
     threshold: float | Sequence[float] | None = None,
     columns: Sequence[str] | None = None,
     normalisation: str = "minmax",
 ) -> Plan:
-    """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`."""
-    return partition_layers(
+    """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
+
+    PlanError also when a ``method`` of the user's own takes more memory than it was given.
+    """
+    plan = partition_layers(
         network.plan_layers,
         scores,
         devices=devices,
@@ -49,7 +54,14 @@ def partition(
         normalisation=normalisation,
         shared_weights=network.shared_weights,
         model=network.reference,
+        network=network,
     )
+    if memory is not None and max(plan.bytes_per_device) > parse_memory(memory, plan.total_bytes):
+        raise PlanError(
+            f"method {plan.method} puts {plan.memory_share:.4f} of the model on one device, {memory} are allowed: "
+            "it does not keep request.memory; allow more"
+        )
+    return plan
 
 
 def build(

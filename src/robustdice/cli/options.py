@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import robustdice as rd
-from robustdice.errors import DataError
+from robustdice.errors import DataError, PlanError
 from robustdice.terminal import err, progress
 
 ModelArgument = Annotated[
@@ -72,6 +72,21 @@ def numbers(text: str, option: str, kind: type[int] | type[float] = float) -> li
         return [kind(number) for number in text.split(",")]
     except ValueError:
         raise DataError(f"{option} takes numbers with commas between them, not {text!r}") from None
+
+
+def read_thresholds(text: str) -> float | list[float]:
+    """The threshold that --threshold says, or those in the file that it names, a number a line for each layer."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise PlanError(f"--threshold takes a number or a file with one for each layer, not {text!r} ({why})") from None
+    try:
+        return [float(line) for line in lines]
+    except ValueError as error:
+        raise PlanError(f"{text}: {error}; --threshold takes a file with a number a line, one for each layer") from None
 
 
 @contextlib.contextmanager

@@ -24,10 +24,12 @@ from robustdice.cli.options import (
     Std,
     Use,
     load_model,
+    read_thresholds,
     score_with,
 )
-from robustdice.errors import RobustdiceError
-from robustdice.importance.values import SCORING_SAMPLES
+from robustdice.errors import PlanError, RobustdiceError
+from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
+from robustdice.partitioning import WITHOUT_SCORES
 from robustdice.report import plots, tables
 from robustdice.terminal import out, print_json, waiting
 
@@ -38,12 +40,22 @@ def plan(
     devices: Annotated[int, typer.Option(help="number of devices, 2 to 16")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="where to write the plan (.json)")],
     method: Annotated[
-        str, typer.Option(help="robustdice, lop (slices), cdc (slices and their sum) or full (replicas of everything)")
+        str,
+        typer.Option(
+            help="robustdice, lop (slices), cdc (slices and their sum), full (replicas of everything), or your own, "
+            "package.module:function"
+        ),
     ] = "robustdice",
     memory: Annotated[
         str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="cluster threshold, instead of --memory")] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="cluster threshold, not --memory: a number, or a file with one per layer"),
+    ] = None,
+    normalisation: Annotated[
+        str, typer.Option(metavar="HOW", help="of the scores in each layer before distances: minmax, rank or none")
+    ] = "minmax",
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
     use: Use = "s1,s2,s3",
@@ -61,20 +73,30 @@ def plan(
 ) -> None:
     """Which device holds which neurons, and which are copied."""
     plots.check_name(plot)
+    if normalisation not in NORMALISATIONS:
+        raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     importance = columns = None
-    if method == "robustdice":
+    thresholds = None if threshold is None else read_thresholds(threshold)
+    if method not in WITHOUT_SCORES:
         columns = use.split(",")
         if scores is not None:
             importance = rd.Importance.load(scores)
         elif data is not None:
             importance = score_with(network, data, samples, seed, columns, s3, scheduler)
-        else:
+        elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     with waiting("clustering and distributing"):
         made = rd.partition(
-            network, importance, devices=devices, method=method, memory=memory, threshold=threshold, columns=columns
+            network,
+            importance,
+            devices=devices,
+            method=method,
+            memory=memory,
+            threshold=thresholds,
+            columns=columns,
+            normalisation=normalisation,
         )
     made.save(output)
     if plot is not None:

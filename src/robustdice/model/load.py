@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from robustdice.errors import ModelError, first_line
 from robustdice.images import check_preprocessing
+from robustdice.importable import importable_from_here
 from robustdice.model.network import Network, build_network
 from robustdice.plan import ModelReference
 
@@ -240,7 +241,7 @@ def _load_factory(
     source: str, random_weights: bool, seed: int, preprocessing: Mapping[str, Any] | None
 ) -> tuple[ExportedProgram, dict[str, Any]]:
     module_name, _, attribute = source.partition(":")
-    with _importable_from_here():
+    with importable_from_here():
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # whatever the module does on import
@@ -311,19 +312,6 @@ def import_torchvision() -> types.ModuleType:
 
 
 _TORCHVISION_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _importable_from_here() -> Iterator[None]:
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 @contextlib.contextmanager

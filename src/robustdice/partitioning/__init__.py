@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance
+from robustdice.partitioning import own
 from robustdice.partitioning.cdc import cdc
+from robustdice.partitioning.distribute import to_shards
 from robustdice.partitioning.lop import lop
 from robustdice.partitioning.replicate import full
-from robustdice.partitioning.request import Answer, Request
+from robustdice.partitioning.request import Answer, Request, check_scores_fit
 from robustdice.partitioning.robust import robustdice
 from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
 from robustdice.provenance import versions
 
-__all__ = ["METHODS", "partition"]
+__all__ = ["METHODS", "Answer", "Method", "Request", "partition", "to_shards"]
 
 METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lop": lop, "cdc": cdc, "full": full}
 """The ways to partition, by name."""
+WITHOUT_SCORES = frozenset({"lop", "cdc", "full"})
+"""Those that look at no scores."""
+
+Method = str | own.Own
+"""A way to partition: one of these names, ``package.module:function``, or a function."""
 
 
 def partition(
@@ -25,48 +33,67 @@ def partition(
     importance: Importance | None,
     *,
     devices: int,
-    method: str = "robustdice",
+    method: Method = "robustdice",
     memory: float | str | None = None,
     threshold: float | Sequence[float] | None = None,
     columns: Sequence[str] | None = None,
     normalisation: str = "minmax",
     shared_weights: int,
     model: ModelReference,
+    network: Any = None,
 ) -> Plan:
     """A plan for ``layers`` on ``devices`` devices (2 to 16).
 
-    ``method`` is one of :data:`METHODS`. ``robustdice`` needs the layers' ``importance`` and takes either
-    ``memory``, what the largest device may hold (a share of the model such as 0.5, or an amount such as
-    ``"80MB"``; 0.5 when nothing is said), or ``threshold``, the distance in scores below which neurons count as
-    similar (one for all layers or one per layer). ``columns`` are the scores that distances are taken over
-    (all there are), after ``normalisation`` (``minmax``, ``rank`` or ``none``) within each layer.
-    ``shared_weights`` counts the parameters outside of all layers. PlanError when no such plan exists.
+    ``method`` is one of :data:`METHODS`, or a function (or its name, ``package.module:function``) from a
+    :class:`Request` to the shards of every layer, or to an :class:`Answer`. ``robustdice`` needs the layers'
+    ``importance`` and takes either ``memory``, what the largest device may hold (a share of the model such as 0.5, or
+    an amount such as ``"80MB"``; 0.5 when nothing is said), or ``threshold``, the distance in scores below which
+    neurons count as similar (one for all layers or one per layer). ``columns`` are the scores that distances are
+    taken over (all there are), after ``normalisation`` (``minmax``, ``rank`` or ``none``) within each layer.
+    ``shared_weights`` counts the parameters outside of all layers. Functions find ``network`` in their request.
+    PlanError when no such plan exists.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if isinstance(method, str) and method not in METHODS and ":" not in method:
+        raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
     if not 2 <= devices <= MAX_DEVICES:
         raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {devices}")
     if not layers:
         raise PlanError("the model has no layer that can be partitioned: no convolution, no linear layer")
+    if method in WITHOUT_SCORES:
+        importance = None
+    if importance is not None:
+        check_scores_fit(importance, layers, model)
+        importance = importance if columns is None else importance.select(columns)
     request = Request(
         layers=layers,
         importance=importance,
         devices=devices,
         memory=memory,
         threshold=threshold,
-        columns=columns,
         normalisation=normalisation,
         shared_weights=shared_weights,
         model=model,
+        network=network,
     )
-    answer = METHODS[method](request)
+    if isinstance(method, str) and method in METHODS:
+        return _plan(request, method, METHODS[method](request))
+    function, name = (own.find(method), method) if isinstance(method, str) else (method, own.name_of(method))
+    try:
+        return _plan(request, name, own.ask(function, name, request))
+    except PlanError as error:
+        raise error if name in str(error) else PlanError(f"method {name}: {error}") from error
+
+
+def _plan(request: Request, method: str, answer: Answer) -> Plan:
+    scores = request.importance
+    used = {} if scores is None else {"scores": {"digest": scores.digest, **scores.settings, **scores.provenance}}
     return Plan(
-        devices=devices,
-        layers=tuple(layers),
+        devices=request.devices,
+        layers=tuple(request.layers),
         shards=answer.shards,
-        shared_weights=shared_weights,
+        shared_weights=request.shared_weights,
         method=method,
-        model=model,
+        model=request.model,
         settings=answer.settings,
-        provenance={**answer.provenance, "versions": versions("numpy")},
+        provenance={**used, **answer.provenance, "versions": versions("numpy")},
     )

@@ -6,7 +6,7 @@ it needs no order among them; with standby spares the order decides how work is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 
 import numpy as np
@@ -83,7 +83,7 @@ def _sum_over_subsets(table: NDArray[np.int32]) -> NDArray[np.int32]:
     return table
 
 
-def to_shards(orders: Sequence[tuple[int, ...]], group: int) -> tuple[Shard, ...]:
+def to_shards(orders: Iterable[tuple[int, ...]], group: int) -> tuple[Shard, ...]:
     """Shards of one layer: the units with the same holders in the same order, sorted by their first neuron.
 
     Unit u stands for the neurons ``u * group`` to ``u * group + group - 1``.

@@ -13,17 +13,18 @@ from robustdice.plan import Layer, ModelReference, Shard
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`robustdice.partitioning.partition`, as they were given."""
+    """The arguments of :func:`robustdice.partitioning.partition`, as they were given; of the scores, those columns that
+    were asked for. ``network`` is the :class:`robustdice.Network`, where there is one: methods may look into it."""
 
     layers: Sequence[Layer]
     importance: Importance | None
     devices: int
     memory: float | str | None
     threshold: float | Sequence[float] | None
-    columns: Sequence[str] | None
     normalisation: str
     shared_weights: int
     model: ModelReference
+    network: Any = None
 
     def refuse_budget(self, method: str) -> None:
         """PlanError when a memory or a threshold was given to a method that has no use for it."""
@@ -42,3 +43,29 @@ class Answer:
     shards: tuple[tuple[Shard, ...], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_scores_fit(importance: Importance, layers: Sequence[Layer], model: ModelReference) -> None:
+    """PlanError when scores are of another model."""
+    names = tuple(layer.name for layer in layers)
+    if importance.names != names:
+        differing = next(
+            (
+                f"layer {i} is {a!r} in the model, {b!r} in the scores"
+                for i, (a, b) in enumerate(zip(names, importance.names, strict=False))
+                if a != b
+            ),
+            f"{len(names)} layers in the model, {len(importance.names)} in the scores",
+        )
+        raise PlanError(f"the scores are of another model ({differing}); score this model")
+    if importance.model.digest != model.digest:
+        raise PlanError(
+            f"the scores are of {importance.model.source} with digest {importance.model.digest[:12]}, the model is "
+            f"{model.source} with {model.digest[:12]}; score this model"
+        )
+    for layer, scores in zip(layers, importance.scores, strict=True):
+        units = layer.neurons // layer.group
+        if len(scores) != units:
+            raise PlanError(
+                f"layer {layer.name} has {units} units to deal out, the scores have {len(scores)}; score this model"
+            )

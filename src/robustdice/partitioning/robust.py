@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from robustdice.errors import PlanError
-from robustdice.importance.values import Importance, Scores, normalise
+from robustdice.importance.values import Scores, normalise
 from robustdice.partitioning.budget import parse_memory, solve_threshold
 from robustdice.partitioning.cluster import cluster
 from robustdice.partitioning.distribute import distribute, order_holders, to_shards
@@ -33,7 +33,9 @@ def robustdice(request: Request) -> Answer:
         raise PlanError(
             f"memory {request.memory!r} and threshold {request.threshold!r} are two ways to say the same; give one"
         )
-    importance = _importance(request)
+    importance = request.importance
+    if importance is None:
+        raise PlanError("method robustdice needs importance scores; make them with score, or take method lop or full")
     scores = [normalise(layer_scores, request.normalisation) for layer_scores in importance.scores]
     settings: dict[str, Any] = {
         "columns": list(importance.columns),
@@ -54,8 +56,7 @@ def robustdice(request: Request) -> Answer:
         _shards(layer, layer_scores, threshold, request.devices, first=index)
         for index, (layer, layer_scores, threshold) in enumerate(zip(request.layers, scores, thresholds, strict=True))
     )
-    origin = {"digest": importance.digest, **importance.settings, **importance.provenance}
-    return Answer(shards=shards, settings=settings, provenance={"scores": origin})
+    return Answer(shards=shards, settings=settings)
 
 
 def _shards(layer: Layer, scores: Scores, threshold: float, devices: int, first: int) -> tuple[Shard, ...]:
@@ -63,35 +64,6 @@ def _shards(layer: Layer, scores: Scores, threshold: float, devices: int, first:
     if all(len(of_unit) == devices for of_unit in holders):
         return whole(layer, devices)
     return to_shards(order_holders(holders, devices, first), layer.group)
-
-
-def _importance(request: Request) -> Importance:
-    importance = request.importance
-    if importance is None:
-        raise PlanError("method robustdice needs importance scores; make them with score, or take method lop or full")
-    names = tuple(layer.name for layer in request.layers)
-    if importance.names != names:
-        differing = next(
-            (
-                f"layer {i} is {a!r} in the model, {b!r} in the scores"
-                for i, (a, b) in enumerate(zip(names, importance.names, strict=False))
-                if a != b
-            ),
-            f"{len(names)} layers in the model, {len(importance.names)} in the scores",
-        )
-        raise PlanError(f"the scores are of another model ({differing}); score this model")
-    if importance.model.digest != request.model.digest:
-        raise PlanError(
-            f"the scores are of {importance.model.source} with digest {importance.model.digest[:12]}, the model is "
-            f"{request.model.source} with {request.model.digest[:12]}; score this model"
-        )
-    for layer, scores in zip(request.layers, importance.scores, strict=True):
-        units = layer.neurons // layer.group
-        if len(scores) != units:
-            raise PlanError(
-                f"layer {layer.name} has {units} units to deal out, the scores have {len(scores)}; score this model"
-            )
-    return importance if request.columns is None else importance.select(request.columns)
 
 
 def _thresholds(threshold: float | Sequence[float], layers: Sequence[Layer]) -> list[float]:
