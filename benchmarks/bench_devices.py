@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 import robustdice as rd
-from robustdice.meter.throughput import bench_build, measure_whole, whole_model
+from robustdice.meter.throughput import bench_build, measure_whole
+from robustdice.meter.whole import whole_model
 
 MODELS = {"alexnet": 4.0, "vgg16_bn": 10.0}
 """Seconds of each measurement."""

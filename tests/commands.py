@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-COMMAND = [sys.executable, "-c", "from robustdice.cli import main; main()"]
+import pytest
+
+from robustdice.cli import main
+
+COMMAND = [sys.executable, "-m", "robustdice"]
 
 
 def run(
@@ -40,3 +45,18 @@ def fails(*arguments: str | Path, environment: dict[str, str] | None = None) -> 
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, stderr
     return lines[0]
+
+
+def without_workshop(directory: Path) -> dict[str, str]:
+    """An environment for :func:`run` in which only the device side is installed; ``directory`` is made for it."""
+    directory.mkdir()
+    for name in ("torch", "torchvision", "onnx", "onnxscript", "sklearn", "timm", "distributed", "matplotlib"):
+        (directory / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')")
+    return {"PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])}
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command that runs in this process."""
+    with mock.patch("sys.argv", ["robustdice", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), *capsys.readouterr()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from commands import COMMAND, fails, run, run_json
+from commands import COMMAND, called, fails, run, run_json
 from robustdice.model.digits import digits
 
 MODEL = "robustdice.demo.network:digits_cnn"
@@ -85,7 +85,18 @@ def test_evaluate_has_every_failure_set(work: Path) -> None:
     for summary in document["failures"].values():
         assert summary["worst"] == min(summary["sets"].values())
         assert summary["best"] == max(summary["sets"].values())
-    assert "devices down" in run("evaluate", work / "plan.json", "--data", "digits", "--samples", "20").stdout
+        low, high = summary["worst_interval"]
+        assert 0 <= low <= summary["worst"] <= high <= 1
+        assert high - low > 0.05
+
+
+def test_several_plans_stand_side_by_side_with_what_sampling_may_do(work: Path) -> None:
+    shutil.copy(work / "plan.json", work / "twin.json")
+    text = run("evaluate", work / "plan.json", work / "twin.json", "--data", "digits", "--samples", "50").stdout
+    (head,) = [line for line in text.splitlines() if "devices down" in line]
+    assert {"plan", "twin"} <= set(head.split())
+    assert text.count("\u250c") <= 1  # one table
+    assert "each figure may be off by up to" in " ".join(text.split())
 
 
 def test_evaluate_resumes_draws_and_says_what_to_expect(work: Path, tmp_path: Path) -> None:
@@ -126,6 +137,8 @@ def test_verify_compares_every_failure_set(work: Path) -> None:
     document = run_json("verify", work / "build")
     assert set(document["failure_sets"]) == {"", "0", "1", "2", "0,1", "0,2", "1,2"}
     assert document["max_relative_error"] == max(document["failure_sets"].values()) < 1e-4
+    assert document["agrees"]
+    assert document["version"] == 1
 
 
 def test_infer_answers_through_a_killed_device(work: Path, image: Path, running: subprocess.Popen[str]) -> None:
@@ -141,7 +154,7 @@ def test_infer_answers_through_a_killed_device(work: Path, image: Path, running:
     assert [a["path"] for a in answers] == [str(image)] * 2
     assert all(len(a["down"]) == 1 and 0 < a["coverage"] <= 1 for a in answers)
     assert answers[0]["from_spares"] > 0
-    found = run_json("status", work / "build")
+    found = run_json("status", work / "build")["devices"]
     assert sum(document is not None for document in found.values()) == 2
     assert "silent" in run("status", work / "build").stdout
 
@@ -238,8 +251,12 @@ def test_wrong_images_are_refused(work: Path, image: Path, tmp_path: Path) -> No
     assert "20x20" in fails("evaluate", work / "plan.json", "--data", tmp_path / "data")
 
 
-def test_nobody_to_ask(work: Path, image: Path) -> None:
+def test_nobody_to_ask(work: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "robustdice up" in fails("infer", work / "build", image)
+    status, out, err = called(capsys, "status", work / "build", "--json")
+    assert status == 1
+    assert set(json.loads(out)["devices"].values()) == {None}
+    assert "none of 3 devices can be reached" in err
 
 
 def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -272,25 +289,21 @@ def net():
     assert not kept.exists()
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    text = run("--help").stdout
-    for command in (
-        "inspect",
-        "score",
-        "plan",
-        "evaluate",
-        "build",
-        "verify",
-        "device",
-        "up",
-        "infer",
-        "bench",
-        "demo",
-    ):
-        assert command in text
-        words = run(command, "--help").stdout.split()
-        assert f"Example: robustdice {command}" in " ".join(words)
-        assert {"--json", "--seed"} <= set(words)
+RANDOM = {"inspect", "score", "plan", "evaluate", "verify", "reproduce", "bench", "demo"}
+"""Commands in which something is: weights, images, frames."""
+
+
+@pytest.mark.parametrize("command", [*sorted(RANDOM), "build", "device", "up", "infer", "status"])
+def test_every_command_has_help_with_an_example_and_a_seed_where_something_is_random(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text, _ = called(capsys, command, "--help")
+    words = text.split()
+    assert status == 0
+    assert f"Example: robustdice {command}" in " ".join(words)
+    assert "--json" in words
+    assert ("--seed" in words) == (command in RANDOM)
+    assert command in called(capsys)[1]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from robustdice.errors import RobustdiceError
+from robustdice.errors import RobustdiceError, workshop_missing
 from robustdice.importance.values import Importance
 from robustdice.partitioning.distribute import to_shards
 from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
@@ -94,10 +94,8 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(_LAZY[name])
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in {"torch", "onnx", "onnxscript", "torchvision"}:
-            raise RobustdiceError(
-                f"{name} is part of the workshop and needs {error.name}: pip install 'robustdice[workshop]'"
-            ) from None
-        raise
+        if (missing := workshop_missing(error)) is None:
+            raise
+        raise missing from None
     value = globals()[name] = getattr(module, name)
     return value

@@ -50,3 +50,17 @@ class OutputError(RobustdiceError):
 def first_line(error: BaseException) -> str:
     """What another library's exception says, as far as it fits into a message of ours."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+_WORKSHOP = frozenset({"torch", "torchvision", "onnx", "onnxscript", "sklearn", "timm", "distributed", "matplotlib"})
+
+
+def workshop_missing(error: ModuleNotFoundError) -> RobustdiceError | None:
+    """What to say where only the device side is installed; None when something else is missing."""
+    name = (error.name or "").split(".")[0]
+    if name not in _WORKSHOP:
+        return None
+    return RobustdiceError(
+        f"{name} is not installed here. Devices do without it; models, scores, plans, evaluations and builds need it: "
+        "pip install 'robustdice[workshop]' (README, Installing)"
+    )

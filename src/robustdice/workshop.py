@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -94,10 +95,18 @@ class Verification:
     errors: dict[FailureSet, float]
     of: int
 
+    allowed_relative_error: ClassVar[float] = 1e-4
+    """What float32 arithmetic in another order explains."""
+
     @property
     def max_relative_error(self) -> float:
         """The largest of all errors."""
         return max(self.errors.values())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the bundles compute what the model does."""
+        return self.max_relative_error <= self.allowed_relative_error
 
 
 def verify(

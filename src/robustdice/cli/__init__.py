@@ -13,8 +13,9 @@ from robustdice.cli import build as _build  # isort: skip
 from robustdice.cli import reproduce as _reproduce  # isort: skip
 from robustdice.cli import cluster as _cluster  # isort: skip
 from robustdice.cli.app import app
-from robustdice.errors import RobustdiceError
-from robustdice.terminal import err, escape, log_to_stderr
+from robustdice.cli.usage import UsageError, explain
+from robustdice.errors import RobustdiceError, workshop_missing
+from robustdice.terminal import err, log_to_stderr, print_error
 
 __all__ = ["app", "main"]
 
@@ -23,15 +24,24 @@ _COMMANDS = (_model, _plan, _evaluate, _build, _reproduce, _cluster)
 
 
 def main() -> None:
-    """Run a command; errors of the project are one line on stderr and exit status 1."""
+    """Run a command. Errors of the project are one line on stderr and exit status 1; wrong calls have status 2."""
     log_to_stderr(logging.Formatter("warning: %(message)s"), logging.WARNING)
     try:
-        app()
+        status = app(prog_name="robustdice", standalone_mode=False)
+    except UsageError as error:
+        print_error(explain(error))
+        status = 2
     except RobustdiceError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        print_error(str(error))
+        status = 1
+    except ModuleNotFoundError as error:
+        if (missing := workshop_missing(error)) is None:
+            raise
+        print_error(str(missing))
+        status = 1
     except KeyboardInterrupt:
         err.print("interrupted")
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        sys.exit(141)
+        status = 141
+    sys.exit(status)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+
+from robustdice import __version__
 
 app = typer.Typer(
     name="robustdice",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -16,3 +20,20 @@ app = typer.Typer(
     "[bold]device[/] runs one, [bold]up[/] runs all of them here, [bold]infer[/] asks them. "
     "To see all of it in a minute: [bold]robustdice demo[/].",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"robustdice {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say the version, and end")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())

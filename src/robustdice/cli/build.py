@@ -13,8 +13,8 @@ from robustdice.cli.options import (
     BuildDirectory,
     Json,
     Seed,
-    UnusedSeed,
 )
+from robustdice.cli.usage import number, one_of
 from robustdice.errors import RobustdiceError
 from robustdice.report import tables
 from robustdice.terminal import out, print_json, progress, waiting
@@ -25,11 +25,14 @@ def build(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where to write the bundles")],
     spares: Annotated[
-        str, typer.Option(help="standby (computed when needed) or hot (computed on every frame)")
+        str,
+        typer.Option(
+            help="standby (computed when needed) or hot (computed on every frame)",
+            autocompletion=one_of("standby", "hot"),
+        ),
     ] = "standby",
     host: Annotated[str, typer.Option(help="address of the devices in cluster.toml, to be edited")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="device K listens on this port + K (default: free ones)")] = None,
-    seed: UnusedSeed = 0,  # noqa: ARG001
+    port: Annotated[int | None, number("--port", "device K listens on this port + K (default: free ones)")] = None,
     as_json: Json = False,
 ) -> None:
     """One self-contained bundle per device, and DIR/cluster.toml."""
@@ -39,11 +42,14 @@ def build(
     with waiting("writing the bundles"):
         rd.build(network, made, output, spares=spares, host=host, base_port=port)
     if as_json:
-        print_json({"directory": str(output), "bytes_per_device": made.bytes_per_device})
+        print_json({"output": str(output), "bytes_per_device": made.bytes_per_device})
     else:
         for device, size in enumerate(made.bytes_per_device):
             out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights", soft_wrap=True)
-        out.print(f"Next: robustdice verify {output}, then robustdice up {output} to try it here.", soft_wrap=True)
+        there = (
+            "robustdice up {0} to try it here" if host == "127.0.0.1" else "robustdice device {0}/device-K on device K"
+        )
+        out.print(f"Next: robustdice verify {output}, then {there.format(output)}.", soft_wrap=True)
 
 
 @app.command(epilog="Example: robustdice verify build")
@@ -58,7 +64,6 @@ def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> 
         print_json(tables.verification_json(result))
     else:
         out.print(tables.verification_table(result))
-    if result.max_relative_error > 1e-4:
-        raise RobustdiceError(
-            f"the bundles differ from the model by {result.max_relative_error:.1e}, more than 1e-4; build them again"
-        )
+        out.print(tables.verdict(result))
+    if not result.agrees:
+        raise RobustdiceError(f"{tables.verdict(result)} Build them again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ import typer
 
 import robustdice as rd
 from robustdice.cli.app import app
-from robustdice.cli.options import BuildDirectory, Json, Seed, UnusedSeed
-from robustdice.errors import RobustdiceError
+from robustdice.cli.options import BuildDirectory, Json, Seed
+from robustdice.cli.usage import number
+from robustdice.errors import ClusterError, RobustdiceError
 from robustdice.images import read_image
 from robustdice.report import tables
 from robustdice.runtime.journal import JsonLines
@@ -23,8 +23,7 @@ from robustdice.terminal import log_to_stderr, out, print_json, progress, stop_o
 def device(
     directory: Annotated[Path, typer.Argument(metavar="DIR/device-K", help="the bundle of the device")],
     cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="cluster.toml, if not in or beside DIR")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="threads to compute with")] = 1,
-    seed: UnusedSeed = 0,  # noqa: ARG001
+    threads: Annotated[int, number("--threads", "threads to compute with", least=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="log one JSON object a line")] = False,
 ) -> None:
     """Run one device in the foreground; Ctrl-C stops it."""
@@ -35,14 +34,13 @@ def device(
 @app.command(epilog="Example: robustdice up build")
 def up(
     directory: BuildDirectory,
-    threads: Annotated[int, typer.Option(min=1, help="threads that each device computes with")] = 1,
-    seed: UnusedSeed = 0,  # noqa: ARG001
+    threads: Annotated[int, number("--threads", "threads that each device computes with", least=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each device and event")] = False,
 ) -> None:
     """Run all devices of a build on this machine, to try it out; Ctrl-C stops them."""
 
     def say(text: str, **facts: Any) -> None:
-        print(json.dumps(facts), flush=True) if as_json else out.print(text, soft_wrap=True)
+        print_json(facts) if as_json else out.print(text, soft_wrap=True)
 
     stop = stop_on_signals()
     with rd.LocalCluster(directory, threads) as cluster:
@@ -63,8 +61,7 @@ def up(
 def infer(
     directory: BuildDirectory,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files")],
-    timeout: Annotated[float, typer.Option(min=0.01, help="seconds to wait for each answer")] = 2.0,
-    seed: UnusedSeed = 0,  # noqa: ARG001
+    timeout: Annotated[float, number("--timeout", "seconds to wait for each answer", float, least=0.01)] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Ask the running devices of a build: class, probability, coverage, latency."""
@@ -77,7 +74,7 @@ def infer(
         ]
     if as_json:
         for answer in answers:
-            print(json.dumps(answer))
+            print_json(answer)
     else:
         out.print(tables.answers_table(answers))
     if unanswered := [answer["path"] for answer in answers if answer["class_index"] is None]:
@@ -87,30 +84,34 @@ def infer(
 @app.command(epilog="Example: robustdice status build")
 def status(
     directory: BuildDirectory,
-    seed: UnusedSeed = 0,  # noqa: ARG001
     as_json: Json = False,
 ) -> None:
-    """Who is up, and what each has done."""
+    """Who is up, and what each has done; exit status 1 when no device answers."""
     with rd.Client(directory / "cluster.toml") as client:
         devices = [entry.name for entry in client.cluster.devices]
-        found = client.status()
+        found, unreachable = client.status(), client.unreachable()
     if as_json:
-        print_json({name: found.get(number) for number, name in enumerate(devices)})
+        print_json(tables.status_json(devices, found))
     else:
         out.print(tables.status_table(devices, found))
+    if not found:
+        raise ClusterError(unreachable)
 
 
 @app.command(epilog="Example: robustdice bench build --seconds 3 --rounds 5")
 def bench(
     directory: BuildDirectory,
-    seconds: Annotated[float, typer.Option(min=0.1, help="length of each measurement")] = 3.0,
-    rounds: Annotated[int, typer.Option(min=1, help="pairs of measurements")] = 5,
-    window: Annotated[int, typer.Option(min=1, help="frames in flight")] = 4,
+    seconds: Annotated[float, number("--seconds", "length of each measurement", float, least=0.1)] = 3.0,
+    rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
+    window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Frames per second of the devices (one core each), beside the unpartitioned model in one process on one core."""
-    from robustdice.meter.throughput import bench_build  # noqa: PLC0415 -- not needed on a device
+    """Frames per second of the devices (one core each), beside the unpartitioned model in one process on one core.
+
+    The unpartitioned model needs the workshop; without it the devices are measured alone.
+    """
+    from robustdice.meter.throughput import bench_build  # noqa: PLC0415 -- ONNX Runtime takes its time
 
     with progress("measuring") as advance:
         result = bench_build(directory, seconds=seconds, rounds=rounds, window=window, seed=seed, on_progress=advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from robustdice.cli.options import (
     numbers,
     resumable,
 )
+from robustdice.cli.usage import number
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.failure.availability import for_each
 from robustdice.plan import check_max_failed
@@ -31,7 +33,9 @@ from robustdice.terminal import out, print_json, progress, waiting
 def evaluate(
     plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="what 'robustdice plan' wrote, of one model")],
     data: Data,
-    max_failed: Annotated[int | None, typer.Option(min=0, help="most devices down at once (all but one)")] = None,
+    max_failed: Annotated[
+        int | None, number("--max-failed", "most devices down at once (all but one)", least=0)
+    ] = None,
     availability: Annotated[
         str | None, typer.Option(metavar="P,...", help="how likely each device is up: what accuracy to expect")
     ] = None,
@@ -75,15 +79,27 @@ def evaluate(
             on_progress=advance,
         )
     expectations = [None if up is None else rd.expect(result, up) for result in results]
-    documents = [tables.evaluation_json(r, e) for r, e in zip(results, expectations, strict=True)]
+    documents = [
+        {"plan": str(path), "plan_digest": plan.digest, **tables.evaluation_json(result, expectation)}
+        for path, plan, result, expectation in zip(plans, made, results, expectations, strict=True)
+    ]
     if as_json:
-        print_json(documents[0] if len(documents) == 1 else {"plans": documents})
+        print_json(documents[0] if len(plans) == 1 else {"plans": documents})
     else:
-        for result, expectation in zip(results, expectations, strict=True):
-            out.print(tables.evaluation_table(result))
-            if expectation is not None:
-                out.print(tables.expectation_table(expectation))
+        _show(plans, results, expectations)
     if plot is not None:
         plots.save(plots.accuracy(results), plot)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+def _show(
+    plans: Sequence[Path], results: Sequence[rd.Evaluation], expectations: Sequence[rd.Expectation | None]
+) -> None:
+    names = [path.stem for path in plans]
+    if len(set(names)) < len(names):
+        names = list(map(str, plans))
+    out.print(tables.comparison_table(names, results) if len(plans) > 1 else tables.evaluation_table(results[0]))
+    for name, expectation in zip(names, expectations, strict=True):
+        if expectation is not None:
+            out.print(tables.expectation_table(expectation, name if len(plans) > 1 else ""))

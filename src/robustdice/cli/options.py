@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import robustdice as rd
+from robustdice.cli.usage import number, one_of
 from robustdice.errors import DataError, PlanError
 from robustdice.terminal import err, progress
 
@@ -29,14 +30,21 @@ Classes = Annotated[
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
 Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
-S3 = Annotated[str, typer.Option("--s3", metavar="HOW", help="exact, fisher (seconds instead of minutes) or auto")]
+S3 = Annotated[
+    str,
+    typer.Option(
+        "--s3",
+        metavar="HOW",
+        help="exact, fisher (seconds instead of minutes) or auto",
+        autocompletion=one_of("auto", "exact", "fisher"),
+    ),
+]
 Scheduler = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="compute on a Dask cluster, such as tcp://10.0.0.1:8786")
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it: a .png, .svg or .pdf file")]
-Samples = Annotated[int | None, typer.Option(min=1, help="use a seeded, class-balanced subset of this many images")]
-Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
-UnusedSeed = Annotated[int, typer.Option("--seed", help="taken by every command; nothing is random in this one")]
+Samples = Annotated[int | None, number("--samples", "use a seeded, class-balanced subset of this many images", least=1)]
+Seed = Annotated[int, number("--seed", "of everything random", least=0)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="what 'robustdice build' wrote")]
 

@@ -27,9 +27,10 @@ from robustdice.cli.options import (
     read_thresholds,
     score_with,
 )
+from robustdice.cli.usage import number, one_of
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
-from robustdice.partitioning import WITHOUT_SCORES
+from robustdice.partitioning import METHODS, WITHOUT_SCORES
 from robustdice.report import plots, tables
 from robustdice.terminal import out, print_json, waiting
 
@@ -37,13 +38,14 @@ from robustdice.terminal import out, print_json, waiting
 @app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
 def plan(
     model: ModelArgument,
-    devices: Annotated[int, typer.Option(help="number of devices, 2 to 16")],
+    devices: Annotated[int, number("--devices", "number of devices, 2 to 16")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN", help="where to write the plan (.json)")],
     method: Annotated[
         str,
         typer.Option(
             help="robustdice, lop (slices), cdc (slices and their sum), full (replicas of everything), or your own, "
-            "package.module:function"
+            "package.module:function",
+            autocompletion=one_of(*METHODS),
         ),
     ] = "robustdice",
     memory: Annotated[
@@ -102,7 +104,7 @@ def plan(
     if plot is not None:
         plots.save(plots.holders(made), plot)
     if as_json:
-        print_json(tables.plan_json(made))
+        print_json({"output": str(output), **tables.plan_json(made)})
     else:
         out.print(tables.plan_table(made))
         out.print(tables.plan_summary(made))

@@ -26,6 +26,7 @@ from robustdice.cli.options import (
     load_model,
     resumable,
 )
+from robustdice.cli.usage import number
 from robustdice.errors import DataError, ModelError, RobustdiceError
 from robustdice.importance.values import SCORING_SAMPLES
 from robustdice.partitioning.robust import DEFAULT_MEMORY
@@ -107,7 +108,7 @@ def reproduce(
         )
     verdicts = trends(results)
     if as_json:
-        print_json({"directory": str(output), "trends": verdicts})
+        print_json({"output": str(output), "trends": verdicts})
     else:
         out.print(tables.trends_table(verdicts))
         out.print(f"The report is {output / 'report.html'}.", soft_wrap=True)
@@ -116,7 +117,7 @@ def reproduce(
 @app.command(epilog="Example: robustdice demo --memory 0.6")
 def demo(
     memory: Annotated[str, typer.Option(help="the most that a device may hold, as for 'plan'")] = "0.5",
-    frames: Annotated[int, typer.Option(min=8, help="test images that are streamed in each phase")] = 250,
+    frames: Annotated[int, number("--frames", "test images that are streamed in each phase", least=8)] = 250,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

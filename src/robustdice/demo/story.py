@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 import robustdice as rd
 from robustdice.failure.evaluate import Evaluation
-from robustdice.report.tables import make_table, percent, plan_summary, plan_table
+from robustdice.report.sheet import Sheet
+from robustdice.report.tables import percent, plan_summary, plan_table
 from robustdice.runtime.cluster import LocalCluster
 
 DEVICES = 4
@@ -173,10 +173,10 @@ def _restart(cluster: LocalCluster, *devices: int) -> None:
         cluster.restart(device)
 
 
-def _prediction_table(evaluations: dict[str, Evaluation]) -> Table:
+def _prediction_table(evaluations: dict[str, Evaluation]) -> Sheet:
     first = evaluations["robustdice"]
     sizes = [f"{size} down" for size in range(1, DEVICES)]
-    table = make_table(
+    table = Sheet(
         "Predicted top-1 accuracy in %, worst failure set (mean of all)",
         *("method", "memory", *sizes),
         caption=f"Measured with the network in one process on {first.samples} images of {first.data}. "
@@ -195,9 +195,9 @@ def _phase_line(result: PhaseResult) -> str:
     )
 
 
-def _phase_table(results: list[PhaseResult], count: int) -> Table:
+def _phase_table(results: list[PhaseResult], count: int) -> Sheet:
     headings = ("phase", "answered", "moving", "complete", "accuracy", "predicted", "fps")
-    table = make_table(
+    table = Sheet(
         f"Measured, {count} frames in each phase",
         *headings,
         caption="moving: frames that were not answered by exactly the devices that are up at the end of the phase, "

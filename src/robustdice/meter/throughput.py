@@ -16,19 +16,15 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.bundle.onnx_graph import cut, export_onnx, make_model
-from robustdice.bundle.write import PLAN_NAME
-from robustdice.errors import ClusterError
-from robustdice.model.load import reload_model
-from robustdice.model.network import Network
-from robustdice.plan import Plan
+from robustdice.errors import ClusterError, workshop_missing
 from robustdice.progress import Progress, silent
 from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 
 
 @dataclass(frozen=True)
 class DeviceFigures:
-    """What one device took: bytes of weights (from the plan) and its process's largest resident memory (measured)."""
+    """What one device took: bytes of weights (from its bundle) and its process's largest resident memory (measured)."""
 
     name: str
     weights_bytes: int
@@ -37,19 +33,23 @@ class DeviceFigures:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over pairs of measurements; ``ratios`` are the pairs' own."""
+    """Medians over pairs of measurements; ``ratios`` are the pairs' own.
+
+    Where the workshop is not installed there is no unpartitioned model to measure: None, no ratios, and the reason.
+    """
 
     frames_per_second: float
-    single_frames_per_second: float
+    single_frames_per_second: float | None
     ratios: tuple[float, ...]
     latency_p50_ms: float
     latency_p99_ms: float
     devices: tuple[DeviceFigures, ...]
+    not_compared: str | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Median of the pairs' ratios."""
-        return median(self.ratios)
+        return median(self.ratios) if self.ratios else None
 
 
 def bench_build(
@@ -67,43 +67,50 @@ def bench_build(
     their ratio holds when the machine's speed drifts. ClusterError when frames stay unanswered.
     """
     root = Path(directory)
-    plan = Plan.load(root / PLAN_NAME)
-    network = reload_model(plan.model)
     available = sorted(os.sched_getaffinity(0))
-    cores = [[available[device % len(available)]] for device in range(plan.devices)]
-    frame = np.random.default_rng(seed).standard_normal(network.input_shape, dtype=np.float32)
+    devices = len(Cluster.read(root / CLUSTER_NAME).devices)
+    cores = [[available[device % len(available)]] for device in range(devices)]
+    whole, not_compared = _whole_model(root)
     together: list[float] = []
     alone: list[float] = []
     latencies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
         model = Path(temporary) / "model.onnx"
-        model.write_bytes(whole_model(network))
+        model.write_bytes(whole)
         with LocalCluster(root, cores=cores, timeout_seconds=30.0, window=window) as cluster:
+            shape = cluster.client.model.input_shape
+            frame = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
             _stream(cluster, frame, min(seconds, 1.0))
             for done in range(rounds):
                 for who in ("alone", "together") if done % 2 == 0 else ("together", "alone"):
-                    if who == "alone":
-                        alone.extend(measure_whole(model, network.input_shape, seconds, available[:1]))
-                    else:
+                    if who == "alone" and whole:
+                        alone.extend(measure_whole(model, shape, seconds, available[:1]))
+                    elif who == "together":
                         rate, times = _stream(cluster, frame, seconds)
                         together.append(rate)
                         latencies.extend(times)
                 on_progress(done + 1, rounds)
-            devices = _figures(cluster, plan)
+            figures = _figures(cluster)
     return BenchResult(
         frames_per_second=median(together),
-        single_frames_per_second=median(alone),
-        ratios=tuple(a / b for a, b in zip(together, alone, strict=True)),
+        single_frames_per_second=median(alone) if whole else None,
+        ratios=tuple(a / b for a, b in zip(together, alone, strict=True)) if whole else (),
         latency_p50_ms=1e3 * float(np.percentile(latencies, 50)),
         latency_p99_ms=1e3 * float(np.percentile(latencies, 99)),
-        devices=devices,
+        devices=figures,
+        not_compared=not_compared,
     )
 
 
-def whole_model(network: Network) -> bytes:
-    """The unpartitioned model as ONNX."""
-    graph, source, result = export_onnx(network), network.input.name, network.output.name
-    return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)
+def _whole_model(build: Path) -> tuple[bytes, str | None]:
+    """The unpartitioned model as ONNX, or nothing and the reason."""
+    try:
+        from robustdice.meter.whole import whole_model_of  # noqa: PLC0415 -- the one part that needs the workshop
+    except ModuleNotFoundError as error:
+        if (missing := workshop_missing(error)) is None:
+            raise
+        return b"", str(missing)
+    return whole_model_of(build), None
 
 
 def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]) -> list[float]:
@@ -132,11 +139,11 @@ def _stream(cluster: LocalCluster, frame: NDArray[np.float32], seconds: float) -
     return len(latencies) / (time.perf_counter() - start), latencies
 
 
-def _figures(cluster: LocalCluster, plan: Plan) -> tuple[DeviceFigures, ...]:
+def _figures(cluster: LocalCluster) -> tuple[DeviceFigures, ...]:
     found = cluster.client.status()
     if missing := [entry.name for number, entry in enumerate(cluster.cluster.devices) if number not in found]:
         raise ClusterError(f"{missing[0]} does not answer after the measurement; run it again")
     return tuple(
-        DeviceFigures(entry.name, plan.bytes_per_device[number], int(found[number]["peak_rss_bytes"]))
+        DeviceFigures(entry.name, int(found[number]["weights_bytes"]), int(found[number]["peak_rss_bytes"]))
         for number, entry in enumerate(cluster.cluster.devices)
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
+from robustdice.report.sheet import Sheet
 
 if TYPE_CHECKING:
     from robustdice.failure.availability import Expectation
@@ -30,19 +32,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def make_table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """A table whose first column names things and whose others are figures."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    return table
-
-
 def network_json(network: Network) -> dict[str, Any]:
     """What ``inspect --json`` prints."""
     return {
         "model": network.reference.source,
-        "digest": network.reference.digest,
+        "model_digest": network.reference.digest,
         "input_shape": list(network.input_shape),
         "outputs": network.outputs,
         "parameters": _parameters(network),
@@ -67,7 +61,7 @@ def _parameters(network: Network) -> int:
     return network.shared_weights + sum(layer.neurons * layer.neuron_weights for layer in network.plan_layers)
 
 
-def network_table(network: Network) -> Table:
+def network_table(network: Network) -> Sheet:
     """What ``inspect`` prints."""
     exchanged = sum(int(np.prod(layer.shape)) for layer in network.layers)
     caption = (
@@ -76,7 +70,7 @@ def network_table(network: Network) -> Table:
         f"{network.outputs} outputs"
     )
     headings = ("layer", "neurons", "parameters", "multiply-adds", "exchange", "kB")
-    table = make_table(network.reference.source, *headings, caption=caption)
+    table = Sheet(network.reference.source, *headings, caption=caption)
     for layer in network.layers:
         neurons = layer.layer.neurons
         table.add_row(
@@ -90,9 +84,9 @@ def network_table(network: Network) -> Table:
     return table
 
 
-def importance_table(importance: Importance) -> Table:
+def importance_table(importance: Importance) -> Sheet:
     """What ``score`` prints."""
-    table = make_table("Importance (median, largest)", "layer", "neurons", *importance.columns)
+    table = Sheet("Importance (median, largest)", "layer", "neurons", *importance.columns)
     for name, scores in zip(importance.names, importance.scores, strict=True):
         cells = [f"{np.median(column):.3g}, {column.max():.3g}" for column in scores.T]
         table.add_row(name, str(len(scores)), *cells)
@@ -112,16 +106,18 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes_per_device": list(plan.bytes_per_device),
         "healthy_compute_share": plan.healthy_compute_share,
         "exchanged_activations": plan.exchanged_activations,
-        "digest": plan.digest,
+        "model": plan.model.source,
+        "model_digest": plan.model.digest,
+        "plan_digest": plan.digest,
         "settings": dict(plan.settings),
         "provenance": dict(plan.provenance),
     }
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> Sheet:
     """For every layer, how many neurons have how many holders."""
     counts = map(str, range(1, plan.devices + 1))
-    table = make_table("How many neurons 1, 2, ... devices hold", "layer", "neurons", *counts, "exchange")
+    table = Sheet("How many neurons 1, 2, ... devices hold", "layer", "neurons", *counts, "exchange")
     for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
         held = [0] * plan.devices
         for shard in shards:
@@ -152,11 +148,18 @@ def evaluation_json(result: Evaluation, expectation: Expectation | None = None) 
     failures = {}
     for size, summary in result.by_size.items():
         sets = {failure_set_name(f): accuracy for f, accuracy in result.accuracy.items() if len(f) == size}
-        failures[str(size)] = {"worst": summary.worst, "mean": summary.mean, "best": summary.best, "sets": sets}
+        failures[str(size)] = {
+            "worst": summary.worst,
+            "mean": summary.mean,
+            "best": summary.best,
+            "worst_interval": list(confidence_interval(summary.worst, result.samples)),
+            "sets": sets,
+        }
         if summary.sampled:
             failures[str(size)] |= {"sampled": True, "of": summary.of}
     return {
         "clean": result.clean,
+        "clean_interval": list(confidence_interval(result.clean, result.samples)),
         "samples": result.samples,
         "data": result.data,
         "memory_share": result.memory_share,
@@ -164,6 +167,17 @@ def evaluation_json(result: Evaluation, expectation: Expectation | None = None) 
         "failures": failures,
         **({} if expectation is None else {"availability": expectation_json(expectation)}),
     }
+
+
+def confidence_interval(accuracy: float, samples: int) -> tuple[float, float]:
+    """Where the accuracy on all such images lies, 95 % sure, when ``accuracy`` was measured on ``samples`` of them.
+
+    Wilson's score interval: unlike the textbook's, it is no point at 0 and 1.
+    """
+    z2 = 1.959964**2
+    middle = (accuracy + z2 / (2 * samples)) / (1 + z2 / samples)
+    half = math.sqrt(z2 * (accuracy * (1 - accuracy) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)
+    return max(0.0, min(middle - half, accuracy)), min(1.0, max(middle + half, accuracy))
 
 
 def expectation_json(expectation: Expectation) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def expectation_json(expectation: Expectation) -> dict[str, Any]:
     }
 
 
-def expectation_table(expectation: Expectation) -> Table:
+def expectation_table(expectation: Expectation, name: str = "") -> Sheet:
     """What ``evaluate --availability`` prints beside the accuracies."""
     up = sorted(set(expectation.up))
     spread = f"{up[0]:g}" if len(up) == 1 else f"{up[0]:g} to {up[-1]:g}"
@@ -186,32 +200,55 @@ def expectation_table(expectation: Expectation) -> Table:
         f"(probability {expectation.no_answer_probability:.2g})."
         + (" Estimated: of some sizes only a sample of the failure sets was measured." if expectation.estimated else "")
     )
-    table = make_table(f"Each device is up with probability {spread}", "accuracy", "", caption=caption)
+    whose = f" of {name}" if name else ""
+    table = Sheet(f"Each device{whose} is up with probability {spread}", "accuracy", "", caption=caption)
     table.add_row("expected", percent(expectation.expected_accuracy))
     for probability in (0.5, 0.9, 0.99, 0.999):
         table.add_row(f"at least, {100 * probability:g} % of the time", percent(expectation.at_least(probability)))
     return table
 
 
-def evaluation_table(result: Evaluation) -> Table:
-    """What ``evaluate`` prints."""
-    caption = (
-        f"Top-1 accuracy measured on {result.samples:,} images of {result.data}. "
-        f"The unpartitioned model: {percent(result.clean)}."
-    )
+def evaluation_table(result: Evaluation) -> Sheet:
+    """What ``evaluate`` prints for one plan."""
+    caption = f"{_measured_on(result)} The unpartitioned model: {percent(result.clean)}."
     title = f"{result.method}, memory share {percent(result.memory_share)}"
-    table = make_table(title, "devices down", "worst", "mean", "best", "each failure set", caption=caption)
+    headings = ("devices down", "worst", "mean", "best", "each failure set")
+    sheet = Sheet(title, *headings, caption=caption, texts=["each failure set"])
     for size, summary in result.by_size.items():
         sets = [(failure_set_name(f), a) for f, a in result.accuracy.items() if len(f) == size and size]
         each = ", ".join(f"{{{name}}} {100 * accuracy:.1f}" for name, accuracy in sets) if len(sets) <= 6 else ""
         name = f"{size} ({summary.sets} of {summary.of:,} sets, sampled)" if summary.sampled else str(size)
-        table.add_row(name, percent(summary.worst), percent(summary.mean), percent(summary.best), each)
-    return table
+        sheet.add_row(name, percent(summary.worst), percent(summary.mean), percent(summary.best), each)
+    return sheet
 
 
-def trends_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+def _measured_on(result: Evaluation) -> str:
+    spread = max(b - a for a, b in (confidence_interval(a, result.samples) for a in result.accuracy.values())) / 2
+    return (
+        f"Top-1 accuracy measured on {result.samples:,} images of {result.data}: each figure may be off by up to "
+        f"{100 * spread:.1f} points (95 %), for they are a sample."
+    )
+
+
+def comparison_table(names: Sequence[str], results: Sequence[Evaluation]) -> Sheet:
+    """What ``evaluate`` prints for several plans of one model: side by side, the worst failure set and the mean."""
+    caption = (
+        f"Worst failure set (mean of all). {_measured_on(results[0])} All plans saw the same images, so differences "
+        f"between them are surer than that. The unpartitioned model: {percent(results[0].clean)}."
+    )
+    sheet = Sheet("Top-1 accuracy in %", "devices down", *names, caption=caption)
+    sheet.add_row("method", *(result.method for result in results))
+    sheet.add_row("memory share", *(percent(result.memory_share) for result in results))
+    for size in sorted({size for result in results for size in result.by_size}):
+        summaries = [result.by_size.get(size) for result in results]
+        cells = ["" if s is None else f"{100 * s.worst:.1f} ({100 * s.mean:.1f})" for s in summaries]
+        sheet.add_row(str(size), *cells)
+    return sheet
+
+
+def trends_table(verdicts: Sequence[Mapping[str, Any]]) -> Sheet:
     """What ``reproduce`` prints."""
-    table = make_table("Do the paper's trends hold?", "model", "claim", "holds")
+    table = Sheet("Do the paper's trends hold?", "model", "claim", "holds")
     for verdict in verdicts:
         table.add_row(verdict["model"], verdict["claim"], "yes" if verdict["holds"] else ", ".join(verdict["fails"]))
     if not verdicts:
@@ -222,19 +259,30 @@ def trends_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
 def verification_json(result: Verification) -> dict[str, Any]:
     """What ``verify --json`` prints."""
     return {
+        "agrees": result.agrees,
         "max_relative_error": result.max_relative_error,
+        "allowed_relative_error": result.allowed_relative_error,
         "failure_sets": {failure_set_name(failed): error for failed, error in result.errors.items()},
         **({"sampled": True, "of": result.of} if len(result.errors) < result.of else {}),
     }
 
 
-def verification_table(result: Verification) -> Table:
+def verification_table(result: Verification) -> Sheet:
     """What ``verify`` prints."""
     chosen = f"{len(result.errors)} of {result.of:,} failure sets, drawn" if len(result.errors) < result.of else None
-    table = make_table("Bundles against the model", "devices down", "largest relative error", caption=chosen)
+    table = Sheet("Bundles against the model", "devices down", "largest relative error", caption=chosen)
     for failed, error in result.errors.items():
         table.add_row(failure_set_name(failed) or "none", f"{error:.1e}")
     return table
+
+
+def verdict(result: Verification) -> str:
+    """What ``verify`` found, in a sentence."""
+    sets = (
+        f"{len(result.errors)} of {result.of:,} failure sets" if len(result.errors) < result.of else "every failure set"
+    )
+    error = f"relative error at most {result.max_relative_error:.1e}, {result.allowed_relative_error:g} is allowed"
+    return f"The bundles {'agree' if result.agrees else 'do NOT agree'} with the model for {sets} ({error})."
 
 
 def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
@@ -247,48 +295,61 @@ def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, 
         "probability": None if answer.probabilities is None or index is None else float(answer.probabilities[index]),
         "coverage": answer.coverage,
         "from_spares": answer.from_spares,
-        "down": list(answer.down),
+        "down": None if answer.outputs is None else list(answer.down),
         "latency_ms": 1e3 * answer.latency_seconds,
+        "reason": answer.refused,
     }
 
 
-def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
-    """What ``infer`` prints."""
-    table = make_table("Answers", "class", "sure %", "coverage %", "spares %", "down", "ms", "image")
-    for answer in answers:
-        index, probability = answer["class_index"], answer["probability"]
-        table.add_row(
+def answers_table(answers: Sequence[Mapping[str, Any]]) -> Sheet:
+    """What ``infer`` prints. Images are named from the folder on that they have in common."""
+    paths = [str(answer["path"]) for answer in answers]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if len(paths) > 1 else ""  # noqa: PTH120
+    headings = ("class", "sure %", "coverage %", "spares %", "down", "ms", "image")
+    caption = f"Images in {folder}" if folder else None
+    sheet = Sheet("Answers", *headings, caption=caption, texts=["image"], folds=True)
+    for answer, path in zip(answers, paths, strict=True):
+        index, probability, down = answer["class_index"], answer["probability"], answer["down"]
+        sheet.add_row(
             "no answer" if index is None else str(answer["class_name"] or index),
             "" if probability is None else f"{100 * probability:.1f}",
-            f"{100 * answer['coverage']:.1f}",
-            f"{100 * answer['from_spares']:.1f}",
-            ",".join(map(str, answer["down"])) or "none",
+            "" if down is None else f"{100 * answer['coverage']:.1f}",
+            "" if down is None else f"{100 * answer['from_spares']:.1f}",
+            "" if down is None else ",".join(map(str, down)) or "none",
             f"{answer['latency_ms']:.1f}",
-            answer["path"],
+            os.path.relpath(path, folder) if folder else path,
         )
-    return table
+    return sheet
 
 
-def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> Table:
-    """What ``status`` prints: what each device says about itself."""
-    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights", "last fault")
-    table = make_table("Devices, each in its own words", *headings)
+def status_json(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``status --json`` prints: for each device what it says about itself, or null."""
+    return {"devices": {name: found.get(number) for number, name in enumerate(devices)}}
+
+
+def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> Sheet:
+    """What ``status`` prints: what each device says about itself, and below it everybody's last fault."""
+    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights")
+    faults = []
+    sheet = Sheet("Devices, each in its own words", *headings)
     for number, name in enumerate(devices):
         said = found.get(number)
         if said is None:
-            table.add_row(name, "silent")
+            sheet.add_row(name, "silent")
             continue
-        fault = said["last_fault"]
-        table.add_row(
+        sheet.add_row(
             name,
             "up",
             ", ".join(map(str, said["up"])) or "nobody",
             str(said["in_flight"]),
             f"{said['frames_per_second']:.1f}",
-            f"{said['weight_bytes'] / 1e6:.2f} MB",
-            f"device {fault['device']}, {fault['seconds_ago']:.0f} s ago: {fault['reason']}" if fault else "none",
+            f"{said['weights_bytes'] / 1e6:.2f} MB",
         )
-    return table
+        if fault := said["last_fault"]:
+            ago = f"{fault['seconds_ago']:.0f} s ago"
+            faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")
+    sheet.caption = "\n".join(faults) or None
+    return sheet
 
 
 def bench_json(result: BenchResult) -> dict[str, Any]:
@@ -309,21 +370,26 @@ def bench_json(result: BenchResult) -> dict[str, Any]:
             }
             for device in result.devices
         ],
+        "not_compared": result.not_compared,
     }
 
 
-def bench_table(result: BenchResult) -> Table:
+def bench_table(result: BenchResult) -> Sheet:
     """What ``bench`` prints."""
-    spread = f"{min(result.ratios):.2f} to {max(result.ratios):.2f}"
     caption = (
-        f"Measured on this machine, medians of {len(result.ratios)} pairs: {len(result.devices)} devices "
-        f"{result.frames_per_second:.1f} frames/s, one process {result.single_frames_per_second:.1f} frames/s, "
-        f"ratio {result.ratio:.2f} ({spread}). Latency {result.latency_p50_ms:.1f} ms (median), "
-        f"{result.latency_p99_ms:.1f} ms (99th percentile). Energy is not measured yet."
+        f"Measured on this machine: {len(result.devices)} devices {result.frames_per_second:.1f} frames/s (median), "
+        f"latency {result.latency_p50_ms:.1f} ms (median), {result.latency_p99_ms:.1f} ms (99th percentile)."
     )
-    table = make_table(
-        "Devices, one core each, beside one process on one core", "device", "weights", "peak memory", caption=caption
-    )
+    if result.ratio is None:
+        caption += f" Not compared with the unpartitioned model: {result.not_compared}."
+    else:
+        caption += (
+            f" One process with the unpartitioned model {result.single_frames_per_second:.1f} frames/s, "
+            f"ratio {result.ratio:.2f} ({min(result.ratios):.2f} to {max(result.ratios):.2f} in "
+            f"{len(result.ratios)} pairs)."
+        )
+    title = "Devices, one core each"
+    sheet = Sheet(title, "device", "weights", "peak memory", caption=f"{caption} Energy is not measured yet.")
     for device in result.devices:
-        table.add_row(device.name, f"{device.weights_bytes / 1e6:.2f} MB", f"{device.peak_rss_bytes / 1e6:.1f} MB")
-    return table
+        sheet.add_row(device.name, f"{device.weights_bytes / 1e6:.2f} MB", f"{device.peak_rss_bytes / 1e6:.1f} MB")
+    return sheet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 import weakref
@@ -27,6 +28,7 @@ CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
 GRACE = Settings(initial_wait=0.25, minimum_wait=0.05, maximum_wait=1.0)
 PATIENCE = Settings(initial_wait=0.5, minimum_wait=0.1, maximum_wait=5.0)
+LOOPBACK = re.compile(r"tcp://(localhost|127\.[\d.]+|\[::1\]):")
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
 
 
@@ -147,7 +149,7 @@ class Client:
             while self._model is None:
                 self._connect(end)
                 if time.monotonic() >= end or not self.status(0.2):
-                    raise ClusterError(self._unreachable())
+                    raise ClusterError(self.unreachable())
         return self._model
 
     def status(self, timeout_seconds: float = 1.0) -> dict[int, Mapping[str, Any]]:
@@ -370,7 +372,7 @@ class Client:
         del self._pending[pending.number]
         if not pending.answers:
             reason = next(iter(pending.refusals.values()), None) or (
-                "no device answered in time" if pending.asked else self._unreachable()
+                "no device answered in time" if pending.asked else self.unreachable()
             )
             latency = time.monotonic() - pending.sent_at
             self._done[pending.number] = Answer(
@@ -393,11 +395,14 @@ class Client:
             sources=best.sources,
         )
 
-    def _unreachable(self) -> str:
+    def unreachable(self) -> str:
+        """Why no device answers, as far as that is known, and the way out."""
         addresses = ", ".join(device.address for device in self.cluster.devices)
         if any(line.refused for line in self._lines):
             return f"the devices refuse this client's key: it is not listed in their cluster file ({addresses})"
-        return f"none of {len(self._lines)} devices can be reached ({addresses}); start them with 'robustdice up'"
+        here = all(LOOPBACK.match(device.address) for device in self.cluster.devices)
+        start = "'robustdice up DIR'" if here else "'robustdice device DIR/device-K' on each, and see that they are on"
+        return f"none of {len(self._lines)} devices can be reached ({addresses}); start them with {start}"
 
 
 def _softmax(outputs: NDArray[np.float32]) -> NDArray[np.float32] | None:

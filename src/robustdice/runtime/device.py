@@ -209,7 +209,7 @@ class Loop:
             "devices": manifest.devices,
             "plan_digest": manifest.plan_digest,
             "spares": manifest.spares,
-            "weight_bytes": manifest.weight_bytes,
+            "weights_bytes": manifest.weight_bytes,
             "process": os.getpid(),
             "uptime_seconds": now - self._started,
             "cpu_seconds": time.process_time(),

@@ -1,0 +1,5 @@
+"""``python -m robustdice``: the command line."""
+
+from robustdice.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""What commands write to terminals, files and pipes, and how they answer when they are called wrongly."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bundles import Network, make_plan, write_bundles
+from commands import called, fails, run, without_workshop
+from robustdice import terminal
+from robustdice.failure.evaluate import Evaluation
+from robustdice.report import tables
+from robustdice.report.sheet import Sheet
+from robustdice.runtime.client import Answer
+from robustdice.runtime.wire.config import write_cluster
+
+NUMBERS = ["1,234,567,890", "0.123456, 0.789", "32x16x16", "98.7 %"]
+
+
+def printed(sheet: Sheet, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    console.print(sheet)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120, 1000])
+def test_no_figure_is_cut_or_broken_however_narrow_the_terminal(width: int) -> None:
+    sheet = Sheet("Title", "layer", "a", "b", "c", "d", "why", caption="words " * 40, texts=["why"])
+    sheet.add_row("features.0", *NUMBERS, "a [long] reason " * 8)
+    lines = printed(sheet, width)
+    assert all(len(line) <= width for line in lines)
+    for number in NUMBERS:
+        assert any(number in line for line in lines), number
+    assert " ".join(lines).count("[long]") == 8
+    assert "…" not in "".join(lines)
+
+
+def test_tables_are_whole_in_a_file_or_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = called(capsys, "inspect", "torchvision:squeezenet1_1", "--random-weights")
+    assert status == 0
+    assert "…" not in text
+    assert any("features.12.expand3x3" in line and "147,712" in line for line in text.splitlines())
+    assert "activations exchanged per image" in " ".join(text.split())
+
+
+def test_long_work_says_now_and_then_on_a_pipe_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "SPEAK_EVERY_SECONDS", 0.05)
+    with terminal.progress("scoring") as advance:
+        advance(7, 20)
+        time.sleep(0.2)
+    with terminal.waiting("loading the model"):
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "scoring, 35 %, 0 s ..." in err
+    assert "loading the model, 0 s ..." in err
+    with terminal.progress("scoring"):
+        pass
+    assert not capsys.readouterr().err
+
+
+def test_version_and_help_come_without_pytorch(tmp_path: Path) -> None:
+    environment = without_workshop(tmp_path / "none")
+    assert run("--version", environment=environment).stdout == "robustdice 0.1.0\n"
+    assert "inspect" in run("--help", environment=environment).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "x", "-o", "y", "--devices", "four"], "--devices takes a whole number, not 'four'"),
+        (["bench", "x", "--rounds", "0"], "--rounds takes a whole number, 1 or more, not '0'"),
+        (["bench", "x", "--seconds", "nan"], "--seconds takes a number, 0.1 or more, not 'nan'"),
+        (["infer", "x", "y", "--timeout", "soon"], "--timeout takes a number, 0.01 or more, not 'soon'"),
+        (["score", "x", "--data", "digits", "-o", "s", "--seed", "-1"], "--seed takes a whole number, 0 or more"),
+        (["build", "x", "-o", "y", "--seed", "1"], "No such option: --seed"),
+        (["plan", "x"], "see 'robustdice plan --help'"),
+        (["nonsense"], "see 'robustdice --help'"),
+    ],
+)
+def test_a_wrong_call_is_answered_in_a_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = called(capsys, *arguments)
+    assert status in {1, 2}
+    assert not out
+    assert err.startswith("error: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("plan --method ", {"robustdice", "lop", "cdc", "full"}),
+        ("score --s3 ", {"auto", "exact", "fisher"}),
+        ("build --spares h", {"hot"}),
+    ],
+)
+def test_the_shell_completes_what_an_option_takes(
+    words: str, values: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_ROBUSTDICE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"robustdice {words}")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert values <= set(called(capsys)[1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo"],
+        ["reproduce", "--imagenet", "x", "-o", "y"],
+        ["inspect", "torchvision:resnet18"],
+        ["verify", "build"],
+    ],
+)
+def test_on_a_device_the_workshop_is_asked_for_and_no_traceback_comes(arguments: list[str], tmp_path: Path) -> None:
+    said = fails(*arguments, environment=without_workshop(tmp_path / "none"))
+    assert "is not installed here" in said
+    assert "pip install 'robustdice[workshop]'" in said
+
+
+def test_bench_measures_devices_without_the_workshop(tmp_path: Path) -> None:
+    plan = make_plan(2, 2)
+    write_bundles(tmp_path, plan, Network())
+    write_cluster(tmp_path, 2, plan.digest)
+    environment = without_workshop(tmp_path / "none")
+    arguments = ("bench", tmp_path, "--seconds", "0.1", "--rounds", "1", "--json")
+    document = json.loads(run(*arguments, environment=environment).stdout)
+    assert document["frames_per_second"] > 0
+    assert document["ratio"] is None
+    assert document["single_frames_per_second"] is None
+    assert "robustdice[workshop]" in document["not_compared"]
+    assert [device["weights_bytes"] for device in document["devices"]] == list(plan.bytes_per_device)
+
+
+def answer(index: int | None) -> Answer:
+    probabilities = None if index is None else [0.0] * index + [1.0]
+    return Answer(0, probabilities, probabilities, index, 1.0, 0.0, (), 0.01, 0, (), None if index else "time is up")  # type: ignore[arg-type]
+
+
+def test_an_unanswered_frame_claims_nothing_about_devices_and_names_differ() -> None:
+    prefix = "/data/some/very/long/folder/name/with/many/photographs/holiday"
+    documents = [tables.answer_json(f"{prefix}_{k}.jpg", answer(3 if k else None), []) for k in range(3)]
+    assert documents[0]["down"] is None
+    assert documents[0]["reason"] == "time is up"
+    assert documents[1]["down"] == []
+    lines = printed(tables.answers_table(documents), 80)
+    (unanswered,) = [line for line in lines if "no answer" in line]
+    assert "none" not in unanswered
+    for k in range(3):
+        assert any(f"holiday_{k}.jpg" in line for line in lines)
+
+
+def test_status_tells_a_fault_in_full() -> None:
+    fault = {"device": 1, "seconds_ago": 3.2, "reason": "frame 12 waited 0.512 s for it in stage 3"}
+    said = {"up": [0], "in_flight": 0, "frames_per_second": 1.0, "weights_bytes": 10**6, "last_fault": fault}
+    text = " ".join(printed(tables.status_table(["a", "b"], {0: said}), 80))
+    assert "frame 12 waited 0.512 s for it in stage 3" in " ".join(text.split())
+
+
+def test_every_document_carries_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_json({"x": 1})
+    assert json.loads(capsys.readouterr().out) == {"version": terminal.JSON_VERSION, "x": 1}
+
+
+@pytest.mark.parametrize(("accuracy", "samples"), [(0.0, 10), (1.0, 10), (0.5, 100), (0.8, 5000)])
+def test_an_interval_holds_the_accuracy_and_narrows_with_samples(accuracy: float, samples: int) -> None:
+    low, high = tables.confidence_interval(accuracy, samples)
+    assert 0 <= low <= accuracy <= high <= 1
+    wider = tables.confidence_interval(accuracy, samples // 2)
+    assert 0 < high - low < wider[1] - wider[0]
+
+
+def test_plans_side_by_side_say_worst_and_mean() -> None:
+    results = [
+        Evaluation(0.9, 100, "d", method, 2, share, {frozenset(): 0.9, frozenset({0}): low, frozenset({1}): 0.8})
+        for method, share, low in (("robustdice", 0.6, 0.7), ("lop", 0.5, 0.1))
+    ]
+    lines = printed(tables.comparison_table(["mine", "theirs"], results), 80)
+    (row,) = [line for line in lines if line.startswith("│ 1 ")]
+    assert "70.0 (75.0)" in row
+    assert "10.0 (45.0)" in row
