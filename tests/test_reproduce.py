@@ -18,7 +18,8 @@ from robustdice.model.load import load_model
 from robustdice.plan import ModelReference, failure_sets
 from robustdice.report import reproduce as module
 from robustdice.report.paper import ACCURACY, MEMORY
-from robustdice.report.reproduce import ModelResults, Subject, figure2_rows, reproduce, trends
+from robustdice.report.reproduce import Subject, reproduce
+from robustdice.report.results import ModelResults, figure2_rows, trends
 
 MODEL = "robustdice.demo.network:digits_cnn"
 

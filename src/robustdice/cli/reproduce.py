@@ -66,8 +66,9 @@ def reproduce(
     ours. After an interruption the same command goes on where it was.
     """
     from robustdice.report import paper  # noqa: PLC0415 -- needs the workshop
-    from robustdice.report.reproduce import Subject, trends  # noqa: PLC0415
+    from robustdice.report.reproduce import Subject  # noqa: PLC0415
     from robustdice.report.reproduce import reproduce as run  # noqa: PLC0415
+    from robustdice.report.results import trends  # noqa: PLC0415
 
     sources = list(paper.MODELS) if imagenet is not None else [*(models or ()), *(more or ())]
     images = imagenet if imagenet is not None else data

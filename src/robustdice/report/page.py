@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from robustdice.report.paper import ACCURACY
-
-if TYPE_CHECKING:
-    from robustdice.report.reproduce import ModelResults
+from robustdice.report.results import ModelResults
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{border-bottom:1px solid #ddd;padding:.2rem .6rem;
