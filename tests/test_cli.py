@@ -146,6 +146,13 @@ def test_infer_answers_through_a_killed_device(work: Path, image: Path, running:
     assert answer["class_name"] == "7"
     assert answer["coverage"] == 1
     assert answer["down"] == []
+    (work / "bad.png").write_bytes(image.read_bytes()[:50])
+    partly = run("infer", work / "build", work / "bad.png", image, work / "none.png", "--json", status=1)
+    lines = [json.loads(line) for line in partly.stdout.splitlines()]
+    assert sorted(Path(line["path"]).name for line in lines if "error" in line) == ["bad.png", "none.png"]
+    assert [line["class_name"] for line in lines if "error" not in line] == ["7"]
+    assert "cannot read the image" in partly.stderr
+    assert "there is no image" in partly.stderr
     devices = psutil.Process(running.pid).children()
     assert len(devices) == 3
     devices[0].kill()
@@ -248,7 +255,27 @@ def test_wrong_images_are_refused(work: Path, image: Path, tmp_path: Path) -> No
     assert "no class of the model" in fails("evaluate", work / "plan.json", "--data", tmp_path / "data")
     folder.rename(folder.with_name("1"))
     Image.new("L", (20, 20)).save(tmp_path / "data" / "1" / "a.png")
-    assert "20x20" in fails("evaluate", work / "plan.json", "--data", tmp_path / "data")
+    assert "20x20" in run("evaluate", work / "plan.json", "--data", tmp_path / "data", status=1).stderr
+
+
+def test_bad_images_are_skipped_on_request_and_everything_is_said(work: Path, image: Path, tmp_path: Path) -> None:
+    for digit in ("2", "3", "7"):
+        (tmp_path / "data" / digit).mkdir(parents=True)
+        shutil.copy(image, tmp_path / "data" / digit)
+    (tmp_path / "data" / "3" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "data" / "notes.txt").touch()
+    result = run(
+        "evaluate", work / "plan.json", "--data", tmp_path / "data", "--skip-bad", "--max-failed", "0", "--json"
+    )
+    document = json.loads(result.stdout)
+    assert document["samples"] == 3
+    assert [left["kind"] for left in document["notes"]["left_out"]] == ["of the kind .txt"]
+    assert "cut.jpg" in document["notes"]["skipped"][0]
+    assert document["notes"]["doubt"] in result.stderr  # a 7 in three folders
+    for said in ("not read: 1 of the kind .txt (notes.txt)", "went on without 1 bad images", "chance 10.0%"):
+        assert said in result.stderr
+    scored = run_json("score", MODEL, "--data", image, "--use", "s1", "-o", tmp_path / "scores.npz")
+    assert scored["settings"]["samples"] == 1
 
 
 def test_nobody_to_ask(work: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:

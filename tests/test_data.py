@@ -1,6 +1,7 @@
 """Folders and zip files of images, and the digits."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loose.png").write_bytes(encode(picture(4, 4)))
     with pytest.raises(DataError, match=r"the image loose\.png is in no class folder"):
         load_data(str(tmp_path), SIZE, 2)
-    with pytest.raises(DataError, match=r"cannot read .*loose\.png as a zip file"):
+    with pytest.raises(DataError, match=r"the image loose\.png is in no class folder"):
         load_data(str(tmp_path / "loose.png"), SIZE, 2)
     with pytest.raises(DataError, match="--size, --mean and --std"):
         load_data("digits", {}, 10)
@@ -119,6 +120,130 @@ def test_other_images_have_another_digest(folder: Path, tmp_path: Path) -> None:
     image.write_bytes(encode(picture(4, 4, seed=99), "BMP"))
     assert load_data(str(folder), SIZE, 3).digest != whole.digest
     assert load_data(str(pack(folder, tmp_path / "same.zip")), SIZE, 3).digest != zipped
+
+
+def put(root: Path, *names: str, content: bytes = b"") -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content or encode(picture(4, 4)))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "sides", "way_out"),
+    [
+        (("train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png"), "'train' and 'val'", "val"),
+        (("Training/cat/1.png", "Testing/dog/2.png"), "'Testing' and 'Training'", "Testing"),
+        (("in/train/cat/1.png", "in/train/dog/2.png", "in/val/3.png"), "'in/train' and 'in/val'", "in/val"),
+        (("a/cat/1.png", "a/dog/1.png", "b/x/cat/1.png"), "'a' and 'b/x'", "a"),
+        (("cat/1.png", "dog/2.png", "more/cat/1.png"), "'.' and 'more'", ""),
+        (("train/1.png", "val/2.png"), "'train' and 'val'", "val"),
+    ],
+)
+def test_splits_side_by_side_are_refused_with_the_way_out(
+    names: tuple[str, ...], sides: str, way_out: str, tmp_path: Path
+) -> None:
+    root = put(tmp_path / "data", *names)
+    for data in (root, pack(root, tmp_path / "data.zip")):
+        with pytest.raises(DataError) as refused:
+            load_data(str(data), SIZE, 2)
+        assert str(refused.value) == (
+            f"{data} has {sides} side by side, which are not to be measured together: "
+            f"give one of them, as in {data / way_out}"
+        )
+
+
+def test_the_way_out_of_splits_works_in_a_zip_file_too(tmp_path: Path) -> None:
+    root = put(
+        tmp_path / "data", "train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png", "val/dog/3.png"
+    )
+    for data in (root, pack(root, tmp_path / "data.zip")):
+        assert load_data(str(data / "val"), SIZE, 2).labels.tolist() == [0, 1, 1]
+
+
+def test_train_can_be_the_name_of_a_class(tmp_path: Path) -> None:
+    root = put(tmp_path / "vehicles", "train/1.png", "tram/1.png", "validation/1.png")
+    assert load_data(str(root), SIZE, 3).labels.tolist() == [0, 1, 2]
+    root = put(tmp_path / "two", "train/1.png", "test/1.png")
+    assert load_data(str(root), {**SIZE, "classes": ["train", "test"]}, 2).labels.tolist() == [1, 0]
+
+
+def test_without_labels_any_images_will_do(tmp_path: Path) -> None:
+    flat = put(tmp_path / "flat", "1.png", "2.png", "3.png")
+    mixed = put(tmp_path / "mixed", "1.png", "no class/2.png", "no class/deeper/3.png")
+    splits = put(tmp_path / "splits", "train/cat/1.png", "val/cat/2.png", "val/dog/3.png")
+    for data in (flat, mixed, splits, *(pack(root, root.with_suffix(".zip")) for root in (flat, mixed, splits))):
+        found = load_data(str(data), SIZE, 1000, labelled=False)
+        assert found.labels.tolist() == [-1, -1, -1]
+        assert found.images().shape == (3, 3, 4, 4)
+    assert found.notes.inferred == ("the images of 'train' and 'val' are used alike",)
+    single = load_data(str(flat / "1.png"), SIZE, 1000, labelled=False)
+    assert (len(single), single.name) == (1, "1.png")
+    assert single.images().shape == (1, 3, 4, 4)
+
+
+def test_a_sample_without_labels_is_seeded_and_balanced_over_folders(tmp_path: Path) -> None:
+    root = put(tmp_path / "data", *(f"many/{n}.png" for n in range(30)), *(f"few/{n}.png" for n in range(4)))
+    data = load_data(str(root), SIZE, 7, labelled=False)
+    assert [mark.split()[1].split("/")[0] for mark in data.sample(8, seed=1).marks].count("few") == 4
+    assert data.sample(8, seed=1).marks == data.sample(8, seed=1).marks != data.sample(8, seed=2).marks
+
+
+def test_bad_images_are_listed_before_any_work_and_the_list_has_an_end(folder: Path) -> None:
+    photo = encode(picture(4, 4), "JPEG")
+    put(folder / "top/dog", "cut.jpg", content=photo[:-9])
+    put(folder / "top/dog", "large.png", content=encode(picture(5, 5)))
+    data = load_data(str(folder), SIZE, 3)
+    with pytest.raises(DataError) as refused:
+        data.checked()
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith("2 of 6 images cannot be used; repair or remove them, or go on without them with --skip")
+    assert "dog/cut.jpg" in lines[1]
+    assert "dog/large.png is 5x5, the model takes 4x4" in lines[2]
+    put(folder / "top/dog", *(f"{number}.gif" for number in range(20)), content=b"GIF89a")
+    with pytest.raises(DataError, match=r"  and 12 more$"):
+        load_data(str(folder), SIZE, 3).checked()
+
+
+def test_bad_images_can_be_skipped_and_are_counted(folder: Path) -> None:
+    bad = {"cut.jpg": encode(picture(4, 4), "JPEG")[:-9], "cut.png": encode(picture(4, 4))[:60]}
+    for name, content in bad.items():
+        put(folder / "top/dog", name, content=content)
+    data = load_data(str(folder), SIZE, 3).checked(skip_bad=True)
+    assert data.labels.tolist() == [1, 1, 2, 0]
+    assert data.images().shape == (4, 3, 4, 4)
+    assert len(data.notes.skipped) == 2
+    assert "went on without 2 bad images" in data.notes.sentences()[-1]
+    assert len(data.marks) == 4
+    for name in FILES:
+        (folder / name).unlink()
+    with pytest.raises(DataError, match="2 of 2 images cannot be used"):
+        load_data(str(folder), {**SIZE, "classes": ["dog"]}, 1).checked(skip_bad=True)
+
+
+def test_images_that_fail_only_when_they_are_decoded_are_skipped_too(folder: Path) -> None:
+    damaged = bytearray(encode(picture(4, 4)))
+    start = damaged.index(b"IDAT")
+    length = int.from_bytes(damaged[start - 4 : start], "big")
+    damaged[start + 4 : start + 4 + length] = bytes(length)
+    damaged[start + 4 + length : start + 8 + length] = zlib.crc32(damaged[start : start + 4 + length]).to_bytes(
+        4, "big"
+    )
+    put(folder / "top/dog", "bad.png", content=bytes(damaged))
+    data = load_data(str(folder), SIZE, 3).checked()
+    with pytest.raises(DataError, match=r"bad\.png"):
+        data.images()
+    assert len(load_data(str(folder), SIZE, 3).checked(skip_bad=True)) == 4
+
+
+def test_what_was_inferred_and_left_out_is_data(folder: Path) -> None:
+    notes = load_data(str(folder), SIZE, 3).notes
+    assert notes.as_json() == {
+        "inferred": ("the outputs are taken for the folders in alphabetical order (ant, cat, dog)",),
+        "left_out": ({"kind": "of the kind .txt", "count": 1, "first": ("top/README.txt",)},),
+        "skipped": (),
+    }
+    assert notes.sentences() == [*notes.inferred, "not read: 1 of the kind .txt (top/README.txt)"]
 
 
 def numbered(labels: list[int]) -> Dataset:

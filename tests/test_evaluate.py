@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nets import ChannelsLast, Residual, network_of, random_images, random_plan, relative_error, seeded, without
-from robustdice.errors import OutputError, PlanError
+from robustdice.errors import DataError, OutputError, PlanError
 from robustdice.failure.availability import expect
+from robustdice.failure.chance import doubt_about
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.evaluate import (
     Evaluation,
@@ -246,6 +247,73 @@ def test_interrupted_evaluation_goes_on_where_it_was(network: Network, tmp_path:
     assert resumed == evaluate(network, plan, dataset)
     with pytest.raises(OutputError, match="results of other work"):
         evaluate(network, random_plan(network, 2), dataset, checkpoint=kept)
+
+
+def test_a_checkpoint_survives_the_repair_of_one_image(network: Network, tmp_path: Path) -> None:
+    """Image 66 of 70 is found to be bad when everything before it is done; only its batch is computed after that."""
+    plan, kept, reads = random_plan(network, 3), tmp_path / "evaluation", list[int]()
+    marks = [f"{index}.png" for index in range(len(LABELS))]
+
+    def read(index: int, bad: bool) -> Any:
+        if bad and index == 66:
+            raise DataError("cannot read 66.png: truncated")
+        reads.append(index)
+        return IMAGES[index]
+
+    with pytest.raises(DataError, match=r"66\.png"):
+        evaluate(network, plan, Dataset("d", LABELS, lambda index: read(index, True), marks), checkpoint=kept)
+    reads.clear()
+    marks[66] = "66.png, repaired"
+    repaired = Dataset("d", LABELS, lambda index: read(index, False), marks)
+    found = evaluate(network, plan, repaired, checkpoint=kept)
+    assert set(reads) == set(range(64, 70))
+    reads.clear()
+    assert evaluate(network, plan, repaired, checkpoint=kept) == found == evaluate(network, plan, repaired)
+    for other in (
+        Dataset("d", 1 - LABELS.clip(0, 1), repaired.read, marks),
+        replace(repaired, marks=["new", *marks[1:]]),
+    ):
+        reads.clear()
+        evaluate(network, plan, other, checkpoint=kept)
+        assert set(range(64)) <= set(reads)
+
+
+def test_bad_images_are_named_before_anything_is_computed(network: Network) -> None:
+    def check(index: int) -> None:
+        if index % 40 == 3:
+            raise DataError(f"cannot read {index}.png")
+
+    def read(_index: int) -> Any:
+        raise AssertionError
+
+    with pytest.raises(DataError, match=r"2 of 70 images cannot be used.*\n.* 3\.png\n.* 43\.png"):
+        evaluate(network, random_plan(network, 2), Dataset("d", LABELS, read, check=check))
+
+
+def test_accuracy_needs_labels(network: Network) -> None:
+    with pytest.raises(DataError, match="d was loaded without labels; accuracy needs them"):
+        evaluate(network, random_plan(network, 2), Dataset("d", np.full(3, -1), lambda index: IMAGES[index]))
+
+
+@pytest.mark.parametrize(
+    ("clean", "samples", "outputs", "doubtful"),
+    [
+        (0.1, 797, 10, True),
+        (0.167, 600, 12, True),  # twelve folders in text order, and a perfect network
+        (0.3, 797, 10, False),
+        (0.3, 10, 10, True),  # chance could have given that
+        (0.54, 1000, 2, True),
+        (0.6, 1000, 2, False),
+        (1.0, 4, 2, False),
+        (0.001, 50000, 1000, True),
+        (0.55, 50000, 1000, False),
+        (0.0, 100, 5, True),
+    ],
+)
+def test_a_network_near_chance_is_doubted(clean: float, samples: int, outputs: int, doubtful: bool) -> None:
+    said = doubt_about(Evaluation(clean, samples, "d", "m", 2, 0.5, {frozenset(): clean}), outputs)
+    assert (said is not None) == doubtful
+    assert said is None or f"{clean:.1%} of {samples} images rightly, chance {1 / outputs:.1%}" in said
 
 
 @given(

@@ -1,6 +1,7 @@
-"""Images become inputs as torchvision's transforms would make them, and what does not fit is refused."""
+"""Images of every kind become inputs with their colours right, and what does not fit is refused."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,7 @@ import pytest
 from PIL import Image
 
 from robustdice.errors import DataError
-from robustdice.images import check_preprocessing, class_of, normalise_pixels, read_image
-from robustdice.model.load import import_torchvision
-
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+from robustdice.images import as_shown, check_image, check_preprocessing, normalise_pixels, read_image
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -28,32 +26,6 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return content.getvalue()
 
 
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
-@pytest.mark.parametrize(("width", "height"), [(40, 30), (31, 47), (64, 64), (23, 97), (100, 35), (24, 24)])
-def test_preprocessing_is_what_torchvision_does(width: int, height: int, interpolation: str) -> None:
-    import_torchvision()
-    from torchvision.transforms import v2  # noqa: PLC0415
-
-    image = picture(width, height)
-    oracle = v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.ToPILImage(),
-            v2.Resize(24, interpolation=v2.InterpolationMode(interpolation)),
-            v2.CenterCrop((20, 18)),
-            v2.PILToTensor(),
-        ]
-    )
-    expected = (oracle(image).double().numpy() / 255 - np.reshape(IMAGENET["mean"], (3, 1, 1))) / np.reshape(
-        IMAGENET["std"], (3, 1, 1)
-    )
-    found = read_image(
-        encode(image), {"input_size": [3, 20, 18], "resize": 24, "interpolation": interpolation, **IMAGENET}
-    )
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_without_resize_pixels_stay_what_they_are() -> None:
     image = picture(5, 4)
     found = read_image(encode(image), {"input_size": [3, 4, 5]})
@@ -67,11 +39,198 @@ def test_any_colour_mode_becomes_grey_for_a_model_of_one_channel(mode: str) -> N
     np.testing.assert_allclose(found, (np.asarray(image.convert("L"), np.float64)[None] / 255 - 0.5) / 0.25, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "1", "P"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "1", "P", "CMYK", "YCbCr"])
 def test_any_colour_mode_becomes_three_channels(mode: str) -> None:
     image = picture(6, 4).convert(mode)
-    found = read_image(encode(image), {"input_size": [3, 4, 6]})
+    found = read_image(encode(image, "TIFF"), {"input_size": [3, 4, 6]})
     np.testing.assert_array_equal(found, np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1) / 255)
+
+
+RAMP = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+GREY = {"input_size": [1, 32, 32]}
+
+
+def pgm(levels: np.ndarray, largest: int, ascii_digits: bool = False) -> bytes:
+    head = f"{'P2' if ascii_digits else 'P5'} {levels.shape[1]} {levels.shape[0]} {largest}\n".encode()
+    return head + (" ".join(map(str, levels.ravel())).encode() if ascii_digits else levels.astype(">u2").tobytes())
+
+
+def tiff(levels: np.ndarray, bits: int, photometric: int, mark: str = "<") -> bytes:
+    """A grey TIFF file as other programs write them; of 12 bits, two numbers in three bytes."""
+    data = levels.astype(f"{mark}u2").tobytes()
+    if bits == 12:
+        pairs = levels.reshape(-1, 2).astype(np.uint32)
+        packed = pairs[:, 0] << 12 | pairs[:, 1]
+        data = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
+    height, width = levels.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack(f"{mark}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack(f"{mark}2sHI", b"II" if mark == "<" else b"MM", 42, 8 + len(data))
+    return head + data + struct.pack(f"{mark}H", len(tags)) + entries + b"\0" * 4
+
+
+DEEP = {
+    "png": encode(Image.fromarray(RAMP)),
+    "tiff": encode(Image.fromarray(RAMP), "TIFF"),
+    "compressed tiff": encode(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw"),
+    "tiff of the other byte order": tiff(RAMP, 16, 1, ">"),
+    "tiff where white is 0": tiff(65535 - RAMP, 16, 0),
+    "tiff of 12 bits": tiff(RAMP >> 4, 12, 1),
+    "jpeg 2000": encode(Image.fromarray(RAMP), "JPEG2000"),
+    "pgm": pgm(RAMP, 65535),
+    "pgm of 10 bits": pgm(RAMP >> 6, 1023),
+    "pgm in digits": pgm(RAMP, 65535, ascii_digits=True),
+    "pgm of 12 bits in digits": pgm(RAMP >> 4, 4095, ascii_digits=True),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_images_are_scaled_by_what_their_files_can_hold(kind: str) -> None:
+    content = DEEP[kind]
+    for preprocessing in (GREY, {"input_size": [3, 32, 32]}):
+        found = read_image(content, preprocessing)
+        assert np.abs(found - RAMP / 65535).max() < 0.51 / 255 + 1 / 1023
+    check_image(content, GREY)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM"])
+def test_images_whose_white_nobody_knows_are_refused(kind: str) -> None:
+    floats = encode(Image.fromarray((RAMP / 65535).astype(np.float32)), kind)
+    for refuses in (read_image, check_image):
+        with pytest.raises(DataError, match=r"the image scan has floating-point pixels, .* save it with 8 or 16 bits"):
+            refuses(floats, GREY, "scan")
+        with pytest.raises(DataError, match="scan has pixels of 32 bits, or below zero"):
+            refuses(encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), GREY, "scan")
+
+
+def test_every_mode_of_pillow_is_shown_or_refused() -> None:
+    modes = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
+    deep = ["I;16", "I;16L", "I;16B", "I;16N"]
+    for mode in [*modes, *deep, "I", "F"]:
+        for channels, shown in ((1, "L"), (3, "RGB")):
+            image = Image.new(mode, (3, 2))
+            if mode in ("I", "F"):
+                with pytest.raises(DataError, match="nothing in it says which number is white"):
+                    as_shown(image, channels, "scan")
+            else:
+                assert (as_shown(image, channels, "scan").mode, image.size) == (shown, (3, 2))
+
+
+def test_what_is_transparent_shows_the_background() -> None:
+    glyph = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # black on nothing
+    glyph.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    half = Image.new("LA", (8, 8), (0, 127))
+    size = {"input_size": [3, 8, 8]}
+    for image, kind in ((glyph, "PNG"), (glyph.convert("LA"), "PNG"), (glyph, "WEBP"), (glyph, "GIF"), (glyph, "TIFF")):
+        found = read_image(encode(image, kind, **({"lossless": True} if kind == "WEBP" else {})), size)
+        assert found[:, 0, 0].tolist() == [1, 1, 1]  # white
+        assert found[:, 4, 4].tolist() == [0, 0, 0]
+    blue = read_image(encode(glyph), {**size, **check_preprocessing({"background": "blue"})})
+    assert blue[:, 0, 0].tolist() == [0, 0, 1]
+    np.testing.assert_allclose(read_image(encode(half), {"input_size": [1, 8, 8], "background": [0, 0, 0]}), 0)
+    np.testing.assert_allclose(read_image(encode(half), {"input_size": [1, 8, 8]}), 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "I;16", "1"])
+def test_a_colour_that_a_png_declares_transparent_shows_the_background(mode: str) -> None:
+    image = Image.fromarray(np.zeros((4, 4), np.uint16)) if mode == "I;16" else Image.new(mode, (4, 4))
+    found = read_image(encode(image, transparency=(0, 0, 0) if mode == "RGB" else 0), {"input_size": [3, 4, 4]})
+    assert found.min() == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_photograph_is_turned_as_its_camera_was_held(orientation: int, kind: str) -> None:
+    upright = Image.new("L", (16, 32))
+    upright.paste(255, (0, 0, 8, 8))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes what the tag asks for
+    lying = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = encode(lying.convert("RGB"), kind, exif=exif)
+    found = read_image(content, {"input_size": [1, 32, 16]})
+    np.testing.assert_allclose(found[0], np.asarray(upright) / 255, atol=0.05)
+    check_image(content, {"input_size": [1, 32, 16]})
+    if kind != "TIFF":  # which Pillow itself turns
+        preprocessing = {"input_size": [1, lying.height, lying.width], "exif_orientation": False}
+        np.testing.assert_allclose(read_image(content, preprocessing)[0], np.asarray(lying) / 255, atol=0.05)
+
+
+def test_damaged_metadata_turn_nothing() -> None:
+    content = encode(picture(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_image(content, {"input_size": [3, 8, 8]}).shape == (3, 8, 8)
+
+
+def test_of_several_frames_the_first_is_read() -> None:
+    frames = [Image.new("L", (4, 4), level) for level in (0, 255)]
+    for kind in ("GIF", "TIFF", "PNG", "WEBP"):
+        content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert read_image(content, {"input_size": [1, 4, 4]}).max() < 0.05
+
+
+def test_channels_come_in_the_order_that_the_model_takes() -> None:
+    content = encode(Image.new("RGB", (2, 2), (255, 0, 51)))
+    size = {"input_size": [3, 2, 2], "mean": [0.2, 0, 0]}
+    assert read_image(content, {**size, "channels": "BGR"})[:, 0, 0].tolist() == pytest.approx([0, 0, 1])
+    assert read_image(content, {**size, "channels": "RGB"})[:, 0, 0].tolist() == pytest.approx([0.8, 0, 0.2])
+
+
+WHOLE = {
+    "png": encode(picture(12, 12)),
+    "jpeg": encode(picture(12, 12), "JPEG"),
+    "progressive": encode(picture(12, 12), "JPEG", progressive=True),
+    "jpeg with a tail": encode(picture(12, 12), "JPEG") + b"\0" * 300,
+    **{kind: encode(picture(12, 12), kind) for kind in ("GIF", "BMP", "WEBP", "TIFF", "PPM", "QOI")},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_check_finds_the_truncated_images_that_reading_refuses(kind: str, tmp_path: Path) -> None:
+    content, size = WHOLE[kind], {"input_size": [3, 12, 12]}
+    check_image(content, size)
+    for length in [*range(0, len(content), 7), len(content) - 1]:
+        (tmp_path / "cut").write_bytes(content[:length])
+        for source in (content[:length], tmp_path / "cut"):
+            assert is_refused(check_image, source, size) == is_refused(read_image, source, size), length
+
+
+def is_refused(way: Any, source: bytes | Path, size: dict[str, Any]) -> bool:
+    try:
+        way(source, size, "cut")
+    except DataError:
+        return True
+    return False
+
+
+def test_a_check_needs_no_decoding_of_common_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    for kind in ("png", "jpeg", "progressive"):
+        check_image(WHOLE[kind], {"input_size": [3, 12, 12]})
+
+
+def test_a_check_finds_images_of_a_wrong_size() -> None:
+    with pytest.raises(DataError, match="is 12x12, the model takes 12x9"):
+        check_image(WHOLE["jpeg"], {"input_size": [3, 9, 12]})
+
+
+def test_only_formats_that_are_safe_to_open_are_opened(tmp_path: Path) -> None:
+    script = tmp_path / "a.jpg"  # which would start Ghostscript
+    script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(DataError, match=r"cannot read the image .* none of the formats that are read"):
+        read_image(script, {"input_size": [3, 9, 9]})
+
+
+def test_what_only_looks_like_an_image_is_named() -> None:
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"", "it is empty"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_image(content, {"input_size": [3, 9, 9]}, "a")
 
 
 def test_pixels_are_normalised_channel_by_channel() -> None:
@@ -139,42 +298,3 @@ def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch: pytest.Monk
 def test_models_of_other_channels_take_no_images() -> None:
     with pytest.raises(DataError, match="images have 1 or 3 channels, the model takes 4"):
         read_image(encode(picture(4, 4)), {"input_size": [4, 4, 4]})
-
-
-@pytest.mark.parametrize(
-    ("preprocessing", "message"),
-    [
-        ({"size": 3}, "unknown preprocessing key 'size'"),
-        ({"interpolation": "sharp"}, "unknown interpolation 'sharp'"),
-        ({"interpolation": ["bilinear"]}, "unknown interpolation"),
-        ({"input_size": [3, 224]}, r"input_size is \[channels, height, width\], not \[3, 224\]"),
-        ({"input_size": [3, 0, 5]}, "input_size"),
-        ({"input_size": 224}, "damaged"),
-        ({"input_size": [3, float("inf"), 5]}, "damaged"),
-        ({"mean": ["a"]}, "damaged"),
-        ({"mean": [float("nan")]}, "mean must be finite"),
-        ({"std": [0.0]}, "std must be positive"),
-        ({"std": [float("nan")]}, "std must be positive"),
-        ({"input_size": [3, 4, 4], "mean": [0.5]}, "mean has 1 entries for 3 channels"),
-        ({"resize": 0}, "resize is the length of an image's short side in pixels, not 0"),
-        ({"resize": "big"}, "damaged"),
-        ({"classes": "cat"}, "classes is a list of names, not 'cat'"),
-        ({"classes": ["cat", "dog", "cat"]}, "the class 'cat' is named twice"),
-    ],
-)
-def test_preprocessing_that_makes_no_sense_is_refused(preprocessing: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        check_preprocessing(preprocessing)
-
-
-def test_preprocessing_becomes_plain_values() -> None:
-    found = check_preprocessing(
-        {"input_size": (np.int64(3), 4, 5), "resize": None, "mean": (0, 0, 1), "classes": (1, 2)}
-    )
-    assert found == {"input_size": [3, 4, 5], "mean": [0.0, 0.0, 1.0], "classes": ["1", "2"]}
-
-
-def test_class_of_names_what_it_knows() -> None:
-    assert class_of("dog", ["cat", "dog"], "data") == 1
-    with pytest.raises(DataError, match=r"folder 'bird' of data is no class .*'cat', 'dog'.* --classes FILE"):
-        class_of("bird", ["cat", "dog"], "data")

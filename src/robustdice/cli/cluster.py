@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 import robustdice as rd
 from robustdice.cli.app import app
 from robustdice.cli.options import BuildDirectory, Json, Seed
 from robustdice.cli.usage import number
-from robustdice.errors import ClusterError, RobustdiceError
+from robustdice.errors import ClusterError, DataError, RobustdiceError
 from robustdice.images import read_image
 from robustdice.report import tables
 from robustdice.runtime.journal import JsonLines
@@ -64,21 +67,41 @@ def infer(
     timeout: Annotated[float, number("--timeout", "seconds to wait for each answer", float, least=0.01)] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Ask the running devices of a build: class, probability, coverage, latency."""
+    """Ask the running devices of a build: class, probability, coverage, latency.
+
+    Images are read as they are asked about. One that cannot be read is named, and the others are answered.
+    """
+    read: list[Path] = []
+    bad: list[str] = []
+    answers: list[dict[str, Any]] = []
+
+    def say(document: dict[str, Any]) -> None:
+        if as_json:
+            print_json(document)
+
+    def arrays(preprocessing: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
+        for path in images:
+            try:
+                array = read_image(path, preprocessing)
+            except DataError as error:
+                bad.append(str(error))
+                say({"path": str(path), "error": str(error)})
+                continue
+            read.append(path)
+            yield array
+
     with rd.Client(directory / "cluster.toml", timeout_seconds=timeout) as client:
         model = client.model
-        preprocessing = {"input_size": list(model.input_shape), **model.preprocessing}
-        arrays = [read_image(path, preprocessing) for path in images]
-        answers = [
-            tables.answer_json(str(p), a, model.classes) for p, a in zip(images, client.stream(arrays), strict=True)
-        ]
-    if as_json:
-        for answer in answers:
-            print_json(answer)
-    else:
+        for answer in client.stream(arrays({"input_size": list(model.input_shape), **model.preprocessing})):
+            answers.append(tables.answer_json(str(read[len(answers)]), answer, model.classes))
+            say(answers[-1])
+    if answers and not as_json:
         out.print(tables.answers_table(answers))
-    if unanswered := [answer["path"] for answer in answers if answer["class_index"] is None]:
-        raise RobustdiceError(f"{len(unanswered)} of {len(answers)} images were not answered, such as {unanswered[0]}")
+    unanswered = [answer["path"] for answer in answers if answer["class_index"] is None]
+    if unanswered:
+        bad.append(f"{len(unanswered)} of {len(answers)} images were not answered, such as {unanswered[0]}")
+    if bad:
+        raise RobustdiceError("\n".join(bad))
 
 
 @app.command(epilog="Example: robustdice status build")

@@ -17,6 +17,7 @@ from robustdice.cli.options import (
     Samples,
     Scheduler,
     Seed,
+    SkipBad,
     load_data,
     numbers,
     resumable,
@@ -24,9 +25,10 @@ from robustdice.cli.options import (
 from robustdice.cli.usage import number
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.failure.availability import for_each
+from robustdice.failure.chance import doubt_about
 from robustdice.plan import check_max_failed
 from robustdice.report import plots, tables
-from robustdice.terminal import out, print_json, progress, waiting
+from robustdice.terminal import err, out, print_json, progress, waiting
 
 
 @app.command(epilog="Example: robustdice evaluate plan.json --data cifar10-test.zip --samples 1000 --availability 0.99")
@@ -45,6 +47,7 @@ def evaluate(
     scheduler: Scheduler = None,
     plot: Plot = None,
     samples: Samples = None,
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +69,7 @@ def evaluate(
             for_each(each.devices, up)
     with waiting("loading the model"):
         network = rd.reload_model(made[0].model)
-    dataset = load_data(data, network, samples, seed)
+    dataset = load_data(data, network, samples, seed, skip_bad=skip_bad)
     with resumable(checkpoint), progress("evaluating") as advance:
         results = rd.evaluate_plans(
             network,
@@ -79,8 +82,12 @@ def evaluate(
             on_progress=advance,
         )
     expectations = [None if up is None else rd.expect(result, up) for result in results]
+    doubt = doubt_about(results[0], network.outputs, network.reference.random_weights_seed is not None)
+    if doubt is not None:
+        err.print(f"warning: {doubt}", soft_wrap=True)
+    notes = {"notes": {**dataset.notes.as_json(), "doubt": doubt}}
     documents = [
-        {"plan": str(path), "plan_digest": plan.digest, **tables.evaluation_json(result, expectation)}
+        {"plan": str(path), "plan_digest": plan.digest, **tables.evaluation_json(result, expectation), **notes}
         for path, plan, result, expectation in zip(plans, made, results, expectations, strict=True)
     ]
     if as_json:

@@ -11,7 +11,7 @@ from robustdice.cli.app import app
 from robustdice.cli.options import (
     S3,
     Classes,
-    Data,
+    Images,
     Json,
     Mean,
     ModelArgument,
@@ -21,8 +21,10 @@ from robustdice.cli.options import (
     Scheduler,
     Seed,
     Size,
+    SkipBad,
     Std,
     Use,
+    load_data,
     load_model,
     resumable,
     score_with,
@@ -56,13 +58,14 @@ def inspect(
 @app.command(epilog="Example: robustdice score resnet20.pt2 --data cifar10-train.zip --samples 64 -o scores.npz")
 def score(
     model: ModelArgument,
-    data: Data,
+    data: Images,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the scores (.npz)")],
     use: Use = "s1,s2,s3",
     s3: S3 = "auto",
     scheduler: Scheduler = None,
     plot: Plot = None,
     samples: Samples = SCORING_SAMPLES,
+    skip_bad: SkipBad = False,
     random_weights: RandomWeights = False,
     size: Size = None,
     mean: Mean = None,
@@ -82,15 +85,17 @@ def score(
         raise OutputError(f"{output} is a directory; name a file with -o")
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
+    images = load_data(data, network, samples, seed, "train", labelled=False, skip_bad=skip_bad)
     kept = output.with_name(f"{output.name}.partial")
     with resumable(kept):
-        importance = score_with(network, data, samples, seed, use.split(","), s3, scheduler, kept)
+        importance = score_with(network, images, use.split(","), s3, scheduler, kept)
     importance.save(output)
     kept.unlink(missing_ok=True)
     if plot is not None:
         plots.save(plots.importance(importance), plot)
     if as_json:
-        print_json({"output": str(output), "columns": importance.columns, "settings": importance.settings})
+        made = {"output": str(output), "columns": importance.columns, "settings": importance.settings}
+        print_json({**made, "notes": images.notes.as_json()})
     else:
         out.print(tables.importance_table(importance))
         out.print(f"Scores of {len(importance.names)} layers are in {output}.")

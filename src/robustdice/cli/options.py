@@ -12,6 +12,7 @@ import typer
 import robustdice as rd
 from robustdice.cli.usage import number, one_of
 from robustdice.errors import DataError, PlanError
+from robustdice.model.classes import read_classes
 from robustdice.terminal import err, progress
 
 ModelArgument = Annotated[
@@ -26,9 +27,13 @@ Mean = Annotated[str | None, typer.Option(metavar="X,...", help="mean of each ch
 Std = Annotated[str | None, typer.Option(metavar="X,...", help="standard deviation of each channel")]
 Classes = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="class folders in the order of the outputs, the first word of each line"),
+    typer.Option(metavar="FILE", help="names of the classes in the order of the outputs, one a line"),
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
+Images = Annotated[
+    str, typer.Option("--data", metavar="DATA", help="a folder or zip file of images, or one, or 'digits'; no labels")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="go on without images that cannot be read, and name them")]
 Use = Annotated[str, typer.Option(metavar="S,...", help="which of the scores s1, s2, s3")]
 S3 = Annotated[
     str,
@@ -64,13 +69,7 @@ def load_model(
         if text is not None:
             declared[key] = [kind(number) for number in numbers(text, "--size" if kind is int else f"--{key}", kind)]
     if classes is not None:
-        try:
-            lines = classes.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise DataError(f"cannot read {classes}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise DataError(f"{classes} is not UTF-8 text; --classes takes a class a line") from None
-        declared["classes"] = [line.split()[0] for line in lines if line.strip()]
+        declared["classes"] = read_classes(classes)
     return rd.load_model(source, random_weights=random_weights, seed=seed, preprocessing=declared)
 
 
@@ -99,32 +98,44 @@ def read_thresholds(text: str) -> float | list[float]:
 
 @contextlib.contextmanager
 def resumable(kept: Path | None) -> Iterator[None]:
-    """Says on Ctrl-C where what is finished is kept: in a directory, or in a checkpoint behind its header."""
+    """Says on Ctrl-C, or when an image is bad after all, where what is finished is kept: in a directory, or in a
+    checkpoint behind its header."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DataError):
         if kept is not None and kept.exists() and (kept.is_dir() or kept.read_bytes().count(b"\n") > 1):
             err.print(f"What is finished is kept in {kept}: the same command goes on from there.", soft_wrap=True)
         raise
 
 
-def load_data(source: str, network: rd.Network, samples: int | None, seed: int, split: Any = "test") -> rd.Dataset:
-    """The images that DATA and --samples name."""
-    return rd.load_data(source, network.preprocessing, network.outputs, split=split).sample(samples, seed)
+def load_data(
+    source: str,
+    network: rd.Network,
+    samples: int | None,
+    seed: int,
+    split: Any = "test",
+    *,
+    labelled: bool = True,
+    skip_bad: bool = False,
+) -> rd.Dataset:
+    """The images that DATA and --samples name, checked; what is to be known about them is said."""
+    found = rd.load_data(source, network.preprocessing, network.outputs, split=split, labelled=labelled)
+    with progress("checking the images") as advance:
+        dataset = found.sample(samples, seed).checked(skip_bad, advance)
+    for sentence in dataset.notes.sentences():
+        err.print(f"note: {sentence}", soft_wrap=True)
+    return dataset
 
 
 def score_with(
     network: rd.Network,
-    data: str,
-    samples: int | None,
-    seed: int,
+    images: rd.Dataset,
     columns: list[str],
     s3: str,
     scheduler: str | None,
     checkpoint: Path | None = None,
 ) -> rd.Importance:
-    """Scores from the images that DATA and --samples name."""
-    images = load_data(data, network, samples, seed, "train")
+    """Scores from images, with a bar that shows how far it is."""
     with progress("scoring") as advance:
         return rd.score(
             network,

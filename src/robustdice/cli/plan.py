@@ -21,8 +21,10 @@ from robustdice.cli.options import (
     Scheduler,
     Seed,
     Size,
+    SkipBad,
     Std,
     Use,
+    load_data,
     load_model,
     read_thresholds,
     score_with,
@@ -65,6 +67,7 @@ def plan(
     scheduler: Scheduler = None,
     plot: Plot = None,
     samples: Samples = SCORING_SAMPLES,
+    skip_bad: SkipBad = False,
     random_weights: RandomWeights = False,
     size: Size = None,
     mean: Mean = None,
@@ -79,14 +82,15 @@ def plan(
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
-    importance = columns = None
+    importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
     if method not in WITHOUT_SCORES:
         columns = use.split(",")
         if scores is not None:
             importance = rd.Importance.load(scores)
         elif data is not None:
-            importance = score_with(network, data, samples, seed, columns, s3, scheduler)
+            images = load_data(data, network, samples, seed, "train", labelled=False, skip_bad=skip_bad)
+            importance = score_with(network, images, columns, s3, scheduler)
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     with waiting("clustering and distributing"):
@@ -104,7 +108,8 @@ def plan(
     if plot is not None:
         plots.save(plots.holders(made), plot)
     if as_json:
-        print_json({"output": str(output), **tables.plan_json(made)})
+        notes = {} if images is None else {"notes": images.notes.as_json()}
+        print_json({"output": str(output), **tables.plan_json(made), **notes})
     else:
         out.print(tables.plan_table(made))
         out.print(tables.plan_summary(made))

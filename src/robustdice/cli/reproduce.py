@@ -21,6 +21,7 @@ from robustdice.cli.options import (
     Scheduler,
     Seed,
     Size,
+    SkipBad,
     Std,
     load_data,
     load_model,
@@ -52,6 +53,7 @@ def reproduce(
     s3: S3 = "auto",
     scheduler: Scheduler = None,
     samples: Samples = None,
+    skip_bad: SkipBad = False,
     random_weights: RandomWeights = False,
     size: Size = None,
     mean: Mean = None,
@@ -86,8 +88,10 @@ def reproduce(
         try:
             network = load_model(source, random_weights, seed, size, mean, std, classes)
             if here:
-                scoring = load_data(images, network, SCORING_SAMPLES, seed + 1, "train")
-                dataset = load_data(images, network, samples, seed)
+                scoring = load_data(
+                    images, network, SCORING_SAMPLES, seed + 1, "train", labelled=False, skip_bad=skip_bad
+                )
+                dataset = load_data(images, network, samples, seed, skip_bad=skip_bad)
                 subjects.append(Subject(name, network, scoring, dataset, as_in_paper=imagenet is not None))
         except ModelError as error:
             missing.append(str(error))

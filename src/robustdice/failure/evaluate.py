@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustdice.errors import DataError
 from robustdice.failure.copies import Copies, State, intact, state_of
 from robustdice.failure.passes import run_under
-from robustdice.model.data import Dataset
+from robustdice.model.data import UNKNOWN, Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
@@ -89,8 +89,8 @@ def evaluate(
     devices (default: all but one), or for ``max_sets`` of them, drawn with ``seed``, where there are more.
 
     ``checkpoint`` keeps what is finished when the work is interrupted, and is left to the caller; ``scheduler`` is a
-    Dask scheduler's address. PlanError when the plan was made for another model; OutputError when the checkpoint is
-    of other work.
+    Dask scheduler's address. PlanError when the plan was made for another model; DataError with a list of the
+    bad images, before anything is computed as far as they can be told; OutputError when a checkpoint is of other work.
     """
     (result,) = evaluate_plans(
         network,
@@ -121,27 +121,32 @@ def evaluate_plans(
     """As :func:`evaluate`, several plans of one network on the same images: what they have in common is shared."""
     for plan in plans:
         check_plan_fits(network, plan)
+    if np.any(dataset.labels == UNKNOWN):
+        raise DataError(f"{dataset.name} was loaded without labels; accuracy needs them")
+    dataset = dataset.checked()
     chosen = [choose_failure_sets(plan.devices, max_failed, max_sets, seed) for plan in plans]
     states = _States(network, plans, chosen)
     size = images_at_once(network)
     kept = None
     if checkpoint is not None:
         sets = [[sorted(failed) for failed in of_plan] for of_plan in chosen]
-        labels = hashlib.sha256(dataset.labels.tobytes()).hexdigest()
-        data = {"name": dataset.name, "digest": dataset.digest, "labels": labels}
-        of = {"plans": [plan.digest for plan in plans], "sets": sets, "data": data, "batch": size}
+        of = {"plans": [plan.digest for plan in plans], "sets": sets, "data": dataset.name, "batch": size}
         kept = Checkpoint(checkpoint, {"what": "evaluation", **of})
-    starts = [str(start) for start in range(0, len(dataset), size)]
-    with _ReadAhead(lambda start: _read(dataset, int(start), size), starts) as read:
+    # A batch is known by its images, so that what is finished stays of use when others are repaired.
+    batches = {
+        f"{start} {dataset.digest_of(start, start + size)[:32]}": slice(start, min(start + size, len(dataset)))
+        for start in range(0, len(dataset), size)
+    }
+    with _ReadAhead(lambda key: _read(dataset, batches[key]), list(batches)) as read:
         counts = run_tasks(
             _count,
-            starts,
+            list(batches),
             read,
             states,
             recreate=partial(_recreate, plans, chosen),
             scheduler=scheduler,
             checkpoint=kept,
-            cost=lambda start: min(size, len(dataset) - int(start)),
+            cost=lambda key: batches[key].stop - batches[key].start,
             on_progress=on_progress,
         )
     totals = np.sum(list(counts.values()), axis=0) / len(dataset)
@@ -237,9 +242,8 @@ def _recreate(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> 
     return _States(reload_model(plans[0].model), plans, chosen)
 
 
-def _read(dataset: Dataset, start: int, size: int) -> Batch:
-    stop = min(start + size, len(dataset))
-    return dataset.images(start, stop), dataset.labels[start:stop]
+def _read(dataset: Dataset, batch: slice) -> Batch:
+    return dataset.images(batch.start, batch.stop), dataset.labels[batch]
 
 
 class _ReadAhead:

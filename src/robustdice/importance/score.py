@@ -76,7 +76,7 @@ def score(
     check_s3(s3)
     name, seed = (images.name, images.seed) if isinstance(images, Dataset) else (None, None)
     if isinstance(images, Dataset):
-        images = images.images()
+        images = images.checked().images()
     if images.shape[1:] != network.input_shape or not len(images):
         raise DataError(
             f"images of shape {list(images.shape)}, the model takes [n, {', '.join(map(str, network.input_shape))}]"

@@ -227,14 +227,19 @@ def _load_timm(
         ) from None
     found = timm.data.resolve_model_data_config(model)
     size = (preprocessing or {}).get("input_size") or found["input_size"]
-    declared = {
-        "input_size": list(size),
-        "resize": int(size[1] / found["crop_pct"]),
-        "interpolation": found["interpolation"],
-        "mean": list(found["mean"]),
-        "std": list(found["std"]),
-    }
-    return _export(model, size, f"timm:{name}"), declared
+    return _export(model, size, f"timm:{name}"), as_timm_prepares(found, size)
+
+
+def as_timm_prepares(found: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """The preprocessing that timm evaluates a model with, for images of ``size``, in the words of a sidecar."""
+    box = [int(side / found["crop_pct"]) for side in size[1:]]
+    fit: dict[str, Any] = {"resize": box}
+    if found["crop_mode"] == "border":
+        fit |= {"fit": "contain", "border": [round(255 * part) for part in (list(found["mean"]) * 3)[:3]]}
+    elif found["crop_mode"] != "squash":
+        fit = {"resize": box[0]} if box[0] == box[1] else {"resize": box, "fit": "cover"}
+    declared = {key: found[key] for key in ("interpolation", "mean", "std")}
+    return {"input_size": list(size), **fit, **declared}
 
 
 def _load_factory(
