@@ -14,7 +14,7 @@ from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
 from commands import COMMAND
 from robustdice.runtime.client import Client
 from robustdice.runtime.journal import FIELDS, JsonLines
-from robustdice.runtime.wire.config import write_cluster
+from robustdice.runtime.wire.founding import write_cluster
 
 
 def build(directory: Path, devices: int) -> None:

@@ -81,7 +81,7 @@ def test_the_authenticated_sender_must_be_the_stated_one(message: Message, sourc
     ("change", "match"),
     [
         ({"v": 2}, "protocol version 2"),
-        ({"plan": "0"}, "of plan"),
+        ({"plan": "0"}, "plan 0, expected"),
         ({"kind": "Order"}, "unknown kind"),
         ({"kind": 3}, "kind is 3"),
         ({"from": 2}, "device 1 sent a Shards of device 2"),

@@ -17,7 +17,7 @@ from robustdice.failure.evaluate import Evaluation
 from robustdice.report import tables
 from robustdice.report.sheet import Sheet
 from robustdice.runtime.client import Answer
-from robustdice.runtime.wire.config import write_cluster
+from robustdice.runtime.wire.founding import write_cluster
 
 NUMBERS = ["1,234,567,890", "0.123456, 0.789", "32x16x16", "98.7 %"]
 
@@ -164,7 +164,8 @@ def test_an_unanswered_frame_claims_nothing_about_devices_and_names_differ() -> 
 def test_status_tells_a_fault_in_full() -> None:
     fault = {"device": 1, "seconds_ago": 3.2, "reason": "frame 12 waited 0.512 s for it in stage 3"}
     said = {"up": [0], "in_flight": 0, "frames_per_second": 1.0, "weights_bytes": 10**6, "last_fault": fault}
-    text = " ".join(printed(tables.status_table(["a", "b"], {0: said}), 80))
+    said |= {"connections": {"1": "connected"}, "refused": []}
+    text = " ".join(printed(tables.status_table(["a", "b"], {0: said}, {}), 80))
     assert "frame 12 waited 0.512 s for it in stage 3" in " ".join(text.split())
 
 

@@ -9,6 +9,7 @@ Each message names the value that was found, the one that was expected, and the 
     ├── BundleError     a bundle is incomplete, corrupt, foreign, or of another plan
     ├── ClusterError    devices cannot be reached, started or agree
     ├── MessageError    bytes from the network are not a message of this cluster
+    │   └── OtherBuildError     they are one of another plan, or of another version of the protocol
     └── OutputError     a result cannot be written
 """
 
@@ -41,6 +42,10 @@ class ClusterError(RobustdiceError):
 
 class MessageError(RobustdiceError):
     """Bytes from the network are not a message of this cluster."""
+
+
+class OtherBuildError(MessageError):
+    """A message of another plan, or of another version of the protocol."""
 
 
 class OutputError(RobustdiceError):

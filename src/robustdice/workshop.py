@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from robustdice.bundle.read import load_bundle
-from robustdice.bundle.write import PLAN_NAME, write_bundles
+from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
@@ -26,7 +26,7 @@ from robustdice.partitioning.budget import parse_memory
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, silent
 from robustdice.runtime.inprocess import InProcess
-from robustdice.runtime.wire.config import write_cluster
+from robustdice.runtime.wire.founding import found_cluster
 
 
 def partition(
@@ -71,17 +71,23 @@ def build(
     directory: str | os.PathLike[str],
     *,
     spares: str = "standby",
-    host: str = "127.0.0.1",
+    host: str | Sequence[str] | None = None,
     base_port: int | None = None,
+    new_keys: bool = False,
 ) -> Path:
     """Write ``directory/device-0 ...`` and ``directory/cluster.toml``; returns the directory.
 
-    Device K is to listen on ``host`` and port ``base_port`` + K (without: on ports that are free now). PlanError when
-    the plan is not of this network; OutputError when the directory cannot be written or holds something else.
+    Device K is to listen on ``host`` (one for all, or one for each) and port ``base_port`` + K. Where neither is given
+    the devices keep the addresses of an earlier build in this directory, or are to run on this machine, on ports that
+    are free now; key pairs are kept unless ``new_keys``: see :func:`robustdice.runtime.wire.founding.found_cluster`.
+    PlanError when the plan is not of this network; ClusterError when the addresses cannot be used; OutputError when the
+    directory cannot be written or holds something else.
     """
     target = Path(directory)
-    write_bundles(network, plan, target, spares)
-    write_cluster(target, plan.devices, plan.digest, host, base_port)
+    check_replaceable(target)
+    founding = found_cluster(target, plan.devices, plan.digest, host, base_port, new_keys)
+    write_bundles(network, plan, target, spares, add=founding.write_secrets)
+    founding.write(target)
     return target
 
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +54,19 @@ class _Model:
 
 
 def write_bundles(
-    network: Network, plan: Plan, directory: Path, spares: str = "standby", graph: OnnxGraph | None = None
+    network: Network,
+    plan: Plan,
+    directory: Path,
+    spares: str = "standby",
+    graph: OnnxGraph | None = None,
+    add: Callable[[Path], object] = lambda _: None,
 ) -> list[Path]:
     """Write ``directory/device-0 ...``; returns the bundles' directories.
 
-    ``graph`` is the network's :func:`export_onnx`, for whoever builds several plans of it. A build that is there
-    already is replaced once the new one is complete. PlanError when the plan is not of this network; OutputError when
-    the directory holds something else, or cannot be written.
+    ``graph`` is the network's :func:`export_onnx`, for whoever builds several plans of it. ``add`` is given
+    the directory where the bundles wait to take their places, and adds to them what else they need (the keys). A build
+    that is there already is replaced once the new one is complete. PlanError when the plan is not of this network;
+    OutputError when the directory holds something else, or cannot be written.
     """
     if spares not in SPARES:
         raise PlanError(f"spares are {' or '.join(SPARES)}, not {spares!r}")
@@ -85,6 +91,7 @@ def write_bundles(
                 target = Path(temporary) / name
                 target.mkdir()
                 _write_device(network, plan, graph, stages, locals_, exchanged, device, spares, target)
+            add(Path(temporary))
             directory.mkdir(exist_ok=True)
             for old in directory.glob("device-*"):
                 shutil.rmtree(old)

@@ -15,8 +15,9 @@ from robustdice.cli.options import (
     Seed,
 )
 from robustdice.cli.usage import number, one_of
-from robustdice.errors import RobustdiceError
+from robustdice.errors import ClusterError, RobustdiceError
 from robustdice.report import tables
+from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.terminal import out, print_json, progress, waiting
 
 
@@ -31,25 +32,40 @@ def build(
             autocompletion=one_of("standby", "hot"),
         ),
     ] = "standby",
-    host: Annotated[str, typer.Option(help="address of the devices in cluster.toml, to be edited")] = "127.0.0.1",
-    port: Annotated[int | None, number("--port", "device K listens on this port + K (default: free ones)")] = None,
+    host: Annotated[str | None, typer.Option(help="where all devices run (default: as before, or here)")] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="A,B,...", help="where each of the devices runs")] = None,
+    port: Annotated[
+        int | None, number("--port", "device K listens on this port + K (default: free ones here, 27200 elsewhere)")
+    ] = None,
+    new_keys: Annotated[bool, typer.Option("--new-keys", help="do not keep the keys of a build that is there")] = False,
     as_json: Json = False,
 ) -> None:
-    """One self-contained bundle per device, and DIR/cluster.toml."""
+    """One self-contained bundle per device, and DIR/cluster.toml.
+
+    A build that is in DIR already is replaced; its devices keep their addresses and keys unless told otherwise.
+    """
+    if host is not None and hosts is not None:
+        raise ClusterError("--host is for all devices and --hosts for each of them: give one of the two")
+    places = host if hosts is None else [each.strip() for each in hosts.split(",")]
+    rebuilt = (output / CLUSTER_NAME).exists()
     made = rd.Plan.load(plan)
     with waiting("loading the model"):
         network = rd.reload_model(made.model)
     with waiting("writing the bundles"):
-        rd.build(network, made, output, spares=spares, host=host, base_port=port)
+        rd.build(network, made, output, spares=spares, host=places, base_port=port, new_keys=new_keys)
+    cluster = Cluster.read(output / CLUSTER_NAME)
+    addresses = [device.address for device in cluster.devices]
     if as_json:
-        print_json({"output": str(output), "bytes_per_device": made.bytes_per_device})
-    else:
-        for device, size in enumerate(made.bytes_per_device):
-            out.print(f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights", soft_wrap=True)
-        there = (
-            "robustdice up {0} to try it here" if host == "127.0.0.1" else "robustdice device {0}/device-K on device K"
-        )
-        out.print(f"Next: robustdice verify {output}, then {there.format(output)}.", soft_wrap=True)
+        sizes = made.bytes_per_device
+        print_json({"output": str(output), "bytes_per_device": sizes, "addresses": addresses})
+        return
+    for device, size in enumerate(made.bytes_per_device):
+        line = f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights, {addresses[device]}"
+        out.print(line, markup=False, soft_wrap=True)
+    if rebuilt:
+        out.print("Devices that run now serve the build before this one until they are started again.", soft_wrap=True)
+    there = "robustdice up {0} to try it here" if cluster.here else "robustdice device {0}/device-K on device K"
+    out.print(f"Next: robustdice verify {output}, then {there.format(output)}.", soft_wrap=True)
 
 
 @app.command(epilog="Example: robustdice verify build")

@@ -112,11 +112,11 @@ def status(
     """Who is up, and what each has done; exit status 1 when no device answers."""
     with rd.Client(directory / "cluster.toml") as client:
         devices = [entry.name for entry in client.cluster.devices]
-        found, unreachable = client.status(), client.unreachable()
+        found, unreachable, troubles = client.status(), client.unreachable(), client.troubles()
     if as_json:
-        print_json(tables.status_json(devices, found))
+        print_json(tables.status_json(devices, found, troubles))
     else:
-        out.print(tables.status_table(devices, found))
+        out.print(tables.status_table(devices, found, troubles))
     if not found:
         raise ClusterError(unreachable)
 

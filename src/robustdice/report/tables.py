@@ -12,6 +12,7 @@ import numpy as np
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.report.sheet import Sheet
+from robustdice.runtime.wire.line import Reach
 
 if TYPE_CHECKING:
     from robustdice.failure.availability import Expectation
@@ -322,15 +323,20 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> Sheet:
     return sheet
 
 
-def status_json(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``status --json`` prints: for each device what it says about itself, or null."""
-    return {"devices": {name: found.get(number) for number, name in enumerate(devices)}}
+def status_json(
+    devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]
+) -> dict[str, Any]:
+    """What ``status --json`` prints: for each device what it says about itself, or null; why some are silent."""
+    return {
+        "devices": {name: found.get(number) for number, name in enumerate(devices)},
+        "troubles": {devices[number]: trouble for number, trouble in troubles.items()},
+    }
 
 
-def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]]) -> Sheet:
-    """What ``status`` prints: what each device says about itself, and below it everybody's last fault."""
+def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]) -> Sheet:
+    """What ``status`` prints: what each device says about itself, and below it what is the matter."""
     headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights")
-    faults = []
+    faults = _status_troubles(devices, found, troubles)
     sheet = Sheet("Devices, each in its own words", *headings)
     for number, name in enumerate(devices):
         said = found.get(number)
@@ -350,6 +356,22 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]])
             faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")
     sheet.caption = "\n".join(faults) or None
     return sheet
+
+
+def _status_troubles(
+    devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]
+) -> list[str]:
+    """Why devices are silent, who refuses whom, and who is of another build."""
+    lines = [f"{devices[number]} {trouble}." for number, trouble in troubles.items() if number not in found]
+    for number, said in found.items():
+        for peer, state in said["connections"].items():
+            if state not in {Reach.CONNECTED.value, Reach.NOBODY.value}:
+                lines.append(f"{devices[number]} says: {devices[int(peer)]} {state}.")
+        for entry in said["refused"]:
+            who = ", key ".join(filter(None, (entry["address"] or "somebody", entry["public_key"])))
+            often = f"{entry['count']} times, {entry['seconds_ago']:.0f} s ago"
+            lines.append(f"{devices[number]} has refused {who}: {entry['reason']} ({often}).")
+    return lines
 
 
 def bench_json(result: BenchResult) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 import weakref
@@ -16,19 +15,20 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from robustdice.errors import ClusterError, DataError, MessageError
+from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildError
 from robustdice.runtime.protocol.deadlines import Estimate
 from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.wire import messages
-from robustdice.runtime.wire.config import CLIENT_KEY_NAME, Cluster, read_secret
+from robustdice.runtime.wire.config import Cluster
+from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, read_secret
+from robustdice.runtime.wire.line import Reach
+from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
-from robustdice.runtime.wire.zeromq import Line
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
 GRACE = Settings(initial_wait=0.25, minimum_wait=0.05, maximum_wait=1.0)
 PATIENCE = Settings(initial_wait=0.5, minimum_wait=0.1, maximum_wait=5.0)
-LOOPBACK = re.compile(r"tcp://(localhost|127\.[\d.]+|\[::1\]):")
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
 
 
@@ -122,13 +122,9 @@ class Client:
         self._latency = [Estimate() for _ in self.cluster.devices]
         """Per device, for plans without an exchange."""
         context: zmq.Context[Any] = zmq.Context()
-        self._lines = [
-            Line(context, device.address, keys, device.public_key, REPLY_LIMIT) for device in self.cluster.devices
-        ]
         self._poller = zmq.Poller()
-        for line in self._lines:
-            self._poller.register(line.socket, zmq.POLLIN)
-            self._poller.register(line.monitor, zmq.POLLIN)
+        self._lines = Lines(context, self._poller, dict(enumerate(self.cluster.devices)), keys, REPLY_LIMIT)
+        self._lines.tend(time.monotonic())
         self._finalizer = weakref.finalize(self, _close, context, self._lines)
 
     def __enter__(self) -> Client:
@@ -158,7 +154,7 @@ class Client:
         end, asked = time.monotonic() + timeout_seconds, set[int]()
         parts = self._codec.encode(StatusRequest(self._name))
         while time.monotonic() < end and len(self._statuses) < len(self._lines):
-            asked |= {d for d, line in enumerate(self._lines) if d not in asked and line.connected and line.send(parts)}
+            asked |= {d for d, line in self._lines.items() if d not in asked and line.connected and line.send(parts)}
             self._pump(end)
         return dict(self._statuses)
 
@@ -245,11 +241,11 @@ class Client:
     def _connect(self, end: float) -> None:
         """Before the first frames: wait for a first connection until ``end``, and a little longer for the others."""
         first = None
-        while self._next <= 1 and not all(line.connected for line in self._lines):
+        while self._next <= 1 and not all(line.connected for line in self._lines.values()):
             now = time.monotonic()
-            if first is None and any(line.connected for line in self._lines):
+            if first is None and any(line.connected for line in self._lines.values()):
                 first = now
-            limit = end if first is None else min(end, first + CONNECT_SECONDS)
+            limit = end if first is None else min(end, first + min(CONNECT_SECONDS, self.timeout_seconds / 4))
             if now >= limit:
                 return
             self._pump(limit)
@@ -258,31 +254,37 @@ class Client:
 
     def _pump(self, until: float) -> None:
         """Wait for something to happen, at most to ``until``, and deal with it."""
-        wait = max(0.0, until - time.monotonic())
-        for _ in range(1 + sum(1 for _ in self._lines)):
+        due = self._lines.due
+        wait = max(0.0, (until if due is None else min(due, until)) - time.monotonic())
+        for _ in range(1 + len(self._lines)):
             ready = dict(self._poller.poll(int(wait * 1000) + (wait > 0)))
             wait = 0.0
             if not ready:
                 break
-            for device, line in enumerate(self._lines):
-                if line.monitor in ready and False in line.changes():
+            for device, line in self._lines.items():
+                if line.socket is not None and line.socket in ready:
+                    self._receive(device, line.socket)
+            for device, up in self._lines.changes(ready, time.monotonic()):
+                if not up:
                     self._on_disconnect(device)
-                if line.socket in ready:
-                    self._receive(device, line)
+        self._lines.tend(time.monotonic())
         self._judge()
 
-    def _receive(self, device: int, line: Line) -> None:
+    def _receive(self, device: int, socket: zmq.Socket[bytes]) -> None:
         for _ in range(64):
             try:
-                frames = line.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
                 message = self._codec.decode([frame.buffer for frame in frames], device)
-            except MessageError:
+            except MessageError as error:
                 self.dropped += 1
+                if isinstance(error, OtherBuildError):
+                    self._lines.meet_other_build(device, str(error), time.monotonic())
                 continue
             self._silent.discard(device)
+            self._lines.meet_same_build(device)
             if isinstance(message, Status):
                 self._on_status(device, message)
             elif isinstance(message, messages.Answer | Refused) and message.frame.client == self._name:
@@ -371,8 +373,9 @@ class Client:
     def _resolve(self, pending: _Pending) -> None:
         del self._pending[pending.number]
         if not pending.answers:
+            heard = bool(pending.asked.keys() - self.troubles().keys())
             reason = next(iter(pending.refusals.values()), None) or (
-                "no device answered in time" if pending.asked else self.unreachable()
+                "no device answered in time" if heard else self.unreachable()
             )
             latency = time.monotonic() - pending.sent_at
             self._done[pending.number] = Answer(
@@ -395,14 +398,29 @@ class Client:
             sources=best.sources,
         )
 
+    def troubles(self) -> dict[int, str]:
+        """Why devices cannot be asked, by device number, as far as it is known by now: what follows its name in a
+        sentence, such as "refuses our key"."""
+        return {device: state for device, state in self._lines.states().items() if state != Reach.CONNECTED.value}
+
     def unreachable(self) -> str:
         """Why no device answers, as far as that is known, and the way out."""
-        addresses = ", ".join(device.address for device in self.cluster.devices)
-        if any(line.refused for line in self._lines):
-            return f"the devices refuse this client's key: it is not listed in their cluster file ({addresses})"
-        here = all(LOOPBACK.match(device.address) for device in self.cluster.devices)
-        start = "'robustdice up DIR'" if here else "'robustdice device DIR/device-K' on each, and see that they are on"
-        return f"none of {len(self._lines)} devices can be reached ({addresses}); start them with {start}"
+        troubles, lines = self.troubles(), self._lines
+        if not troubles:
+            return "no device answered in time"
+        if len(set(troubles.values())) == 1:
+            addresses = ", ".join(str(lines[device].address) for device in troubles)
+            reasons = f"each {troubles[min(troubles)]} ({addresses})"
+        else:
+            reasons = "; ".join(f"device {d} at {lines[d].address} {trouble}" for d, trouble in troubles.items())
+        if set(troubles.values()) <= {Reach.NOBODY.value, Reach.UNKNOWN_NAME.value}:
+            on_each = "'robustdice device DIR/device-K' on each, and see that they are on"
+            remedy = "start them with " + ("'robustdice up DIR'" if self.cluster.here else on_each)
+        elif Reach.REFUSED.value in troubles.values():
+            remedy = "list this client's public key in the devices' cluster.toml and restart them"
+        else:
+            remedy = "copy all of one build to the devices and here, and restart them"
+        return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"
 
 
 def _softmax(outputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
@@ -413,7 +431,6 @@ def _softmax(outputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
     return np.asarray(powers / powers.sum(), np.float32)
 
 
-def _close(context: zmq.Context[Any], lines: list[Line]) -> None:
-    for line in lines:
-        line.close()
+def _close(context: zmq.Context[Any], lines: Lines) -> None:
+    lines.close()
     context.term()

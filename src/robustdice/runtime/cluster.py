@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError
 from robustdice.runtime.client import Answer, Client
+from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
+from robustdice.runtime.wire.listen import is_here
 
 START_SECONDS = 60.0
 
@@ -50,6 +52,12 @@ class LocalCluster:
         self._client: Client | None = None
 
     def __enter__(self) -> LocalCluster:
+        for entry in self.cluster.devices:
+            if not is_here(Address.parse(entry.listens_on)):
+                raise ClusterError(
+                    f"this machine has no address {entry.listens_on}, on which {entry.name} listens: only a cluster on "
+                    "one machine can be run here; on a device, 'robustdice device' runs its own bundle"
+                )
         try:
             folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="robustdice-"))
             self._logs = {device: Path(folder) / f"device-{device}.log" for device in range(self.devices)}

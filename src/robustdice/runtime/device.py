@@ -33,7 +33,9 @@ from robustdice.runtime.protocol.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.wire.config import CLUSTER_NAME, SECRET_NAME, Cluster, read_secret
+from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
+from robustdice.runtime.wire.keys import SECRET_NAME, read_secret
 from robustdice.runtime.wire.messages import Codec, FrameId, ShardId, Status, StatusRequest
 from robustdice.runtime.wire.transport import Transport
 from robustdice.runtime.wire.zeromq import ZeroMQTransport
@@ -70,19 +72,34 @@ def run_device(
     keys = read_secret(bundle.directory / SECRET_NAME)
     codec = Codec(manifest.plan_digest, manifest)
     engine = Engine(manifest, settings, secrets.token_hex(8))
+    entry, stop = cluster.devices[manifest.device], stop or threading.Event()
     transport = ZeroMQTransport(manifest.device, cluster, keys, codec)
-    entry = cluster.devices[manifest.device]
-    megabytes = manifest.weight_bytes / 1e6
-    text = f"{entry.name} listens on {entry.address}, holds {megabytes:.2f} MB of weights"
-    say(log, text, event="started", device=manifest.device)
     worker = Worker(executor, transport.waker())
     worker.start()
     try:
-        Loop(engine, transport, worker, entry.name).run(stop or threading.Event())
+        if bound := transport.listen(stop):
+            _introduce(manifest.device, bound, cluster, manifest.weight_bytes)
+            Loop(engine, transport, worker, entry.name).run(stop)
     finally:
         worker.stop()
         transport.close()
         say(log, f"{entry.name} has stopped", event="stopped", device=manifest.device)
+
+
+def _introduce(device: int, bound: Address, cluster: Cluster, weight_bytes: int) -> None:
+    """Say who this is and where it really listens."""
+    entry = cluster.devices[device]
+    where = entry.address if str(bound) == entry.address else f"{bound} (its address is {entry.address})"
+    text = f"{entry.name} listens on {where}, holds {weight_bytes / 1e6:.2f} MB of weights"
+    say(log, text, event="started", device=device)
+    if entry.listen is None and bound.loopback and not cluster.one_machine:
+        host = Address.parse(entry.address).host
+        text = (
+            f"{entry.name} listens on {bound} only, for that is what {host} means on this machine: no other machine "
+            "can reach it. Correct its address in cluster.toml, or the name in /etc/hosts, or add "
+            f'listen = "tcp://*:{bound.port}" there'
+        )
+        say(log, text, event="loopback", device=device, reason=f"{host} is {bound.host}", level=logging.WARNING)
 
 
 class Worker(threading.Thread):
@@ -217,6 +234,7 @@ class Loop:
             "dropped_messages": self._transport.dropped,
             "unsent_messages": self._unsent,
             **self._engine.status(now),
+            **self._transport.status(now),
             "model": {
                 "input_shape": manifest.input_shape,
                 "outputs": manifest.outputs,

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.errors import MessageError
+from robustdice.errors import MessageError, OtherBuildError
 
 PROTOCOL_VERSION = 1
 HEADER_LIMIT = 64 * 2**10
@@ -302,9 +302,9 @@ class _Header:
     def __init__(self, raw: Any, plan: str) -> None:
         self._fields = _json_object(raw, HEADER_LIMIT)
         if self._fields.get("v") != PROTOCOL_VERSION:
-            raise MessageError(f"protocol version {_short(self._fields.get('v'))}, expected {PROTOCOL_VERSION}")
+            raise OtherBuildError(f"protocol version {_short(self._fields.get('v'))}, expected {PROTOCOL_VERSION}")
         if self._fields.get("plan") != plan:
-            raise MessageError(f"a message of plan {_short(self._fields.get('plan'))}, expected {plan[:12]}")
+            raise OtherBuildError(f"plan {str(self._fields.get('plan'))[:12]}, expected {plan[:12]}")
 
     def whole(self, key: str) -> int:
         return _whole(self._fields.get(key), key)

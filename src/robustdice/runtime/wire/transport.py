@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
 from robustdice.runtime.wire.messages import Message
@@ -26,6 +26,9 @@ class Transport(Protocol):
 
     def waker(self) -> Callable[[], None]:
         """A function that ends a :meth:`poll` early, to be called from one other thread."""
+
+    def status(self, now: float) -> dict[str, Any]:
+        """For ``robustdice status``: how every peer can be reached, and who was refused."""
 
     def close(self) -> None:
         """Let go of everything."""

@@ -1,0 +1,223 @@
+"""One outgoing connection, kept up: dialled again after whatever has ended it, and able to say why it is down."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Any
+
+import zmq
+
+from robustdice.runtime.wire.address import Address, Lookup
+
+QUEUED_MESSAGES = 16
+"""Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
+CURVE_OVERHEAD = 64
+"""Bytes, rounded up, that encryption adds to a frame: command name, nonce, flags, authentication (RFC 26)."""
+HANDSHAKE_SECONDS = 2.0
+FIRST_REDIAL_SECONDS = 0.1
+LONGEST_REDIAL_SECONDS = 1.0
+LOOKUP_POLL_SECONDS = 0.01
+NAME_SECONDS = 10.0
+"""A name that has led nowhere for this long is looked up again: its address may have changed."""
+LINE_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+FAILURES = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_DISCONNECTED,
+}
+
+
+def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key: bytes | None, limit: int) -> None:
+    """What all sockets have in common. ``keys`` are (public, secret), ``limit`` the largest frame in bytes.
+
+    Heartbeats belong to the connecting side alone, and that side reads without a limit: libzmq 4.3 aborts the process
+    (``Assertion failed: !_io_error``, compare its issues 3596 and 3937) when a heartbeat is due on a connection whose
+    input waits, for a full queue or for authentication, and whose peer has gone. What a connecting side is sent is
+    limited by what it asks for. TCP keep-alive clears away what the listening side has of dead peers.
+    """
+    socket.linger = 0
+    socket.sndhwm = QUEUED_MESSAGES
+    socket.maxmsgsize = limit + CURVE_OVERHEAD
+    socket.handshake_ivl = int(1000 * HANDSHAKE_SECONDS)
+    if server_key is None:
+        socket.rcvhwm = 16 * QUEUED_MESSAGES
+        socket.tcp_keepalive = 1
+        socket.tcp_keepalive_idle = 30
+    else:
+        socket.rcvhwm = 0
+        socket.heartbeat_ivl = 100
+        socket.heartbeat_timeout = 300
+        socket.reconnect_ivl = 10
+        socket.reconnect_ivl_max = 200
+    socket.curve_publickey, socket.curve_secretkey = keys
+    if server_key is not None:
+        socket.curve_serverkey = server_key
+
+
+class Reach(enum.Enum):
+    """How a line stands; the value is for logs and ``status``, after the peer's name."""
+
+    UNKNOWN_NAME = "cannot be found: its name has no address"
+    NOBODY = "is down: nobody listens at its address"
+    MUTE = "accepts the connection and says nothing"
+    REFUSED = "refuses our key: it is not listed in its cluster.toml"
+    OTHER_KEY = "has another key than in our cluster.toml (it is of another build, or no device)"
+    CONNECTED = "connected"
+
+
+class Line:
+    """A DEALER to one peer, and what its monitor says about it.
+
+    libzmq reconnects by itself after a connection has ended, but never again after some kinds of failed handshake, and
+    a hundred times a second after others. So whatever fails before the connection stands ends the socket, and
+    :meth:`tend` makes a new one a little later. libzmq gets numeric addresses only: its thread for input and output
+    would stand still while it looks up a name.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        poller: zmq.Poller,
+        address: Address,
+        keys: tuple[bytes, bytes],
+        server_key: str,
+        limit: int,
+        reads: bool = False,
+    ) -> None:
+        """A line that :meth:`tend` will dial; the peer need not be there. Its monitor, and with ``reads`` its socket
+        too, are registered with ``poller``."""
+        self.address = address
+        self.connected = False
+        self.reach = Reach.NOBODY
+        """Why it is not connected, as far as that is certain."""
+        self.due: float | None = 0.0
+        """When :meth:`tend` has something to do; None: nothing, as long as nothing happens."""
+        self.socket: zmq.Socket[bytes] | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self._context = context
+        self._options = (keys, server_key.encode(), limit)
+        self._poller, self._reads = poller, reads
+        self._lookup: Lookup | None = None
+        self._dialled_at = 0.0
+        self._dials = 0
+        self._met = False
+        """The last dial, or libzmq after it, found somebody who accepts connections."""
+        self._settled = False
+        """A second has passed since the last dial."""
+        self._failures = 0
+        """Handshakes that failed, one after another, without a word about the reason."""
+
+    def tend(self, now: float) -> None:
+        """Dial, when it is time to."""
+        if self.due is None or now < self.due:
+            return
+        if self.socket is not None and not self._settled:  # nothing came of the last dial, whatever the one before gave
+            self._settled = True
+            self.reach = Reach.MUTE if self._met else Reach.NOBODY
+            self.due = self._patience(now)
+            return
+        if self._lookup is None:
+            self._lookup = Lookup(self.address)
+        if not self._lookup.done.is_set():
+            self.due = now + LOOKUP_POLL_SECONDS
+            return
+        found, self._lookup = self._lookup.found, None
+        self._hang_up()
+        self._dialled_at = now
+        if not found:
+            self.reach, self.due = Reach.UNKNOWN_NAME, now + LONGEST_REDIAL_SECONDS
+            return
+        self._dial(found[self._dials % len(found)])
+        self._dials += 1
+        self._met = self._settled = False
+        self.due = now + LONGEST_REDIAL_SECONDS
+
+    def changes(self, now: float) -> list[bool]:
+        """Connections made (True) and lost (False) since the last call."""
+        changes: list[bool] = []
+        while self.monitor is not None and self.monitor.poll(0):
+            (event,) = struct.unpack_from("=H", self.monitor.recv_multipart()[0])
+            if event == zmq.EVENT_CONNECTED:
+                if self.reach in {Reach.NOBODY, Reach.UNKNOWN_NAME}:
+                    self.reach = Reach.MUTE
+                self._dialled_at, self._met = now, True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected, self.reach, self.due = True, Reach.CONNECTED, None
+                self._failures, self._settled = 0, True
+                assert self.socket is not None
+                self.socket.getsockopt(zmq.EVENTS)  # lets the socket notice its new connection, so that sends succeed
+                changes.append(True)
+            elif event == zmq.EVENT_DISCONNECTED and self.connected:
+                self.connected, self.reach = False, Reach.NOBODY
+                self.due = self._patience(now)
+                changes.append(False)
+            elif event in FAILURES:
+                self._fail(event, now)
+        return changes
+
+    def send(self, parts: list[Any]) -> bool:
+        """Queue a message if there is a connection and room; never waits."""
+        if self.socket is None:
+            return False
+        try:
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Disconnect for good."""
+        self._hang_up()
+        self.due = None
+
+    def _patience(self, now: float) -> float | None:
+        """Until when to leave reconnecting to libzmq, which goes on with the same numeric address."""
+        return None if self.address.ip is not None else now + NAME_SECONDS
+
+    def _dial(self, address: Address) -> None:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        set_options(socket, *self._options)
+        socket.immediate = True
+        socket.ipv6 = address.ipv6
+        self.socket, self.monitor = socket, socket.get_monitor_socket(LINE_EVENTS)
+        self._poller.register(self.monitor, zmq.POLLIN)
+        if self._reads:
+            self._poller.register(socket, zmq.POLLIN)
+        socket.connect(str(address))
+
+    def _hang_up(self) -> None:
+        socket, monitor = self.socket, self.monitor
+        self.socket = self.monitor = None
+        if socket is None or monitor is None:
+            return
+        self._poller.unregister(monitor)
+        if self._reads:
+            self._poller.unregister(socket)
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close(0)
+
+    def _fail(self, event: int, now: float) -> None:
+        """A handshake has failed. One that ended in silence says that the peer is slow or frozen; one that was broken
+        off, twice in a row, that it cannot read what we say: once can be a device that is being stopped."""
+        self._hang_up()
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.reach, self._failures = Reach.REFUSED, 0
+            self.due = self._dialled_at + LONGEST_REDIAL_SECONDS
+        elif now - self._dialled_at > HANDSHAKE_SECONDS / 2:
+            self.reach, self._failures, self.due = Reach.MUTE, 0, now
+        else:
+            self._failures += 1
+            if self._failures > 1:
+                self.reach = Reach.OTHER_KEY
+            wait = FIRST_REDIAL_SECONDS * 2.0 ** min(self._failures - 1, 10)
+            self.due = self._dialled_at + min(wait, LONGEST_REDIAL_SECONDS)

@@ -1,0 +1,102 @@
+"""The lines from a device or a client to the devices of its cluster, and what is the matter with each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import zmq
+
+from robustdice.runtime.journal import say
+from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.config import DeviceEntry
+from robustdice.runtime.wire.line import Line, Reach
+from robustdice.runtime.wire.refusals import Reminders
+
+log = logging.getLogger(__name__)
+
+
+class Lines(dict[int, Line]):
+    """A line to each of some devices, by device number."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        poller: zmq.Poller,
+        devices: Mapping[int, DeviceEntry],
+        keys: tuple[bytes, bytes],
+        limit: int,
+        speaker: int | None = None,
+    ) -> None:
+        """Nothing is dialled before :meth:`tend`. ``speaker`` is the device that these are of; None: they are a
+        client's, which reads from them too."""
+        super().__init__(
+            (
+                number,
+                Line(context, poller, Address.parse(entry.address), keys, entry.public_key, limit, speaker is None),
+            )
+            for number, entry in devices.items()
+        )
+        self._speaker = speaker
+        self._restless = set(self)
+        """Devices whose lines :meth:`tend` has something to do for, sooner or later."""
+        self._reminders = Reminders()
+        self._other_builds: dict[int, str] = {}
+        """Devices that speak of another plan, and what the difference is; until they say something else."""
+
+    @property
+    def due(self) -> float | None:
+        """When :meth:`tend` has something to do."""
+        return min((due for device in self._restless if (due := self[device].due) is not None), default=None)
+
+    def tend(self, now: float) -> None:
+        """Dial whoever is to be dialled; costs nothing while all lines stand."""
+        for device in list(self._restless):
+            self[device].tend(now)
+            if self[device].due is None:
+                self._restless.discard(device)
+
+    def changes(self, ready: Mapping[Any, int], now: float) -> list[tuple[int, bool]]:
+        """Connections made (True) and lost (False), after a poll that found these sockets ready."""
+        found = []
+        for device, line in self.items():
+            if line.monitor in ready:
+                found += [(device, up) for up in line.changes(now)]
+                self._look_after(device, line, now)
+        return found
+
+    def meet_other_build(self, device: int, difference: str, now: float) -> None:
+        """A device has said something that shows that it is of another build."""
+        self._other_builds[device] = f"is of another build: {difference}"
+        self._complain(device, "other-build", self._other_builds[device], now)
+
+    def meet_same_build(self, device: int | None) -> None:
+        """A device has said something that makes sense."""
+        if self._other_builds:
+            self._other_builds.pop(device, None)  # type: ignore[arg-type]
+
+    def states(self) -> dict[int, str]:
+        """How each device can be reached: what follows its name in a sentence."""
+        return {device: line.reach.value for device, line in self.items()} | self._other_builds
+
+    def close(self) -> None:
+        """Disconnect all of them."""
+        for line in self.values():
+            line.close()
+
+    def _look_after(self, device: int, line: Line, now: float) -> None:
+        """Something has happened to a line: is there anything to do later, or to say?"""
+        if line.due is not None:
+            self._restless.add(device)
+        if line.reach in {Reach.REFUSED, Reach.OTHER_KEY}:
+            event = "refused-by" if line.reach is Reach.REFUSED else "other-key"
+            self._complain(device, event, line.reach.value, now, "; it is tried again")
+        elif line.connected and self._reminders.settled(device):
+            text = f"device {device} ({line.address}) can be reached now"
+            say(log, text, event="reached", device=self._speaker, peer=device)
+
+    def _complain(self, device: int, event: str, reason: str, now: float, more: str = "") -> None:
+        if self._reminders.due(device, reason, now):
+            text = f"device {device} ({self[device].address}) {reason}{more}"
+            say(log, text, event=event, device=self._speaker, peer=device, reason=reason, level=logging.WARNING)
