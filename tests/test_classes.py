@@ -98,6 +98,11 @@ def test_folders_that_are_called_by_numbers_are_in_their_order(count: int, width
     assert ("alphabetical order" in said) == (sorted(folders) != folders)
 
 
+def test_as_many_classes_as_outputs_are_to_be_named() -> None:
+    with pytest.raises(DataError, match="the model has 3 outputs, but 2 classes are named"):
+        labels(["cat"], 3, ["cat", "dog"])
+
+
 def test_fewer_numbers_than_outputs_are_outputs_where_they_count_from_0() -> None:
     assert labels(["0", "10", "9"], 12).indices == {"0": 0, "9": 9, "10": 10}
     with pytest.raises(DataError, match=r"3 folders with numbers from 1 to 10, the model 12 outputs, .* from 0 or 1"):

@@ -137,6 +137,7 @@ def put(root: Path, *names: str, content: bytes = b"") -> Path:
         (("in/train/cat/1.png", "in/train/dog/2.png", "in/val/3.png"), "'in/train' and 'in/val'", "in/val"),
         (("a/cat/1.png", "a/dog/1.png", "b/x/cat/1.png"), "'a' and 'b/x'", "a"),
         (("cat/1.png", "dog/2.png", "more/cat/1.png"), "'.' and 'more'", ""),
+        (("cat/2020/1.png", "cat/2021/1.png", "dog/2020/1.png"), "'cat' and 'dog'", "cat"),
         (("train/1.png", "val/2.png"), "'train' and 'val'", "val"),
     ],
 )
@@ -148,8 +149,9 @@ def test_splits_side_by_side_are_refused_with_the_way_out(
         with pytest.raises(DataError) as refused:
             load_data(str(data), SIZE, 2)
         assert str(refused.value) == (
-            f"{data} has {sides} side by side, which are not to be measured together: "
-            f"give one of them, as in {data / way_out}"
+            f"{data} has images of the same classes, or of several splits, in {sides}, which are not to be "
+            "measured together; an image's class is the folder right above it. "
+            f"Give one of them, as in {data / way_out}"
         )
 
 

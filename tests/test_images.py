@@ -219,7 +219,7 @@ def test_a_check_finds_images_of_a_wrong_size() -> None:
 def test_only_formats_that_are_safe_to_open_are_opened(tmp_path: Path) -> None:
     script = tmp_path / "a.jpg"  # which would start Ghostscript
     script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(DataError, match=r"cannot read the image .* none of the formats that are read"):
+    with pytest.raises(DataError, match=r"cannot read the image .* a format or kind of pixels that is not read"):
         read_image(script, {"input_size": [3, 9, 9]})
 
 

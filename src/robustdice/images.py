@@ -119,7 +119,7 @@ def _what_else(source: Path | bytes) -> str:
         return "a pointer of Git LFS; 'git lfs pull' fetches the file"
     if source[4:8] == b"ftyp":
         return "HEIC, AVIF or a film, which this build of Pillow does not read; save it as JPEG or PNG"
-    return "damaged, or of none of the formats that are read (JPEG, PNG, WebP, TIFF, GIF, BMP and others)"
+    return "damaged, or of a format or kind of pixels that is not read; save it as JPEG or PNG"
 
 
 def _is_whole(opened: Image.Image, source: Path | bytes) -> bool:

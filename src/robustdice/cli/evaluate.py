@@ -11,6 +11,7 @@ import typer
 import robustdice as rd
 from robustdice.cli.app import app
 from robustdice.cli.options import (
+    Classes,
     Data,
     Json,
     Plot,
@@ -48,6 +49,7 @@ def evaluate(
     plot: Plot = None,
     samples: Samples = None,
     skip_bad: SkipBad = False,
+    classes: Classes = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +71,7 @@ def evaluate(
             for_each(each.devices, up)
     with waiting("loading the model"):
         network = rd.reload_model(made[0].model)
-    dataset = load_data(data, network, samples, seed, skip_bad=skip_bad)
+    dataset = load_data(data, network, samples, seed, skip_bad=skip_bad, classes=classes)
     with resumable(checkpoint), progress("evaluating") as advance:
         results = rd.evaluate_plans(
             network,

@@ -117,9 +117,12 @@ def load_data(
     *,
     labelled: bool = True,
     skip_bad: bool = False,
+    classes: Path | None = None,
 ) -> rd.Dataset:
     """The images that DATA and --samples name, checked; what is to be known about them is said."""
-    found = rd.load_data(source, network.preprocessing, network.outputs, split=split, labelled=labelled)
+    named = {} if classes is None else {"classes": read_classes(classes)}
+    preprocessing = {**network.preprocessing, **named}
+    found = rd.load_data(source, preprocessing, network.outputs, split=split, labelled=labelled)
     with progress("checking the images") as advance:
         dataset = found.sample(samples, seed).checked(skip_bad, advance)
     for sentence in dataset.notes.sentences():

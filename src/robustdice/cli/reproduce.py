@@ -30,6 +30,7 @@ from robustdice.cli.options import (
 from robustdice.cli.usage import number
 from robustdice.errors import DataError, ModelError, RobustdiceError
 from robustdice.importance.values import SCORING_SAMPLES
+from robustdice.model.folders import archive_above
 from robustdice.partitioning.robust import DEFAULT_MEMORY
 from robustdice.report import tables
 from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress
@@ -80,7 +81,7 @@ def reproduce(
         raise RobustdiceError("give either --imagenet DIR, or --models MODEL... and --data DATA")
     if imagenet is not None and memory is not None:
         raise RobustdiceError("the paper's models get the paper's memory: --memory is for --models")
-    here = images == "digits" or Path(images).exists()
+    here = images == "digits" or Path(images).exists() or archive_above(Path(images)) is not None
     subjects = []
     missing = [] if here else [f"there is no image folder or zip file {images}: it has a folder for each class (WNID)"]
     for source in sources:

@@ -72,6 +72,8 @@ def label_folders(preprocessing: Mapping[str, Any], folders: Sequence[str], outp
         known = _indices(classes)
         found = {folder: _index(folder, known, classes, source) for folder in folders}
         return Labels(found, ("the folders are WNIDs: the outputs are taken for ImageNet's 1,000 classes",))
+    if classes and len(classes) != outputs:
+        raise DataError(f"the model has {outputs} outputs, but {len(classes)} classes are named; correct --classes")
     if classes:
         return Labels({folder: _index(folder, known, classes, source) for folder in folders})
     if all(map(_NUMBER.fullmatch, folders)):

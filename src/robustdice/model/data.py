@@ -197,8 +197,9 @@ def _labels(
     if sides:
         best = next((side for side in sides if not side.lower().endswith(("train", "training"))), sides[-1])
         raise DataError(
-            f"{path} has {' and '.join(map(repr, sides))} side by side, which are not to be measured together: "
-            f"give one of them, as in {path / best}"
+            f"{path} has images of the same classes, or of several splits, in {' and '.join(map(repr, sides))}, which "
+            "are not to be measured together; an image's class is the folder right above it. "
+            f"Give one of them, as in {path / best}"
         )
     labels = label_folders(preprocessing, classes, outputs, str(path))
     return np.array([labels.indices[file.folders[-1]] for file in found.files], dtype=np.int64), labels.inferred

@@ -68,7 +68,7 @@ def find_images(path: Path) -> Found:
     elif path.is_file():
         single = path.suffix.lower() in SUFFIXES and not zipfile.is_zipfile(path)
         found = _sort(path, [_image_file(path, path.name, path.stat())] if single else _in_zip(path, ()))
-    elif inside := _archive_above(path):
+    elif inside := archive_above(path):
         found = _sort(path, _in_zip(*inside))
     else:
         raise DataError(f"there is no image folder or zip file {path}; DATA is such a path, or 'digits'")
@@ -150,7 +150,7 @@ def _image_file(path: Path, name: str, status: os.stat_result) -> ImageFile:
     return ImageFile(name, f"{name} {status.st_size} {status.st_mtime_ns}", lambda: path)
 
 
-def _archive_above(path: Path) -> tuple[Path, tuple[str, ...]] | None:
+def archive_above(path: Path) -> tuple[Path, tuple[str, ...]] | None:
     """The zip file that a path leads into, and the folders inside."""
     for parent in path.parents:
         if parent.is_file():
