@@ -83,9 +83,13 @@ def test_a_folder_is_called_after_its_class_its_wnid_or_the_name_behind_it() -> 
             labels([folder], 4, ["dog", *classes[:2], *classes[3:]])
 
 
-def test_a_name_of_two_classes_is_refused() -> None:
-    with pytest.raises(DataError, match=r"'crane' of data can be any of n02012849 crane, n03126707 crane; name it in"):
+def test_two_classes_may_have_one_name_but_no_folder_is_called_after_them() -> None:
+    with pytest.raises(DataError, match=r"'crane' of data can be output 0 \(n02012849 crane\) or output 1 "):
         labels(["crane"], 2, ["n02012849 crane", "n03126707 crane"])
+    classes = ["crane", "dog", "crane"]  # as in lists of ImageNet's names
+    assert labels(["dog"], 3, classes).indices == {"dog": 1}
+    with pytest.raises(DataError, match=r"can be output 0 \(crane\) or output 2 \(crane\); use names or WNIDs"):
+        labels(["crane", "dog"], 3, classes)
 
 
 @given(count=st.integers(2, 120), width=st.integers(0, 4), first=st.integers(0, 1))

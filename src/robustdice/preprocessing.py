@@ -94,11 +94,6 @@ def _check_values(checked: Mapping[str, Any]) -> None:
         raise DataError(f"mean must be finite, not {checked['mean']}")
     if not isinstance(checked.get("exif_orientation", True), bool):
         raise DataError(f"exif_orientation is true or false, not {checked['exif_orientation']!r}")
-    names = checked.get("classes", [])
-    if len(set(names)) != len(names):
-        raise DataError(
-            f"the class {max(names, key=names.count)!r} is named twice; give every output a name of its own"
-        )
 
 
 def _check_sizes(checked: Mapping[str, Any]) -> None:

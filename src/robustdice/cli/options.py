@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,8 +127,14 @@ def load_data(
     with progress("checking the images") as advance:
         dataset = found.sample(samples, seed).checked(skip_bad, advance)
     for sentence in dataset.notes.sentences():
-        err.print(f"note: {sentence}", soft_wrap=True)
+        _note(sentence)
     return dataset
+
+
+@cache
+def _note(sentence: str) -> None:
+    """Says what is to be known, once: several models may be asked about the same images."""
+    err.print(f"note: {sentence}", soft_wrap=True)
 
 
 def score_with(

@@ -114,7 +114,7 @@ def reproduce(
         )
     verdicts = trends(results)
     if as_json:
-        print_json({"output": str(output), "trends": verdicts})
+        print_json({"output": str(output), "trends": verdicts, "notes": subjects[0].dataset.notes.as_json()})
     else:
         out.print(tables.trends_table(verdicts))
         out.print(f"The report is {output / 'report.html'}.", soft_wrap=True)

@@ -128,8 +128,8 @@ def _indices(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
 def _index(folder: str, known: Mapping[str, tuple[int, ...]], classes: Sequence[str], source: str) -> int:
     found = known.get(unicodedata.normalize("NFC", folder), ())
     if len(found) > 1:
-        several = _some([classes[index] for index in found])
-        raise DataError(f"the folder {folder!r} of {source} can be any of {several}; name it in full")
+        several = " or ".join(f"output {index} ({classes[index]})" for index in found)
+        raise DataError(f"the folder {folder!r} of {source} can be {several}; use names or WNIDs that tell them apart")
     if not found:
         raise DataError(
             f"the folder {folder!r} of {source} is no class of the model ({len(classes)} classes, "
