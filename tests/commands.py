@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,17 +23,27 @@ COMMAND = [sys.executable, "-m", "robustdice"]
 def run(
     *arguments: str | Path, status: int = 0, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command that ends with ``status``, with ``environment`` beside this process's own."""
-    result = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, **(environment or {})},
-    )
+    """A command that ends with ``status``: in this process, or with an ``environment`` beside this process's own in
+    another one, which is slower by what importing PyTorch takes."""
+    command = [*COMMAND, *map(str, arguments)]
+    if environment is not None:
+        env = {**os.environ, **environment}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=env)
+    else:
+        result = _run_here(command)
     assert result.returncode == status, result.stdout + result.stderr
     return result
+
+
+def _run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["robustdice", *command[len(COMMAND) :]]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch("sys.argv", argv), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main()
+    for number, handler in handlers.items():  # commands that run until they are stopped set their own
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def run_json(*arguments: str | Path) -> Any:
@@ -53,10 +66,3 @@ def without_workshop(directory: Path) -> dict[str, str]:
     for name in ("torch", "torchvision", "onnx", "onnxscript", "sklearn", "timm", "distributed", "matplotlib"):
         (directory / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')")
     return {"PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])}
-
-
-def called(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command that runs in this process."""
-    with mock.patch("sys.argv", ["robustdice", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0), *capsys.readouterr()

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from bundles import Network, make_plan, write_bundles
-from commands import called, fails, run, without_workshop
+from commands import fails, run, without_workshop
 from robustdice import terminal
 from robustdice.failure.evaluate import Evaluation
 from robustdice.report import tables
@@ -41,9 +41,8 @@ def test_no_figure_is_cut_or_broken_however_narrow_the_terminal(width: int) -> N
     assert "…" not in "".join(lines)
 
 
-def test_tables_are_whole_in_a_file_or_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text, _ = called(capsys, "inspect", "torchvision:squeezenet1_1", "--random-weights")
-    assert status == 0
+def test_tables_are_whole_in_a_file_or_pipe() -> None:
+    text = run("inspect", "torchvision:squeezenet1_1", "--random-weights").stdout
     assert "…" not in text
     assert any("features.12.expand3x3" in line and "147,712" in line for line in text.splitlines())
     assert "activations exchanged per image" in " ".join(text.split())
@@ -74,27 +73,24 @@ def test_version_and_help_come_without_pytorch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "status", "said"),
     [
-        (["plan", "x", "-o", "y", "--devices", "four"], "--devices takes a whole number, not 'four'"),
-        (["bench", "x", "--rounds", "0"], "--rounds takes a whole number, 1 or more, not '0'"),
-        (["bench", "x", "--seconds", "nan"], "--seconds takes a number, 0.1 or more, not 'nan'"),
-        (["infer", "x", "y", "--timeout", "soon"], "--timeout takes a number, 0.01 or more, not 'soon'"),
-        (["score", "x", "--data", "digits", "-o", "s", "--seed", "-1"], "--seed takes a whole number, 0 or more"),
-        (["build", "x", "-o", "y", "--seed", "1"], "No such option: --seed"),
-        (["plan", "x"], "see 'robustdice plan --help'"),
-        (["nonsense"], "see 'robustdice --help'"),
+        (["plan", "x", "-o", "y", "--devices", "four"], 1, "--devices takes a whole number, not 'four'"),
+        (["bench", "x", "--rounds", "0"], 1, "--rounds takes a whole number, 1 or more, not '0'"),
+        (["bench", "x", "--seconds", "nan"], 1, "--seconds takes a number, 0.1 or more, not 'nan'"),
+        (["infer", "x", "y", "--timeout", "soon"], 1, "--timeout takes a number, 0.01 or more, not 'soon'"),
+        (["score", "x", "--data", "digits", "-o", "s", "--seed", "-1"], 1, "--seed takes a whole number, 0 or more"),
+        (["build", "x", "-o", "y", "--seed", "1"], 2, "No such option: --seed"),
+        (["plan", "x"], 2, "see 'robustdice plan --help'"),
+        (["nonsense"], 2, "see 'robustdice --help'"),
     ],
 )
-def test_a_wrong_call_is_answered_in_a_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = called(capsys, *arguments)
-    assert status in {1, 2}
-    assert not out
-    assert err.startswith("error: ")
-    assert said in err
-    assert len(err.splitlines()) == 1
+def test_a_wrong_call_is_answered_in_a_line(arguments: list[str], status: int, said: str) -> None:
+    result = run(*arguments, status=status)
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
 
 
 @pytest.mark.parametrize(
@@ -106,12 +102,12 @@ def test_a_wrong_call_is_answered_in_a_line(
     ],
 )
 def test_the_shell_completes_what_an_option_takes(
-    words: str, values: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: str, values: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_ROBUSTDICE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"robustdice {words}")
     monkeypatch.setenv("COMP_CWORD", "3")
-    assert values <= set(called(capsys)[1].split())
+    assert values <= set(run().stdout.split())
 
 
 @pytest.mark.parametrize(

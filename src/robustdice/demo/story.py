@@ -14,15 +14,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import robustdice as rd
+from robustdice.bundle.read import load_bundle
+from robustdice.errors import ClusterError
 from robustdice.failure.evaluate import Evaluation
+from robustdice.plan import publishers
 from robustdice.report.sheet import Sheet
 from robustdice.report.tables import percent, plan_summary, plan_table
+from robustdice.runtime.client import Answer
 from robustdice.runtime.cluster import LocalCluster
 
 DEVICES = 4
 SCORING_IMAGES = 64
 ACT_AFTER = 20
 """Frames of a phase that are answered before something is done to a device."""
+SETTLE_SECONDS = 120.0
+"""The longest that a phase may take. Far more than it needs, again."""
 TIMEOUT_SECONDS = 10.0
 """For each answer. Far more than it takes: a machine that is busy with other things must not spoil the story."""
 MODEL = "robustdice.demo.network:digits_cnn"
@@ -39,15 +45,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What came back in a phase. ``settled`` counts the frames that were answered without just the phase's ``down``."""
+    """What came back in a phase. A frame is *settled* when exactly the devices that are up at the phase's end have
+    answered it, and in transition otherwise: then it was sent once more. Every image has one settled frame in the end,
+    and these are what ``accuracy`` and ``predicted`` are about."""
 
     phase: Phase
     frames: int
     answered: int
+    settled: int
     accuracy: float
     predicted: float
+    transition_accuracy: float | None
+    """Of the frames in transition, unanswered ones being wrong; None when there were none."""
     full_coverage: int
-    settled: int
     frames_per_second: float
 
     def to_json(self) -> dict[str, Any]:
@@ -57,10 +67,12 @@ class PhaseResult:
             "down": sorted(self.phase.down),
             "frames": self.frames,
             "answered": self.answered,
+            "settled": self.settled,
             "accuracy": self.accuracy,
             "predicted_accuracy": self.predicted,
             "full_coverage": self.full_coverage,
             "in_transition": self.frames - self.settled,
+            "transition_accuracy": self.transition_accuracy,
             "frames_per_second": self.frames_per_second,
         }
 
@@ -81,7 +93,7 @@ def run_demo(memory: str, frames: int, seed: int, console: Console) -> dict[str,
 
     The first ``frames`` test images are streamed in each phase. What was started is ended, whatever happens.
     """
-    console.rule("1. A trained network, and how important its neurons are")
+    _heading(console, "1. A trained network, and how important its neurons are")
     network = rd.load_model(MODEL)
     test = rd.load_data("digits", network.preprocessing, network.outputs)
     training = rd.load_data("digits", network.preprocessing, network.outputs, split="train")
@@ -96,7 +108,7 @@ def run_demo(memory: str, frames: int, seed: int, console: Console) -> dict[str,
         f"{time.perf_counter() - started:.1f} s: L1 norm, connection sensitivity, removal divergence."
     )
 
-    console.rule(f"2. A plan for {DEVICES} devices, and what it will be worth")
+    _heading(console, f"2. A plan for {DEVICES} devices, and what it will be worth")
     plan = rd.partition(network, scores, devices=DEVICES, memory=memory)
     console.print(plan_table(plan))
     console.print(plan_summary(plan))
@@ -108,7 +120,7 @@ def run_demo(memory: str, frames: int, seed: int, console: Console) -> dict[str,
     evaluations = {name: rd.evaluate(network, method, test) for name, method in plans.items()}
     console.print(_prediction_table(evaluations))
 
-    console.rule(f"3. {DEVICES} processes answer while devices die and return")
+    _heading(console, f"3. {DEVICES} processes answer while devices die and return")
     console.print("Devices are killed with SIGKILL, frozen with SIGSTOP and thawed with SIGCONT, while frames stream.")
     count = min(frames, len(test))
     images, labels = test.images(0, count), test.labels[:count]
@@ -137,6 +149,10 @@ def run_demo(memory: str, frames: int, seed: int, console: Console) -> dict[str,
     }
 
 
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold")
+
+
 def _run_phase(
     cluster: LocalCluster,
     phase: Phase,
@@ -144,28 +160,49 @@ def _run_phase(
     labels: NDArray[np.int64],
     predicted: Mapping[frozenset[int], float],
 ) -> PhaseResult:
-    answers = []
-    act_after = min(ACT_AFTER, len(images) // 4)
-
-    def frames() -> Iterator[NDArray[np.float32]]:
-        for number, image in enumerate(images):
-            if number == act_after:
-                phase.act(cluster)
-            yield image
-
+    manifest = load_bundle(cluster.directory / "device-0").manifest
+    expected = tuple(
+        tuple(-1 if device is None else device for device in publishers(exchange.shards, phase.down))
+        for exchange in manifest.exchanges
+    )
+    settled: dict[int, Answer] = {}
+    moving: list[tuple[int, Answer]] = []
     start = time.perf_counter()
-    answers = list(cluster.client.stream(frames()))
+    while pending := [number for number in range(len(images)) if number not in settled]:
+        if (seconds := time.perf_counter() - start) > SETTLE_SECONDS:
+            raise ClusterError(
+                f"phase '{phase.title}': after {seconds:.0f} s exactly the devices that are up have not answered "
+                f"{len(pending)} of {len(images)} frames; give this machine less else to do"
+            )
+        act = phase.act if not moving and not settled else None
+        for number, answer in zip(pending, cluster.client.stream(_frames(cluster, images[pending], act)), strict=True):
+            if answer.outputs is not None and answer.sources == expected and phase.down == frozenset(answer.down):
+                settled[number] = answer
+            else:
+                moving.append((number, answer))
     seconds = time.perf_counter() - start
+    answers = [*settled.values(), *(answer for _, answer in moving)]
     return PhaseResult(
         phase=phase,
-        frames=len(images),
+        frames=len(answers),
         answered=sum(answer.outputs is not None for answer in answers),
-        accuracy=float(np.mean([a.class_index == label for a, label in zip(answers, labels, strict=True)])),
+        settled=len(settled),
+        accuracy=float(np.mean([answer.class_index == labels[number] for number, answer in settled.items()])),
         predicted=predicted[phase.down],
+        transition_accuracy=float(np.mean([a.class_index == labels[k] for k, a in moving])) if moving else None,
         full_coverage=sum(answer.outputs is not None and answer.coverage == 1 for answer in answers),
-        settled=sum(answer.outputs is not None and frozenset(answer.down) == phase.down for answer in answers),
-        frames_per_second=len(images) / seconds,
+        frames_per_second=len(answers) / seconds,
     )
+
+
+def _frames(
+    cluster: LocalCluster, images: NDArray[np.float32], act: Callable[[LocalCluster], None] | None
+) -> Iterator[NDArray[np.float32]]:
+    """The images; ``act`` happens when some of them are on their way."""
+    for number, image in enumerate(images):
+        if act is not None and number == min(ACT_AFTER, len(images) // 4):
+            act(cluster)
+        yield image
 
 
 def _restart(cluster: LocalCluster, *devices: int) -> None:
@@ -189,29 +226,35 @@ def _prediction_table(evaluations: dict[str, Evaluation]) -> Sheet:
 
 
 def _phase_line(result: PhaseResult) -> str:
+    moving = result.frames - result.settled
+    beside = "" if result.transition_accuracy is None else f", {percent(result.transition_accuracy)} of them right"
     return (
-        f"{result.phase.title}: {result.answered} of {result.frames} frames answered, "
-        f"accuracy {percent(result.accuracy)} (predicted {percent(result.predicted)})"
+        f"{result.phase.title}: {result.answered} of {result.frames} frames answered, {moving} while things changed"
+        f"{beside}; then accuracy {percent(result.accuracy)} (predicted {percent(result.predicted)})"
     )
 
 
 def _phase_table(results: list[PhaseResult], count: int) -> Sheet:
-    headings = ("phase", "answered", "moving", "complete", "accuracy", "predicted", "fps")
-    table = Sheet(
-        f"Measured, {count} frames in each phase",
+    headings = ("phase", "frames", "answered", "complete", "settled %", "predicted %", "moving", "moving %", "fps")
+    sheet = Sheet(
+        f"Measured, {count} images in each phase",
         *headings,
-        caption="moving: frames that were not answered by exactly the devices that are up at the end of the phase, "
-        "because something had not happened yet, or was just happening. complete: answered with all neurons. "
-        "predicted: for these very images, by the network in one process.",
+        caption="settled: accuracy of the frames that exactly the devices up at the end of the phase have answered, "
+        "one for each image. predicted: for the same images, by the network in one process. moving: frames that were "
+        "answered otherwise, because something had not happened yet or was just happening, and their accuracy; these "
+        "images were sent once more. complete: answered with all neurons.",
     )
     for result in results:
-        table.add_row(
+        moving = result.transition_accuracy
+        sheet.add_row(
             result.phase.title,
+            str(result.frames),
             str(result.answered),
-            str(result.frames - result.settled),
             str(result.full_coverage),
             f"{100 * result.accuracy:.1f}",
             f"{100 * result.predicted:.1f}",
+            str(result.frames - result.settled),
+            "" if moving is None else f"{100 * moving:.1f}",
             f"{result.frames_per_second:.0f}",
         )
-    return table
+    return sheet
