@@ -134,9 +134,9 @@ def put(root: Path, *names: str, content: bytes = b"") -> Path:
     [
         (("train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png"), "'train' and 'val'", "val"),
         (("Training/cat/1.png", "Testing/dog/2.png"), "'Testing' and 'Training'", "Testing"),
-        (("in/train/cat/1.png", "in/train/dog/2.png", "in/val/3.png"), "'in/train' and 'in/val'", "in/val"),
+        (("in/train/cat/1.png", "in/train/dog/2.png", "in/val/3.png"), "'in/train' and 'in/val'", "in/train"),
         (("a/cat/1.png", "a/dog/1.png", "b/x/cat/1.png"), "'a' and 'b/x'", "a"),
-        (("cat/1.png", "dog/2.png", "more/cat/1.png"), "'.' and 'more'", ""),
+        (("cat/1.png", "dog/2.png", "more/cat/1.png"), "'.' and 'more'", "more"),
         (("cat/2020/1.png", "cat/2021/1.png", "dog/2020/1.png"), "'cat' and 'dog'", "cat"),
         (("train/1.png", "val/2.png"), "'train' and 'val'", "val"),
     ],
@@ -161,6 +161,13 @@ def test_the_way_out_of_splits_works_in_a_zip_file_too(tmp_path: Path) -> None:
     )
     for data in (root, pack(root, tmp_path / "data.zip")):
         assert load_data(str(data / "val"), SIZE, 2).labels.tolist() == [0, 1, 1]
+
+
+def test_what_was_left_out_is_said_when_folders_are_no_classes(tmp_path: Path) -> None:
+    root = put(tmp_path / "data", "cat/1.png", "dog/1.heic")
+    (root / "dogs").symlink_to(root / "cat")
+    with pytest.raises(DataError, match=r"; not read: 1 linked to .* \(dogs\), 1 of the kind .* \(dog/1\.heic\)$"):
+        load_data(str(root), SIZE, 2)
 
 
 def test_train_can_be_the_name_of_a_class(tmp_path: Path) -> None:

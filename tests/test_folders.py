@@ -51,7 +51,7 @@ def test_everything_else_is_counted_and_named(tmp_path: Path) -> None:
     assert names(found) == ["a/1.png"]
     assert left_out(found) == {
         "hidden or left behind by archivers": (4, ("@eaDir", "__MACOSX", "a/.hidden.png")),
-        "not regular files": (2, ("a/pipe.jpg", "a/s.jpg")),
+        "of a special kind (device, pipe, socket)": (2, ("a/pipe.jpg", "a/s.jpg")),
         "of the kind .heic": (1, ("x.HEIC",)),
         "of the kind .txt": (5, ("notes0.txt", "notes1.txt", "notes2.txt")),
         "without a suffix": (1, ("raw",)),
@@ -74,7 +74,7 @@ def test_links_are_followed_and_dangling_ones_named(tmp_path: Path) -> None:
     (data / "dog" / "4.png").symlink_to("4.png")
     found = find_images(data)
     assert names(found) == ["cat/1.png", "dog/1.png", "dog/2.png"]
-    assert left_out(found) == {"links that lead nowhere": (2, ("dog/3.png", "dog/4.png"))}
+    assert left_out(found) == {"linked to nowhere": (2, ("dog/3.png", "dog/4.png"))}
     (tmp_path / "link").symlink_to(data)
     assert names(find_images(tmp_path / "link")) == names(found)
 
@@ -137,7 +137,10 @@ def test_links_and_devices_in_a_zip_file_are_not_followed(tmp_path: Path) -> Non
     entries = {"a/1.png": 0, "a/2.png": (stat.S_IFLNK | 0o777) << 16, "a/3.png": (stat.S_IFCHR | 0o644) << 16}
     found = find_images(pack(tmp_path / "a.zip", entries))
     assert names(found) == ["a/1.png"]
-    assert left_out(found) == {"links in a zip file": (1, ("a/2.png",)), "not regular files": (1, ("a/3.png",))}
+    assert left_out(found) == {
+        "linked in a zip file": (1, ("a/2.png",)),
+        "of a special kind (device, pipe, socket)": (1, ("a/3.png",)),
+    }
 
 
 def test_encrypted_images_are_found_and_refused_with_the_way_out(tmp_path: Path) -> None:

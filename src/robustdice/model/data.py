@@ -158,7 +158,10 @@ def load_data(
     sides = _sides(found)
     groups: NDArray[np.int64] | None = None
     if labelled:
-        labels, inferred = _labels(found, path, sides, preprocessing, outputs)
+        try:
+            labels, inferred = _labels(found, path, sides, preprocessing, outputs)
+        except DataError as error:
+            raise DataError("; ".join([str(error), *Notes(left_out=found.left_out).sentences()])) from None
     else:
         labels = np.full(len(files), UNKNOWN, dtype=np.int64)
         numbers = {folders: number for number, folders in enumerate(dict.fromkeys(file.folders for file in files))}
@@ -195,7 +198,7 @@ def _labels(
     ):
         sides = classes
     if sides:
-        best = next((side for side in sides if not side.lower().endswith(("train", "training"))), sides[-1])
+        best = min(sides, key=lambda side: (side == ".", not _has_folders(found, side), _is_training(side)))
         raise DataError(
             f"{path} has images of the same classes, or of several splits, in {' and '.join(map(repr, sides))}, which "
             "are not to be measured together; an image's class is the folder right above it. "
@@ -221,6 +224,15 @@ def _sides(found: Found) -> list[str]:
         if len(splits) > 1 and any(known[name] for name in splits):
             return ["/".join((*parent, name)) for name in splits]
     return next((sorted(places) for places in above.values() if len(places) > 1), [])
+
+
+def _has_folders(found: Found, side: str) -> bool:
+    depth = side.count("/") + 1
+    return any(len(file.folders) > depth and "/".join(file.folders[:depth]) == side for file in found.files)
+
+
+def _is_training(side: str) -> bool:
+    return side.lower().endswith(("train", "training"))
 
 
 def _listed(sentences: Sequence[str]) -> str:

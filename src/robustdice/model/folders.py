@@ -119,14 +119,14 @@ def _in_folder(root: Path) -> Iterator[Entry]:
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
-                yield prefix.rstrip("/"), "links to folders that are read already"
+                yield prefix.rstrip("/"), "linked to a folder that is read already"
                 continue
             seen.add((status.st_dev, status.st_ino))
             children = sorted(os.scandir(folder), key=lambda child: child.name)
         except OSError as error:
             if folder == root:
                 raise DataError(f"cannot read {root}: {error.strerror}") from None
-            yield prefix.rstrip("/"), f"folders that cannot be read: {error.strerror}"
+            yield prefix.rstrip("/"), f"unreadable ({error.strerror})"
             continue
         for child in children:
             name = prefix + _readable(child.name)
@@ -136,14 +136,14 @@ def _in_folder(root: Path) -> Iterator[Entry]:
             try:
                 status = child.stat()
             except OSError as error:
-                yield name, "links that lead nowhere" if child.is_symlink() else f"unreadable: {error.strerror}"
+                yield name, "linked to nowhere" if child.is_symlink() else f"unreadable ({error.strerror})"
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (links if child.is_symlink() else folders).append((Path(child.path), f"{name}/"))
             elif stat.S_ISREG(status.st_mode):
                 yield (name, kind) if kind else _image_file(Path(child.path), name, status)
             else:
-                yield name, "not regular files"
+                yield name, "of a special kind (device, pipe, socket)"
 
 
 def _image_file(path: Path, name: str, status: os.stat_result) -> ImageFile:
@@ -171,9 +171,9 @@ def _in_zip(path: Path, inside: tuple[str, ...]) -> Iterator[Entry]:
             continue
         name, kind = whole[len(prefix) :], stat.S_IFMT(entry.external_attr >> 16)
         if kind == stat.S_IFLNK:
-            yield name, "links in a zip file"
+            yield name, "linked in a zip file"
         elif kind not in (0, stat.S_IFREG):
-            yield name, "not regular files"
+            yield name, "of a special kind (device, pipe, socket)"
         elif left_out := _kind_left_out(name):
             yield name, left_out
         else:
