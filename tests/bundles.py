@@ -14,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from robustdice.bundle.manifest import Exchange, FileEntry, Local, Manifest, Piece, Stage
+from robustdice.bundle.manifest import Exchange, FileEntry, Manifest, Stage
+from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.plan import Holder, Layer, ModelReference, Plan, Shard
 
@@ -73,7 +74,7 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     inputs = (("x",), ("a",), ("b2",))
     stages = [
         Stage(
-            local=Local("local.onnx", ("b",), ("b2",)) if number == 2 else None,
+            local=(Part("local.onnx", ("b",), ("b2",)),) if number == 2 else (),
             exchanges=(number,),
             pieces=tuple(
                 Piece(f"stage{number}-piece{k}.onnx", inputs[number], (f"y{number}",), tuple((number, s) for s in mine))
@@ -95,7 +96,7 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
         classes=tuple(f"class{k}" for k in range(10)),
         preprocessing={"mean": [0.0]},
         exchanges=exchanges,
-        stages=(*stages, Stage(None, (), (), ())),
+        stages=(*stages, Stage((), (), (), ())),
         files={},
         weight_bytes=plan.bytes_per_device[device],
     )
@@ -103,7 +104,7 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
 
 def make_whole_manifest(plan_digest: str, device: int, devices: int) -> Manifest:
     """A manifest without any exchange: each device holds the whole network (frame-parallel)."""
-    stage = Stage(Local("whole.onnx", ("x",), ("scores",)), (), (), ())
+    stage = Stage((Part("whole.onnx", ("x",), ("scores",)),), (), (), ())
     return Manifest(
         device, devices, plan_digest, "standby", "x", INPUT_SHAPE, "scores", 10, (), {}, (), (stage,), {}, 0
     )

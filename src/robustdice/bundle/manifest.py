@@ -3,7 +3,7 @@
 A *value* is a named tensor of a frame: the network's input, an assembled exchange, or a result of a
 stage's local part. A frame goes through the stages in order. In each stage a device
 
-1. runs the *local* part, if there is one: what every device computes from values that it already has;
+1. runs its *local* parts, if there are any: what every device computes from values that it already has;
 2. runs its *pieces*: models that compute shards. The first piece holds the shards whose primary this
    device is (with hot spares: every shard that it holds); each further one holds spares that it publishes
    under the same circumstances;
@@ -15,15 +15,18 @@ The last stage has no exchange; after its local part the network's output is amo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from robustdice.bundle.parts import Part, Piece, extent, parse_part, parse_piece
 from robustdice.errors import BundleError
-from robustdice.plan import Shard, parity_problem, shard_from_json, shard_to_json, shard_width
+from robustdice.plan import Shard, nearest_calibrated, parity_problem, shard_from_json, shard_to_json, shard_width
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "weights.bin"
+"""What is not in the ONNX files: packed filters, and what layers are scaled and shifted by."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,12 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Local:
-    """An ONNX model every device runs: ``inputs`` and ``outputs`` are names of values and of its tensors alike."""
-
-    file: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """An ONNX model that computes shards of one stage.
-
-    ``shards`` are (exchange, shard) pairs: positions in ``Manifest.exchanges`` and in its ``shards``, sorted.
-    Output k of the model belongs to the k-th different exchange among them, and holds that
-    exchange's shards one after the other along its axis, each with its neurons in ascending order.
-    """
-
-    file: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    shards: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
 class Stage:
-    """What a device computes up to the next exchanges. ``exchanges`` are positions in ``Manifest.exchanges``;
-    ``keep`` are the values that later stages still need."""
+    """What a device computes up to the next exchanges: the ``local`` parts in order, of which later ones may read what
+    earlier ones made, then pieces. ``exchanges`` are positions in ``Manifest.exchanges``; ``keep`` are the values that
+    later stages still need."""
 
-    local: Local | None
+    local: tuple[Part, ...]
     exchanges: tuple[int, ...]
     pieces: tuple[Piece, ...]
     keep: tuple[str, ...]
@@ -102,7 +82,8 @@ class Manifest:
 
     ``input_shape`` is without the batch axis; ``classes`` names the outputs in order (may be empty);
     ``preprocessing`` is how an image becomes an input (docs/formats.md); ``weight_bytes`` is what the ONNX
-    files hold of the model's parameters, equal to the plan's ``bytes_per_device[device]``.
+    files and the weights hold of the model's parameters, equal to the plan's ``bytes_per_device[device]``;
+    ``calibrated`` are the failure sets that the weights have corrections for.
     """
 
     device: int
@@ -119,6 +100,19 @@ class Manifest:
     stages: tuple[Stage, ...]
     files: Mapping[str, FileEntry]
     weight_bytes: int
+    calibrated: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every part of every stage."""
+        return [part for stage in self.stages for part in (*stage.local, *stage.pieces)]
+
+    def calibrated_for(self, down: Iterable[int]) -> int | None:
+        """Which of ``calibrated`` applies while the devices ``down`` are: :func:`robustdice.plan.nearest_calibrated`.
+        None: nothing is corrected."""
+        known = [frozenset(failed) for failed in self.calibrated]
+        found = nearest_calibrated(known, frozenset(down))
+        return None if found is None else known.index(found)
 
     def to_json(self) -> bytes:
         """The manifest as it stands in a bundle."""
@@ -168,6 +162,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
             str(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in document["files"].items()
         },
         weight_bytes=int(document["weight_bytes"]),
+        calibrated=tuple(tuple(map(int, failed)) for failed in document["calibrated"]),
     )
 
 
@@ -185,25 +180,12 @@ def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
 
 
 def _parse_stage(document: Mapping[str, Any]) -> Stage:
-    local = document["local"]
     return Stage(
-        local=None if local is None else Local(str(local["file"]), _names(local["inputs"]), _names(local["outputs"])),
+        local=tuple(map(parse_part, document["local"])),
         exchanges=tuple(map(int, document["exchanges"])),
-        pieces=tuple(
-            Piece(
-                file=str(piece["file"]),
-                inputs=_names(piece["inputs"]),
-                outputs=_names(piece["outputs"]),
-                shards=tuple((int(exchange), int(shard)) for exchange, shard in piece["shards"]),
-            )
-            for piece in document["pieces"]
-        ),
-        keep=_names(document["keep"]),
+        pieces=tuple(map(parse_piece, document["pieces"])),
+        keep=tuple(map(str, document["keep"])),
     )
-
-
-def _names(names: list[str]) -> tuple[str, ...]:
-    return tuple(map(str, names))
 
 
 def _check(manifest: Manifest) -> None:
@@ -232,6 +214,15 @@ def _check(manifest: Manifest) -> None:
         require(bool(exchange.shards) and not parity_problem(exchange.shards), "a parity shard")
         require(all(bool(s.neurons) != bool(s.parity_of) for s in exchange.shards), "an empty shard")
         require(len(neurons) * exchange.features == width, "a layer's width")
-    named = {part.file for stage in manifest.stages for part in (stage.local, *stage.pieces) if part is not None}
+    require(
+        all(0 <= d < manifest.devices for failed in manifest.calibrated for d in failed), "a calibrated failure set"
+    )
+    named = {part.file for part in manifest.parts}
+    if any(extent(part) for part in manifest.parts):
+        named.add(WEIGHTS_NAME)
     require(named == set(manifest.files), "its list of files")
+    for part in manifest.parts:
+        require(all(len(affine.corrections) == len(manifest.calibrated) for affine in part.affine), "its corrections")
+        end = extent(part)
+        require(not end or end <= manifest.files[WEIGHTS_NAME].size, "weights beyond the end of their file")
     require(all("/" not in name and not name.startswith(".") for name in named), "a file name with a path")

@@ -63,7 +63,7 @@ def export_onnx(network: Network) -> OnnxGraph:
     # parameters and tensors get names that nothing else has, and their own ones afterwards.
     names = {f"ours/{node.name}": node.name for node in (network.input, *values)}
     parameters = {f"ours__{n}": str(node.target) for n, node in enumerate(network.nodes) if node.op == "get_attr"}
-    names |= {ours: _array(parameter) for ours, parameter in parameters.items()}
+    names |= {ours: array_name(parameter) for ours, parameter in parameters.items()}
     root = torch.nn.Module()
     for ours, parameter in parameters.items():
         root.register_buffer(ours, attribute(network.module, parameter).detach())
@@ -118,13 +118,13 @@ def export_onnx(network: Network) -> OnnxGraph:
         types=types,
         per_image=frozenset(node.name for node in network.per_image),
         parameters=frozenset(
-            _array(name) for name in parameters.values() if attribute(network.module, name).is_floating_point()
+            array_name(name) for name in parameters.values() if attribute(network.module, name).is_floating_point()
         ),
         opset=opset,
     )
 
 
-def _array(parameter: str) -> str:
+def array_name(parameter: str) -> str:
     """The name of a parameter's array: a parameter may be called as some tensor of the network is."""
     return f"weights/{parameter}"
 
@@ -181,18 +181,21 @@ def _is_batch_size(node: onnx.NodeProto, graph: OnnxGraph) -> bool:
     return ends.get("start", 0) == 0 and ends.get("end") == 1
 
 
-def cut_layer(graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64], prefix: str) -> Cut:
-    """The part of a layer and its tail that computes ``neurons``, from the layer's input to its value.
+def cut_layer(
+    graph: OnnxGraph, layer: NetworkLayer, neurons: NDArray[np.int64], prefix: str, given: Iterable[str] = ()
+) -> Cut:
+    """The part of a layer and its tail that computes ``neurons``, from the layer's input, and the values ``given`` from
+    outside, to its value.
 
     Everything inside gets ``prefix`` before its name, so that layers of one stage can share a model.
     """
     source = layer.node.args[0]
     assert isinstance(source, fx.Node)
-    whole = cut(graph, [source.name], [layer.value.name])
+    whole = cut(graph, [source.name, *given], [layer.value.name])
     rename = {output: prefix + output for node in whole.nodes for output in node.output}
     rename |= {name: prefix + name for name in whole.arrays}
     rename[layer.value.name] = prefix + layer.value.name
-    slices = {_array(parameter.name): parameter for parameter in layer.parameters}
+    slices = {array_name(parameter.name): parameter for parameter in layer.parameters}
     arrays = {
         prefix + name: _take(array, neurons, slices[name].axis, slices[name].features) if name in slices else array
         for name, array in whole.arrays.items()
@@ -230,7 +233,7 @@ def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[
         whole = cut_layer(graph, layer, longest, prefix)
         arrays = dict(whole.arrays)
         for parameter in layer.parameters:
-            array = _array(parameter.name)
+            array = array_name(parameter.name)
             summed = np.zeros(arrays[prefix + array].shape, np.float64)
             for neurons in members:
                 part = np.asarray(_take(graph.arrays[array], neurons, parameter.axis, parameter.features), np.float64)

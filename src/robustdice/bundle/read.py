@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
+from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from robustdice.errors import BundleError
 
 MANIFEST_LIMIT = 64 * 2**20
@@ -32,6 +32,14 @@ class Bundle:
         _verify(self.directory, file, self.manifest)
         return self.directory / file
 
+    def content(self, file: str) -> bytes:
+        """What is in one of the manifest's files; BundleError when it is no longer what was verified."""
+        path, entry = self.directory / file, self.manifest.files[file]
+        content = _content(path, entry.size)
+        if len(content) < entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise BundleError(f"{path} changed while it was read; {REMEDY}")
+        return content
+
 
 def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     """Read and verify the bundle in ``directory`` (``DIR/device-K``).
@@ -46,7 +54,9 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     named = re.fullmatch(r"device-(\d+)", path.resolve().name)
     if named and int(named[1]) != manifest.device:
         raise BundleError(f"{path} holds the bundle of device {manifest.device}, not {named[1]}; {REMEDY}")
-    unknown = sorted(file.name for file in path.glob("*.onnx") if file.name not in manifest.files)
+    unknown = sorted(
+        file.name for kind in ("*.onnx", WEIGHTS_NAME) for file in path.glob(kind) if file.name not in manifest.files
+    )
     if unknown:
         raise BundleError(f"{path / unknown[0]} is not part of the bundle ({MANIFEST_NAME} does not list it); {REMEDY}")
     for file in manifest.files:

@@ -6,51 +6,30 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from robustdice.bundle.manifest import (
-    MANIFEST_NAME,
-    Exchange,
-    FileEntry,
-    Local,
-    Manifest,
-    Piece,
-    Stage,
-)
-from robustdice.bundle.onnx_graph import (
-    Cut,
-    OnnxGraph,
-    cut,
-    cut_layer,
-    cut_parity,
-    export_onnx,
-    make_model,
-    mask_name,
-    with_mask,
-)
+from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Exchange, FileEntry, Manifest, Stage
+from robustdice.bundle.models import Model, Models, merged, neurons_of
+from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
+from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
+from robustdice.bundle.parts import Affine, Coarse, Filter, Part, Piece
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
-from robustdice.model.canonical import arguments
-from robustdice.model.network import Network, NetworkLayer, check_plan_fits
-from robustdice.plan import Plan, Shard
+from robustdice.model.canonical import attribute
+from robustdice.model.network import Network, check_plan_fits
+from robustdice.plan import Plan
+from robustdice.representation import CoarseFilter, pack
 
 SPARES = ("standby", "hot")
 _BESIDE_BUNDLES = {"plan.json", "cluster.toml", "client.key"}
-_IN_BUNDLES = {MANIFEST_NAME, "secret.key"}
+_IN_BUNDLES = {MANIFEST_NAME, WEIGHTS_NAME, "secret.key"}
 PLAN_NAME = "plan.json"
 """The plan that a build was made from, kept beside the bundles for whoever verifies them."""
-
-
-@dataclass(frozen=True)
-class _Model:
-    """An ONNX file to be written, and the bytes of the network's parameters in it."""
-
-    content: bytes
-    weight_bytes: int
 
 
 def write_bundles(
@@ -72,17 +51,10 @@ def write_bundles(
         raise PlanError(f"spares are {' or '.join(SPARES)}, not {spares!r}")
     check_plan_fits(network, plan)
     check_replaceable(directory)
-    exchanged = {
-        index: layer.without_tail if plan.exchanged_before_tail(index) else layer
-        for index, layer in enumerate(network.layers)
-        if not plan.held_by_all(index)
-    }
-    stages = split_into_stages(network, exchanged)
-    graph = graph or export_onnx(network)
-    masked = [layer for index, layer in enumerate(network.layers) if _mask(network, exchanged, index)]
-    for layer in masked:
-        graph = with_mask(graph, layer)
-    locals_ = [_local_model(graph, stage, number, masked) for number, stage in enumerate(stages)]
+    models = Models(network, plan, graph or export_onnx(network))
+    dealt = models.exchanged | models.coarse_everywhere
+    stages = merged(split_into_stages(network, dict(sorted(dealt.items()))), models.exchanged)
+    locals_ = [[model for part in stage for model in models.local(part)] for stage in stages]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +62,7 @@ def write_bundles(
             for device, name in enumerate(names):
                 target = Path(temporary) / name
                 target.mkdir()
-                _write_device(network, plan, graph, stages, locals_, exchanged, device, spares, target)
+                _Device(models, device, target).write(stages, locals_, spares)
             add(Path(temporary))
             directory.mkdir(exist_ok=True)
             for old in directory.glob("device-*"):
@@ -127,90 +99,145 @@ def _is_of_a_build(path: Path) -> bool:
     return all(file.name in _IN_BUNDLES or file.suffix == ".onnx" for file in path.iterdir())
 
 
-def _mask(network: Network, exchanged: Mapping[int, NetworkLayer], index: int) -> str | None:
-    """The name of an exchange's mask: it needs one when a tail follows it."""
-    layer = network.layers[index]
-    return mask_name(layer) if index in exchanged and exchanged[index].value is not layer.value else None
+class _Device:
+    """Writes the bundle of one device."""
 
+    def __init__(self, models: Models, device: int, target: Path) -> None:
+        self.models, self.device, self.target = models, device, target
+        self.plan, self.network = models.plan, models.network
+        self.calibrated = sorted(
+            (failed for failed in self.plan.corrections if device not in failed), key=lambda f: (len(f), sorted(f))
+        )
+        self.weights = bytearray()
+        self.files: dict[str, FileEntry] = {}
+        self.weight_bytes = 0
 
-def _local_model(
-    graph: OnnxGraph, stage: StageGraph, number: int, masked: Sequence[NetworkLayer]
-) -> tuple[Local, _Model] | None:
-    if not stage.local_outputs:
-        return None
-    outputs = tuple(node.name for node in stage.local_outputs)
-    masks = [mask_name(layer) for layer in masked if layer.node in stage.local_inputs]
-    inputs = (*(node.name for node in stage.local_inputs), *masks)
-    part = cut(graph, inputs, outputs)
-    content = make_model([part], inputs, outputs, graph.opset, graph.types)
-    return Local(f"stage-{number:03d}-local.onnx", inputs, outputs), _Model(content, part.weight_bytes)
-
-
-def _write_device(
-    network: Network,
-    plan: Plan,
-    graph: OnnxGraph,
-    stages: Sequence[StageGraph],
-    locals_: Sequence[tuple[Local, _Model] | None],
-    exchanged: Mapping[int, NetworkLayer],
-    device: int,
-    spares: str,
-    target: Path,
-) -> None:
-    files: dict[str, FileEntry] = {}
-    weight_bytes = 0
-
-    def write(name: str, model: _Model) -> None:
-        nonlocal weight_bytes
-        (target / name).write_bytes(model.content)
-        files[name] = FileEntry(len(model.content), hashlib.sha256(model.content).hexdigest())
-        weight_bytes += model.weight_bytes
-
-    manifest_stages = []
-    for number, (stage, local) in enumerate(zip(stages, locals_, strict=True)):
-        if local is not None:
-            write(local[0].file, local[1])
-        pieces = []
-        for count, shards in enumerate(_piece_shards(plan, stage.layers, device, spares)):
-            piece, model = _piece(plan, graph, exchanged, shards, f"stage-{number:03d}-piece-{count}.onnx")
-            write(piece.file, model)
-            pieces.append(piece)
-        manifest_stages.append(
-            Stage(
-                local=None if local is None else local[0],
-                exchanges=tuple(list(exchanged).index(layer) for layer in stage.layers),
-                pieces=tuple(pieces),
-                keep=tuple(node.name for node in stage.keep),
+    def write(self, stages: Sequence[Sequence[StageGraph]], locals_: Sequence[Sequence[Model]], spares: str) -> None:
+        """``locals_`` are the models of every stage's local parts."""
+        network, plan, exchanged = self.network, self.plan, self.models.exchanged
+        order = list(exchanged)
+        manifest_stages = []
+        for number, (parts, local) in enumerate(zip(stages, locals_, strict=True)):
+            layers = [layer for part in parts for layer in part.layers if layer in exchanged]
+            manifest_stages.append(
+                Stage(
+                    local=tuple(
+                        self._part(model, f"stage-{number:03d}-local-{k}.onnx") for k, model in enumerate(local)
+                    ),
+                    exchanges=tuple(order.index(layer) for layer in layers),
+                    pieces=tuple(
+                        self._piece(shards, kind, f"stage-{number:03d}-piece-{k}.onnx")
+                        for k, (shards, kind) in enumerate(_piece_shards(plan, layers, self.device, spares))
+                    ),
+                    keep=tuple(node.name for node in parts[-1].keep),
+                )
             )
+        if self.weights:
+            self._file(WEIGHTS_NAME, bytes(self.weights), len(self.weights))
+        promised = plan.bytes_per_device[self.device]
+        if self.weight_bytes != promised:
+            raise PlanError(
+                f"device {self.device} would hold {self.weight_bytes} bytes of weights, the plan promises {promised}; "
+                "please report this model"
+            )
+        manifest = Manifest(
+            device=self.device,
+            devices=plan.devices,
+            plan_digest=plan.digest,
+            spares=spares,
+            input=network.input.name,
+            input_shape=network.input_shape,
+            output=network.output.name,
+            outputs=network.outputs,
+            classes=tuple(plan.model.preprocessing.get("classes", ())),
+            preprocessing={key: value for key, value in plan.model.preprocessing.items() if key != "classes"},
+            exchanges=tuple(_exchange(self.models, index) for index in exchanged),
+            stages=tuple(manifest_stages),
+            files=self.files,
+            weight_bytes=self.weight_bytes,
+            calibrated=tuple(tuple(sorted(failed)) for failed in self.calibrated),
         )
-    promised = plan.bytes_per_device[device]
-    if weight_bytes != promised:
-        raise PlanError(
-            f"device {device} would hold {weight_bytes} bytes of weights, the plan promises {promised}; "
-            "please report this model"
+        (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
+
+    def _file(self, name: str, content: bytes, weight_bytes: int) -> None:
+        (self.target / name).write_bytes(content)
+        self.files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        self.weight_bytes += weight_bytes
+
+    def _part(self, model: Model, file: str) -> Part:
+        self._file(file, model.content, model.weight_bytes)
+        coarse = None if model.coarse is None else self._coarse(model)
+        affine = tuple(self._affine(index, neurons) for index, neurons in model.affine)
+        return Part(file, model.inputs, model.outputs, affine=affine, coarse=coarse)
+
+    def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
+        """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32."""
+        if kind == "float32":
+            model = self.models.piece(shards)
+        else:
+            index = shards[0][0]
+            neurons = neurons_of([self.plan.shards[index][number] for _, number in shards])
+            model = self.models.of_layer(index, neurons, kind, f"{self.plan.layers[index].name}/")
+        order = list(self.models.exchanged)
+        part = self._part(model, file)
+        return Piece(
+            part.file,
+            part.inputs,
+            part.outputs,
+            tuple((order.index(layer), number) for layer, number in shards),
+            affine=part.affine,
+            coarse=part.coarse,
         )
-    manifest = Manifest(
-        device=device,
-        devices=plan.devices,
-        plan_digest=plan.digest,
-        spares=spares,
-        input=network.input.name,
-        input_shape=network.input_shape,
-        output=network.output.name,
-        outputs=network.outputs,
-        classes=tuple(plan.model.preprocessing.get("classes", ())),
-        preprocessing={key: value for key, value in plan.model.preprocessing.items() if key != "classes"},
-        exchanges=tuple(
-            _exchange(layer, _mask(network, exchanged, index), plan.shards[index]) for index, layer in exchanged.items()
-        ),
-        stages=tuple(manifest_stages),
-        files=files,
-        weight_bytes=weight_bytes,
-    )
-    (target / MANIFEST_NAME).write_bytes(manifest.to_json())
+
+    def _affine(self, index: int, neurons: NDArray[np.int64]) -> Affine:
+        layer = self.network.layers[index]
+        offsets: list[int | None] = []
+        for failed in self.calibrated:
+            correction = self.plan.corrections[failed][index]
+            offsets.append(None if correction is None else self._keep(correction.scale[neurons]))
+            if correction is not None:
+                self._keep(correction.shift[neurons])
+        return Affine(scale_name(layer), shift_name(layer), len(neurons), tuple(offsets))
+
+    def _coarse(self, model: Model) -> Coarse:
+        ((index, neurons),) = model.affine
+        layer = self.network.layers[index]
+        assert model.coarse is not None
+        kept = self.plan.coarse[index, model.coarse]
+        filters = [(layer.node, layer.own_filter, kept.filter)]
+        filters += [(node, name, kept.tail[name]) for node, name in layer.tail_filter_nodes.items()]
+        return Coarse(
+            filters=tuple(
+                Filter(
+                    filter_name(node),
+                    each.representation,
+                    tuple(attribute(self.network.module, name).shape[1:]),
+                    each.group,
+                    self._keep_filters(each, neurons),
+                )
+                for node, name, each in filters
+            ),
+            shift=self._keep(kept.shift[neurons]) if layer.layer.affine_weights else None,
+            at_once=model.at_once,
+            axis=layer.axis,
+        )
+
+    def _keep_filters(self, filters: CoarseFilter, neurons: NDArray[np.int64]) -> int:
+        codes = filters.codes[neurons]
+        whole = filters.representation in ("float16", "int8")  # a number for each weight
+        offset = self._keep(codes if whole else pack(codes, filters.representation))
+        self._keep(filters.scales[neurons])
+        return offset
+
+    def _keep(self, array: NDArray[Any]) -> int:
+        """The offset at which the array now stands in the weights."""
+        offset = len(self.weights)
+        self.weights += array.astype(array.dtype.newbyteorder("<")).tobytes()
+        return offset
 
 
-def _exchange(layer: NetworkLayer, mask: str | None, shards: tuple[Shard, ...]) -> Exchange:
+def _exchange(models: Models, index: int) -> Exchange:
+    layer = models.exchanged[index]
     return Exchange(
         layer=layer.layer.name,
         value=layer.value.name,
@@ -218,50 +245,25 @@ def _exchange(layer: NetworkLayer, mask: str | None, shards: tuple[Shard, ...]) 
         axis=layer.axis,
         features=layer.features,
         fill=layer.fill,
-        mask=mask,
-        shards=shards,
+        mask=models.mask(index),
+        shards=models.plan.shards[index],
     )
 
 
-def _piece_shards(plan: Plan, layers: Sequence[int], device: int, spares: str) -> list[list[tuple[int, int]]]:
-    """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish."""
-    pieces: dict[frozenset[int], list[tuple[int, int]]] = {}
+def _piece_shards(
+    plan: Plan, layers: Sequence[int], device: int, spares: str
+) -> list[tuple[list[tuple[int, int]], str]]:
+    """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish and is
+    kept in float32, or is of one layer and one other representation, which is said beside them."""
+    pieces: dict[tuple[tuple[int, ...], int, str], list[tuple[int, int]]] = {}
     for layer in layers:
         for number, shard in enumerate(plan.shards[layer]):
             if device in shard.devices:
                 members = [plan.shards[layer][member].devices for member in shard.parity_of]
                 first = shard.devices[: shard.devices.index(device)]
                 before = frozenset(first).union(*members)  # a parity shard is a spare of all its members
-                pieces.setdefault(before if spares == "standby" else frozenset(), []).append((layer, number))
-    return [pieces[before] for before in sorted(pieces, key=lambda before: (len(before), sorted(before)))]
-
-
-def _piece(
-    plan: Plan,
-    graph: OnnxGraph,
-    exchanged: Mapping[int, NetworkLayer],
-    shards: Sequence[tuple[int, int]],
-    file: str,
-) -> tuple[Piece, _Model]:
-    cuts: list[Cut] = []
-    outputs: list[str] = []
-    inputs: dict[str, None] = {}
-    for index in sorted({layer for layer, _ in shards}):
-        layer, of_layer = exchanged[index], plan.shards[index]
-        mine = [of_layer[number] for which, number in shards if which == index]
-        prefix = f"{layer.layer.name}/"
-        if mine[0].parity_of:  # then it is the only one of this layer here
-            part = cut_parity(graph, layer, [np.array(of_layer[m].neurons) for m in mine[0].parity_of], prefix)
-        else:
-            part = cut_layer(graph, layer, np.array([n for shard in mine for n in shard.neurons]), prefix)
-        cuts.append(part)
-        outputs.append(prefix + layer.value.name)
-        inputs[arguments(layer.node)[0].name] = None
-    content = make_model(cuts, list(inputs), outputs, graph.opset, graph.types)
-    piece = Piece(
-        file=file,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        shards=tuple((list(exchanged).index(layer), number) for layer, number in shards),
-    )
-    return piece, _Model(content, sum(part.weight_bytes for part in cuts))
+                kind = shard.representation_on(device)
+                key = (tuple(sorted(before)) if spares == "standby" else (), -1 if kind == "float32" else layer, kind)
+                pieces.setdefault(key, []).append((layer, number))
+    in_order = sorted(pieces, key=lambda key: (len(key[0]), *key))
+    return [(pieces[key], key[2]) for key in in_order]

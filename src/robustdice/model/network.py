@@ -91,15 +91,20 @@ class NetworkLayer:
         return parameter_name(arguments(self.node, None, None, None)[2])
 
     @property
-    def tail_filters(self) -> tuple[str, ...]:
-        """The names of the depthwise filters in the tail."""
+    def tail_filter_nodes(self) -> Mapping[fx.Node, str]:
+        """The depthwise convolutions in the tail, and the names of their filters."""
         convolutions = set(CONVOLUTIONS.values())
-        nodes, end = [], self.node
+        found, end = {}, self.node
         while end is not self.value:
             end = next(iter(end.users))
-            if end.target in convolutions:
-                nodes.append(end)
-        return tuple(name for node in nodes if (name := parameter_name(arguments(node)[1])))
+            if end.target in convolutions and (name := parameter_name(arguments(end)[1])) is not None:
+                found[end] = name
+        return found
+
+    @property
+    def tail_filters(self) -> tuple[str, ...]:
+        """The names of the depthwise filters in the tail."""
+        return tuple(self.tail_filter_nodes.values())
 
     @property
     def without_tail(self) -> NetworkLayer:
@@ -420,7 +425,7 @@ def _network_layer(
             neuron_preactivations=math.prod(shapes[node][1:]) // channels.neurons,
             reads_group=groups > 1,
             filter_weights=per_neuron[start.filters[0]],
-            affine_weights=sum(per_neuron[name] for name in in_chain),
+            affine_weights=sum(per_neuron[name] for name in in_chain & per_neuron.keys()),  # masks are none
             tail_filter_weights=sum(per_neuron[name] for name in tail_filters),
             tail_filters=len(tail_filters),
         ),

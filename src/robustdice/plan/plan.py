@@ -28,6 +28,7 @@ from robustdice.plan.shards import (
     Shard,
     check_layer,
     check_shard,
+    nearest_calibrated,
     parity_problem,
     publishers,
     shard_width,
@@ -117,8 +118,11 @@ class Plan:
         return max(self.bytes_per_device) / self.total_bytes
 
     def held_by_all(self, layer: int) -> bool:
-        """Whether every device holds the whole layer: all compute it, and it has no exchange."""
-        return all(len(shard.holders) == self.devices for shard in self.shards[layer])
+        """Whether every device holds the whole layer, and the same copy of it: all compute it, without an exchange."""
+        return all(
+            len(shard.holders) == self.devices and len({holder.representation for holder in shard.holders}) == 1
+            for shard in self.shards[layer]
+        )
 
     def exchanged_before_tail(self, layer: int) -> bool:
         """Whether devices hand each other pre-activations, and each computes the whole tail: sums need that."""
@@ -182,15 +186,9 @@ class Plan:
         return tuple(found)
 
     def correction(self, failed: Iterable[int]) -> tuple[Correction | None, ...] | None:
-        """What a failure set's survivors apply: its own corrections, or those of the calibrated set that it has most
-        devices in common with and none beside (the larger, then the first, of several), or None."""
-        down = self.failure_set(failed)
-        nearest = max(
-            (known for known in self.corrections if known <= down),
-            key=lambda known: (len(known), [-device for device in sorted(known)]),
-            default=frozenset[int](),
-        )
-        return self.corrections.get(nearest)
+        """What a failure set's survivors apply: the corrections of :func:`nearest_calibrated`, or None."""
+        nearest = nearest_calibrated(self.corrections, self.failure_set(failed))
+        return None if nearest is None else self.corrections[nearest]
 
     def failure_set(self, failed: Iterable[int]) -> FailureSet:
         """``failed`` as a failure set of this plan; PlanError when it names a device that does not exist."""

@@ -100,6 +100,16 @@ def publishers(shards: Sequence[Shard], failed: Iterable[int]) -> tuple[int | No
     return tuple(found)
 
 
+def nearest_calibrated(calibrated: Iterable[FailureSet], failed: FailureSet) -> FailureSet | None:
+    """The calibrated failure set whose corrections apply while ``failed`` are down: the one that has most devices in
+    common with it and none beside (of several, the first), or None."""
+    return max(
+        (known for known in calibrated if known <= failed),
+        key=lambda known: (len(known), [-device for device in sorted(known)]),
+        default=None,
+    )
+
+
 def check_max_failed(devices: int, max_failed: int | None) -> None:
     """PlanError unless so many of the devices can fail at once that one is left, or None is said."""
     if max_failed is not None and not 0 <= max_failed < devices:

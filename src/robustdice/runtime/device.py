@@ -142,7 +142,7 @@ class Worker(threading.Thread):
         inputs = self._inputs.setdefault(task.frame, {})
         outputs = None
         if isinstance(task, RunStage):
-            values = executor.run_local(stage, self._enter(task, manifest))
+            values = executor.run_local(stage, self._enter(task, manifest), task.down)
             needed = {name for piece in manifest.stages[stage].pieces for name in piece.inputs}
             inputs[stage] = {name: values[name] for name in needed}
             self._kept[task.frame] = executor.keep(stage, values)
@@ -150,7 +150,7 @@ class Worker(threading.Thread):
                 outputs = values[manifest.output].reshape(-1)
         shards: dict[ShardId, Any] = {}
         for piece in task.pieces:
-            shards.update(executor.run_piece(stage, piece, inputs[stage]))
+            shards.update(executor.run_piece(stage, piece, inputs[stage], task.down))
         return Computed(task, shards, outputs)
 
     def _enter(self, task: RunStage, manifest: Manifest) -> Values:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from robustdice.bundle.manifest import Exchange
+from robustdice.bundle.manifest import WEIGHTS_NAME, Exchange
+from robustdice.bundle.parts import Part
 from robustdice.bundle.read import Bundle
 from robustdice.errors import BundleError, first_line
+from robustdice.runtime.weights import Weights
 
 Array = NDArray[Any]
 Values = dict[str, Array]
@@ -28,24 +30,28 @@ class Executor:
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         """Load every model of the bundle."""
-        self.manifest = bundle.manifest
-        self._sessions = {file: _session(bundle, file, threads) for file in bundle.manifest.files}
+        self.manifest = manifest = bundle.manifest
+        self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
+        self._sessions = {part.file: _session(bundle, part.file, threads) for part in manifest.parts}
         self._places = [
             [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges
         ]
 
-    def run_local(self, stage: int, values: Mapping[str, Array]) -> Values:
-        """``values`` together with what the stage's local part makes of them."""
-        local = self.manifest.stages[stage].local
-        if local is None:
-            return dict(values)
-        return {**values, **self._run(local.file, local.inputs, local.outputs, values)}
+    def run_local(self, stage: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
+        """``values`` together with what the stage's local parts make of them while the devices ``down`` are."""
+        found = dict(values)
+        for part in self.manifest.stages[stage].local:
+            found.update(self._run(part, found, down))
+        return found
 
-    def run_piece(self, stage: int, piece: int, values: Mapping[str, Array]) -> dict[ShardId, Array]:
-        """The piece's shards, each [batch, ...] with its neurons along the exchange's axis."""
+    def run_piece(
+        self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()
+    ) -> dict[ShardId, Array]:
+        """The piece's shards, each [batch, ...] with its neurons along the exchange's axis, while the devices ``down``
+        are."""
         part = self.manifest.stages[stage].pieces[piece]
-        outputs = self._run(part.file, part.inputs, part.outputs, values)
+        outputs = self._run(part, values, down)
         shards: dict[ShardId, Array] = {}
         for position, name in zip(dict.fromkeys(exchange for exchange, _ in part.shards), part.outputs, strict=True):
             exchange = self.manifest.exchanges[position]
@@ -80,9 +86,27 @@ class Executor:
         """Those of ``values`` that the stages after ``stage`` still need."""
         return {name: values[name] for name in self.manifest.stages[stage].keep if name in values}
 
-    def _run(self, file: str, inputs: tuple[str, ...], outputs: tuple[str, ...], values: Mapping[str, Array]) -> Values:
-        results = self._sessions[file].run(list(outputs), {name: values[name] for name in inputs})
-        return dict(zip(outputs, results, strict=True))
+    def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
+        calibrated = self.manifest.calibrated_for(down)
+        session, affine = self._sessions[part.file], self._weights.affine(part, calibrated)
+        inputs = {**{name: values[name] for name in part.inputs}, **affine}
+        if part.coarse is None:
+            return dict(zip(part.outputs, session.run(list(part.outputs), inputs), strict=True))
+        (output,), axis = part.outputs, part.coarse.axis
+        whole: Array | None = None
+        for rows, filters in self._weights.blocks(part.coarse, part.affine[0]):
+            of_rows = {name: array[rows] for name, array in affine.items()}
+            (some,) = session.run([output], {**inputs, **of_rows, **filters})
+            if rows == slice(0, part.affine[0].neurons):
+                return {output: some}
+            width = some.shape[axis] // (rows.stop - rows.start)  # entries of each neuron
+            if whole is None:
+                shape = list(some.shape)
+                shape[axis] = width * part.affine[0].neurons
+                whole = np.empty(shape, some.dtype)
+            whole[(slice(None),) * axis + (slice(width * rows.start, width * rows.stop),)] = some
+        assert whole is not None  # a layer has neurons
+        return {output: whole}
 
 
 def _repair(exchange: Exchange, shards: Mapping[int, Array]) -> dict[int, Array]:

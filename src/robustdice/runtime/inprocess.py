@@ -50,7 +50,7 @@ class InProcess:
         for number, stage in enumerate(manifest.stages):
             shards: dict[ShardId, Array] = {}
             for device, executor in live.items():
-                values[device] = executor.run_local(number, values[device])
+                values[device] = executor.run_local(number, values[device], down)
                 shards.update(self._publish(device, number, values[device], down))
             for device, executor in live.items():
                 if number + 1 == len(manifest.stages):
@@ -73,6 +73,6 @@ class InProcess:
                 (e, s) for e, s in piece.shards if publishers(self._manifest.exchanges[e].shards, down)[s] == device
             }
             if mine:
-                computed = executor.run_piece(stage, number, values)
+                computed = executor.run_piece(stage, number, values, down)
                 published.update({shard: computed[shard] for shard in mine})
         return published

@@ -209,17 +209,16 @@ class Engine:
         entered = frame.stage + (frame.phase is not Phase.READY)
         for stage in range(entered):
             if pieces := frame.pieces_due(stage, self.me):
-                return RunPieces(frame.id, stage, pieces)
+                return RunPieces(frame.id, stage, pieces, frame.down)
         frame.owes = False
         return None
 
     def _enter(self, frame: InFlight, now: float) -> None:
         stage = frame.stage
         gathered = frame.gather(stage - 1, self.me) if stage else {}
-        pieces = set(frame.pieces_due(stage, self.me))
-        if self.manifest.spares == "hot" and self.manifest.stages[stage].pieces:
-            pieces.add(0)
-        task = RunStage(frame.id, stage, frame.array, gathered, tuple(sorted(pieces)))
+        every = range(len(self.manifest.stages[stage].pieces))
+        pieces = tuple(every) if self.manifest.spares == "hot" else frame.pieces_due(stage, self.me)
+        task = RunStage(frame.id, stage, frame.array, gathered, pieces, frame.down)
         frame.array, frame.phase = None, Phase.COMPUTING
         self._run(task, now)
 
@@ -387,7 +386,7 @@ class Engine:
 
     def _finish(self, frame: InFlight, outputs: Any, now: float) -> None:
         coverage, from_spares, sources = frame.coverage()
-        down = tuple(sorted(set(range(self.manifest.devices)) - frame.live))
+        down = tuple(sorted(frame.down))
         answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down)
         self._send(frame.id.client, answer)
         self._record.answer(now)

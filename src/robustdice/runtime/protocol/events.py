@@ -58,22 +58,25 @@ class PeerDown:
 @dataclass(frozen=True)
 class RunStage:
     """Enter a stage: assemble the previous stage's exchanges from ``gathered`` (stage 0: take ``array`` as the input),
-    run the local part and ``pieces``."""
+    run the local parts and ``pieces``, while the devices ``down`` take no part."""
 
     frame: FrameId
     stage: int
     array: Array | None
     gathered: Mapping[ShardId, Array]
     pieces: tuple[int, ...]
+    down: frozenset[int]
 
 
 @dataclass(frozen=True)
 class RunPieces:
-    """Run more pieces of a stage that the frame has already entered, from the values kept for it."""
+    """Run more pieces of a stage that the frame has already entered, from the values kept for it, while the devices
+    ``down`` take no part."""
 
     frame: FrameId
     stage: int
     pieces: tuple[int, ...]
+    down: frozenset[int]
 
 
 @dataclass(frozen=True)

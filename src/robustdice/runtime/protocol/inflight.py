@@ -58,6 +58,11 @@ class InFlight:
     clean: bool = True
     """Nobody left the view during the current wait, so that its length may be learnt from."""
 
+    @property
+    def down(self) -> frozenset[int]:
+        """The devices that take no part, in the frame's view."""
+        return frozenset(range(self.manifest.devices)) - self.live
+
     def publisher(self, shard: ShardId) -> int | None:
         """The first holder in this frame's view; of a parity shard, only while one of its members has none."""
         number, position = shard

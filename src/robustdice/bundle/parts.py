@@ -1,0 +1,178 @@
+"""The models of a bundle, and what they take from its weights.
+
+An ONNX file holds what is computed; weights that are not kept in float32 lie packed in the bundle's one file of
+weights, with what layers are scaled and shifted by. Positions in that file are offsets in bytes; numbers are
+little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, SHIFT_BYTES, filter_bytes
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What a model scales and shifts one layer's neurons by, directly behind the layer's affine chain.
+
+    ``scale`` and ``shift`` are inputs of the model, float32 [neurons]: 1 and 0 as long as nothing else is said. For
+    each of ``Manifest.calibrated``, ``corrections`` has the offset in the weights of a scale and a shift of every
+    neuron, all scales first, float16; None where the layer is not corrected.
+    """
+
+    scale: str
+    shift: str
+    neurons: int
+    corrections: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filter of each neuron, an input of a model: float32 [neurons, *shape], unpacked just before it runs.
+
+    The weights hold, from ``offset`` on, the neurons' packed codes one after the other, then scales, float16 [neurons,
+    groups]: one for every ``group`` codes (``float16``: no scales).
+    """
+
+    input: str
+    representation: str
+    shape: tuple[int, ...]
+    group: int
+    offset: int
+
+    @property
+    def weights(self) -> int:
+        """Weights of one neuron's filter."""
+        return math.prod(self.shape)
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of one neuron's filter with its scales."""
+        return filter_bytes(self.weights, self.representation, self.group)
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """Neurons of one layer whose filters are kept packed: the layer's own ones first, then those of its tail.
+
+    ``shift`` is the offset in the weights of what each neuron is shifted by, float32 [neurons] (None: nothing). The
+    neurons are computed ``at_once`` at a time, so that few of their filters are unpacked together; ``axis`` is where
+    they lie in the output.
+    """
+
+    filters: tuple[Filter, ...]
+    shift: int | None
+    at_once: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """An ONNX model that a device runs: ``inputs`` and ``outputs`` are names of values and of its tensors alike.
+
+    ``affine`` are the layers whose neurons it scales and shifts; with ``coarse``, it has one layer, whose filters are
+    not in the file. ``trial`` has, for every output, what it amounts to when the device tries its bundle at the start
+    (:func:`robustdice.bundle.trial.summary`); empty: it is not tried.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    affine: tuple[Affine, ...] = field(default=(), kw_only=True)
+    coarse: Coarse | None = field(default=None, kw_only=True)
+    trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Piece(Part):
+    """A model that computes shards of one stage.
+
+    ``shards`` are (exchange, shard) pairs: positions in ``Manifest.exchanges`` and in its ``shards``, sorted.
+    Output k of the model belongs to the k-th different exchange among them, and holds that
+    exchange's shards one after the other along its axis, each with its neurons in ascending order.
+    """
+
+    shards: tuple[tuple[int, int], ...]
+
+
+def extent(part: Part) -> int:
+    """Where what a part takes from the weights ends; 0 when it takes nothing."""
+    ends = [0]
+    for affine in part.affine:
+        ends += [offset + CORRECTION_BYTES * affine.neurons for offset in affine.corrections if offset is not None]
+    if part.coarse is not None:
+        neurons = part.affine[0].neurons
+        if part.coarse.shift is not None:
+            ends.append(part.coarse.shift + SHIFT_BYTES * neurons)
+        ends += [each.offset + neurons * each.neuron_bytes for each in part.coarse.filters]
+    return max(ends)
+
+
+def parse_part(document: Mapping[str, Any]) -> Part:
+    """A part as a manifest has it; KeyError, TypeError or ValueError when it is none."""
+    return Part(**_parse(document))
+
+
+def parse_piece(document: Mapping[str, Any]) -> Piece:
+    """A piece as a manifest has it; KeyError, TypeError or ValueError when it is none."""
+    shards = tuple((int(exchange), int(shard)) for exchange, shard in document["shards"])
+    return Piece(shards=shards, **_parse(document))
+
+
+def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
+    affine = tuple(map(_parse_affine, document["affine"]))
+    coarse = None if document["coarse"] is None else _parse_coarse(document["coarse"])
+    outputs = tuple(map(str, document["outputs"]))
+    trial = tuple(tuple(map(float, summary)) for summary in document["trial"])
+    if coarse is not None and (len(affine), len(outputs)) != (1, 1):
+        raise ValueError("a coarse part has one layer and one output")
+    if trial and len(trial) != len(outputs):
+        raise ValueError("a part's trial is of all its outputs")
+    return {
+        "file": str(document["file"]),
+        "inputs": tuple(map(str, document["inputs"])),
+        "outputs": outputs,
+        "affine": affine,
+        "coarse": coarse,
+        "trial": trial,
+    }
+
+
+def _parse_affine(document: Mapping[str, Any]) -> Affine:
+    offsets = [None if offset is None else _whole(offset, 0) for offset in document["corrections"]]
+    return Affine(str(document["scale"]), str(document["shift"]), _whole(document["neurons"], 1), tuple(offsets))
+
+
+def _parse_coarse(document: Mapping[str, Any]) -> Coarse:
+    coarse = Coarse(
+        filters=tuple(map(_parse_filter, document["filters"])),
+        shift=None if document["shift"] is None else _whole(document["shift"], 0),
+        at_once=_whole(document["at_once"], 1),
+        axis=_whole(document["axis"], 1),
+    )
+    if not coarse.filters:
+        raise ValueError("a coarse part without filters")
+    return coarse
+
+
+def _parse_filter(document: Mapping[str, Any]) -> Filter:
+    representation = str(document["representation"])
+    if representation not in REPRESENTATIONS[1:]:
+        raise ValueError(f"a filter in {representation}")
+    return Filter(
+        input=str(document["input"]),
+        representation=representation,
+        shape=tuple(_whole(size, 1) for size in document["shape"]),
+        group=_whole(document["group"], 1),
+        offset=_whole(document["offset"], 0),
+    )
+
+
+def _whole(value: Any, least: int) -> int:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{value!r} where a whole number of at least {least} belongs")
+    return value
