@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from robustdice.failure.copies import can_shift
 from robustdice.model.load import quiet
 from robustdice.model.network import Network, NetworkLayer, build_network
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import BITS, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction, code_range
+from robustdice.rounding.affine import can_shift
 
 Floats = NDArray[np.float32]
 

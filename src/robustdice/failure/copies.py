@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.model.canonical import aten, attribute
-from robustdice.model.channelwise import parameter_name
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
-from robustdice.representation import LOST, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction
+from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction
+from robustdice.rounding.affine import coarse_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,56 +93,3 @@ class Copies:
             arrays = coarse_parameters(self._network, self._network.layers[layer], self._coarse[layer, kind])
             self._known[key] = {self._nodes[name]: tensor.to(device) for name, tensor in arrays.items()}
         return self._known[key]
-
-
-def coarse_parameters(network: Network, layer: NetworkLayer, coarse: CoarseLayer) -> dict[str, torch.Tensor]:
-    """The values of a layer's parameters that make the network compute what the coarse copy does.
-
-    The affine chain behind the layer is part of the copy's filter and shift: its own parameters change nothing then,
-    except the one that adds the shift.
-    """
-
-    def whole(filters: CoarseFilter, name: str) -> torch.Tensor:
-        return torch.from_numpy(filters.values()).reshape(attribute(network.module, name).shape)
-
-    found = {layer.own_filter: whole(coarse.filter, layer.own_filter)}
-    found |= {name: whole(filters, name) for name, filters in coarse.tail.items()}
-    shift = torch.from_numpy(coarse.shift.copy())
-    for name, (neutral, sign) in _chain_parameters(layer).items():
-        like = attribute(network.module, name)
-        found[name] = torch.full_like(like, neutral, requires_grad=False)
-        if sign and shift.any():
-            found[name] += sign * shift.reshape(like.shape)
-            shift = torch.zeros(1)
-    if shift.any():
-        raise ValueError(f"layer {layer.layer.name} has nothing that adds, so its copies cannot be shifted")
-    return found
-
-
-def can_shift(layer: NetworkLayer) -> bool:
-    """Whether something behind a layer adds to its neurons, so that copies can have a shift."""
-    return any(sign for _, sign in _chain_parameters(layer).values())
-
-
-def _chain_parameters(layer: NetworkLayer) -> dict[str, tuple[float, int]]:
-    """Each parameter of a layer's affine chain: the value with which it changes nothing, and whether it is added (1),
-    taken off (-1), or neither (0)."""
-    found = {} if layer.own_bias is None else {layer.own_bias: (0.0, 1)}
-    for node in layer.affine:
-        if node.target is aten.batch_norm.default:
-            kinds = ((1.0, 0), (0.0, 1), (0.0, -1), (1.0 - float(node.args[7]), 0))  # type: ignore[arg-type]
-            for argument, kind in zip(node.args[1:5], kinds, strict=True):
-                if (name := parameter_name(argument)) is not None:
-                    found[name] = kind
-        else:
-            name = next(name for argument in node.args if (name := parameter_name(argument)) is not None)
-            found[name] = _OPERATIONS[node.target]  # type: ignore[index]
-    return found
-
-
-_OPERATIONS = {
-    aten.add.Tensor: (0.0, 1),
-    aten.sub.Tensor: (0.0, -1),
-    aten.mul.Tensor: (1.0, 0),
-    aten.div.Tensor: (1.0, 0),
-}

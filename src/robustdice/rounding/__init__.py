@@ -1,0 +1,1 @@
+"""Weights and what a layer sees -> coarse weights."""

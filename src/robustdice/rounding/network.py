@@ -1,0 +1,75 @@
+"""All layers of a network in the representations that somebody holds them in, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from robustdice.model.canonical import attribute, execute
+from robustdice.model.network import Network, on_best_device
+from robustdice.progress import Progress, silent
+from robustdice.representation import CoarseLayer
+from robustdice.rounding.affine import can_shift, coarse_parameters, fold
+from robustdice.rounding.inputs import columns
+from robustdice.rounding.layer import Choice, Seen, coarse_layer
+
+
+def round_network(
+    network: Network,
+    wanted: Mapping[int, Sequence[Choice]],
+    images: NDArray[np.float32] | None = None,
+    on_progress: Progress = silent,
+) -> dict[tuple[int, str], CoarseLayer]:
+    """Coarse weights of the layers in ``wanted`` (by position), in all the representations asked for.
+
+    With ``images`` (unlabelled, [n, channels, height, width], a few hundred) every layer is fitted to what it sees when
+    the layers before it are coarse already, each in the first of its representations; without, weights are rounded to
+    their nearest levels.
+    """
+    found: dict[tuple[int, str], CoarseLayer] = {}
+    if images is None:
+        for done, (index, choices) in enumerate(wanted.items(), start=1):
+            found |= {(index, choice.representation): _coarse(network, index, choice, None) for choice in choices}
+            on_progress(done, len(wanted))
+        return found
+    first = on_best_device(torch.from_numpy(images))
+    own: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
+    intact = dict(own)
+    layers = {layer.node: index for index, layer in enumerate(network.layers)}
+    parameters = {str(node.target): node for node in network.nodes if node.op == "get_attr"}
+    left = {node: len(node.users) for node in network.nodes}
+    with torch.no_grad():
+        for node in network.nodes:
+            if wanted.get(index := layers.get(node, -1)):
+                layer = network.layers[index]
+                size = tuple(attribute(network.module, layer.own_filter).shape)
+                source = node.all_input_nodes[0]
+                inputs = [columns(layer, values[source].cpu(), size) for values in (own, intact)]
+                seen = None if inputs[0] is None or inputs[1] is None else Seen(inputs[0], inputs[1])
+                for choice in wanted[index]:
+                    found[index, choice.representation] = _coarse(network, index, choice, seen)
+                published = found[index, wanted[index][0].representation]
+                own |= {
+                    parameters[name]: tensor.to(own[source].device)
+                    for name, tensor in coarse_parameters(network, layer, published).items()
+                }
+                on_progress(len({index for index, _ in found}), len(wanted))
+            execute(network.module, [node], own)
+            execute(network.module, [node], intact)
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if not left[used]:
+                    own.pop(used, None)
+                    intact.pop(used, None)
+    return found
+
+
+def _coarse(network: Network, index: int, choice: Choice, seen: Seen | None) -> CoarseLayer:
+    layer = network.layers[index]
+    tail = {name: attribute(network.module, name).detach().cpu() for name in layer.tail_filters}
+    return coarse_layer(fold(network, layer), tail, choice, seen, can_shift(layer))

@@ -1,0 +1,51 @@
+"""Scales: how far apart the levels of a representation lie, for every neuron and group of its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from robustdice.representation import code_offset, code_range
+
+SHRINKS = 64
+"""How many scales are tried, from the one that clips nothing down to a fifth of it."""
+NORM = 2.4
+"""The power of a weight's error that is summed up: between squares and the largest (BRECQ's choice)."""
+_SMALLEST = 2.0**-24
+"""The least positive float16."""
+
+
+def grouped(weights: torch.Tensor, group: int) -> torch.Tensor:
+    """Weights [neurons, K] as [neurons, groups, group], the last group filled up with zeros."""
+    neurons, k = weights.shape
+    padded = torch.nn.functional.pad(weights, (0, -k % group))
+    return padded.reshape(neurons, -1, group)
+
+
+def best_scales(weights: torch.Tensor, kind: str, group: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """The scales (float16 values, as float32 [neurons, groups]) that leave the least error of ``weights``, [neurons, K],
+    when each is rounded to the nearest level; ``importance`` [K] weighs the errors of a filter's weights."""
+    _, high = code_range(kind)
+    parts = grouped(weights, group)
+    weigh = torch.ones_like(parts) if importance is None else grouped(importance[None], group).expand_as(parts)
+    widest = parts.abs().amax(2, keepdim=True) / (high + code_offset(kind))
+    best = torch.full(widest.shape, torch.inf)
+    scales = widest.clone()
+    for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist():
+        tried = as_float16(widest * shrink)
+        error = ((to_levels(parts, tried, kind) * tried - parts).abs().pow(NORM) * weigh).sum(2, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, tried, scales)
+    return as_float16(scales)[:, :, 0]
+
+
+def as_float16(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest positive float16, as float32: what the copies will be scaled by."""
+    return scales.clamp(_SMALLEST, 65504.0).to(torch.float16).to(torch.float32)
+
+
+def to_levels(values: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:
+    """The level (code plus offset) nearest to each of ``values``, which ``scales`` broadcast with."""
+    low, high = code_range(kind)
+    offset = code_offset(kind)
+    return (values / scales - offset).round_().clamp_(low, high).add_(offset)
