@@ -120,6 +120,28 @@ class ChannelsLast(nn.Module):
         return result
 
 
+class Chains(nn.Module):
+    """Affine chains of every kind: a batch norm without bias or without parameters, products and differences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 5, 3, bias=False)
+        self.bare = nn.BatchNorm2d(5, affine=False)
+        self.second = nn.Conv2d(5, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.factor = nn.Parameter(torch.linspace(0.5, 2, 4).reshape(4, 1, 1))
+        self.third = nn.Conv2d(4, 6, 1, bias=False)
+        self.offset = nn.Parameter(torch.linspace(-1, 1, 6).reshape(6, 1, 1))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bare(self.first(x)))
+        x = torch.tanh(self.norm(self.second(x)) * self.factor)
+        x = torch.relu(self.third(x) - self.offset)
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """The module with seeded random weights, batch norm statistics included, in eval mode."""
     with torch.random.fork_rng(devices=[]):
@@ -228,10 +250,12 @@ def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
     random = np.random.default_rng(seed)
     shards = tuple(
         tuple(
-            replace(shard, holders=tuple(Holder(d, str(random.choice(REPRESENTATIONS))) for d in shard.devices))
+            replace(shard, holders=tuple(Holder(d, str(random.choice(kinds))) for d in shard.devices))
             for shard in of_layer
         )
-        for of_layer in plan.shards
+        for index, of_layer in enumerate(plan.shards)
+        # Copies that all devices compute are all the same.
+        for kinds in [[random.choice(REPRESENTATIONS)] if plan.held_by_all(index) else REPRESENTATIONS]
     )
     used = {(i, h.representation) for i, of in enumerate(shards) for shard in of for h in shard.holders}
     coarse = {(i, kind): random_coarse(network.layers[i], kind, seed) for i, kind in used if kind != "float32"}

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from nets import (
     Branches,
+    Chains,
     ChannelsLast,
     Floats,
     Plain,
@@ -33,29 +34,6 @@ from robustdice.model.data import Dataset
 from robustdice.model.network import Network, NetworkLayer
 from robustdice.plan import Certificate, Plan, failure_sets
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, neuron_bytes
-
-
-class Chains(nn.Module):
-    """Affine chains of every kind: a batch norm without bias or without parameters, products and differences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(2, 5, 3, bias=False)
-        self.bare = nn.BatchNorm2d(5, affine=False)
-        self.second = nn.Conv2d(5, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.factor = nn.Parameter(torch.linspace(0.5, 2, 4).reshape(4, 1, 1))
-        self.third = nn.Conv2d(4, 6, 1, bias=False)
-        self.offset = nn.Parameter(torch.linspace(-1, 1, 6).reshape(6, 1, 1))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bare(self.first(x)))
-        x = torch.tanh(self.norm(self.second(x)) * self.factor)
-        x = torch.relu(self.third(x) - self.offset)
-        result: Tensor = self.head(x.mean((2, 3)))
-        return result
-
 
 NETWORKS = {
     "residual": network_of(seeded(Residual), 3, 8, 8),

@@ -20,6 +20,7 @@ from robustdice.partitioning import METHODS, partition
 from robustdice.partitioning.budget import parse_memory, solve_threshold
 from robustdice.partitioning.cluster import cluster
 from robustdice.partitioning.distribute import distribute
+from robustdice.partitioning.precision import Kinds
 from robustdice.plan import Layer, ModelReference, Plan, failure_sets
 
 MODEL = ModelReference(source="net.pt2", digest="ab" * 32)
@@ -182,7 +183,7 @@ def test_few_clusterings_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     total = 4 * sum(layer.neurons * layer.neuron_weights for layer in LAYERS)
     for budget in range(total // 3, total, total // 20):
         calls = 0
-        solve_threshold(LAYERS, scores, 4, budget, 0)
+        solve_threshold(LAYERS, scores, 4, budget, 0, [Kinds()] * len(LAYERS))
         assert calls <= 40 * len(LAYERS)
 
 

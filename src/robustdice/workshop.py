@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
@@ -23,8 +24,11 @@ from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import Method
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memory
+from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, silent
+from robustdice.rounding.layer import Choice
+from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.founding import found_cluster
 
@@ -39,11 +43,19 @@ def partition(
     threshold: float | Sequence[float] | None = None,
     columns: Sequence[str] | None = None,
     normalisation: str = "minmax",
+    precision: str = "float32",
+    spare_precision: str | None = None,
+    images: NDArray[np.float32] | None = None,
+    on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
 
-    PlanError also when a ``method`` of the user's own takes more memory than it was given.
+    Primaries are kept in ``precision``, spares in ``spare_precision`` (the same unless said otherwise); the first and
+    the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
+    [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. PlanError also when a ``method``
+    of the user's own takes more memory than it was given.
     """
+    kinds = (precision, spare_precision or precision)
     plan = partition_layers(
         network.plan_layers,
         scores,
@@ -56,13 +68,48 @@ def partition(
         shared_weights=network.shared_weights,
         model=network.reference,
         network=network,
+        precision=kinds,
     )
+    if kinds != ("float32", "float32"):
+        plan = with_precision(network, plan, kinds_of(plan.layers, *kinds), images, on_progress)
     if memory is not None and max(plan.bytes_per_device) > parse_memory(memory, plan.total_bytes):
         raise PlanError(
             f"method {plan.method} puts {plan.memory_share:.4f} of the model on one device, {memory} are allowed: "
             "it does not keep request.memory; allow more"
         )
     return plan
+
+
+def with_precision(
+    network: Network,
+    plan: Plan,
+    kinds: Sequence[Kinds],
+    images: NDArray[np.float32] | None = None,
+    on_progress: Progress = silent,
+) -> Plan:
+    """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``."""
+    shards = tuple(represented(of_layer, kind, plan.devices) for of_layer, kind in zip(plan.shards, kinds, strict=True))
+    wanted: dict[int, list[Choice]] = {}
+    for index, of_layer in enumerate(shards):
+        # The primaries' first: the layers behind are fitted to what these give.
+        used = dict.fromkeys(
+            holder.representation
+            for position in range(plan.devices)
+            for shard in of_layer
+            for holder in shard.holders[position : position + 1]
+        )
+        wanted[index] = [Choice(kind) for kind in used if kind != "float32"]
+    return replace(
+        plan,
+        shards=shards,
+        coarse=round_network(network, {i: choices for i, choices in wanted.items() if choices}, images, on_progress),
+        settings={
+            **plan.settings,
+            "precision": [kind.primary for kind in kinds],
+            "spare_precision": [kind.spare for kind in kinds],
+            "rounding": "nearest" if images is None else f"gptq on {len(images)} images",
+        },
+    )
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,11 @@ from robustdice.cli.usage import number, one_of
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
 from robustdice.partitioning import METHODS, WITHOUT_SCORES
+from robustdice.progress import silent
 from robustdice.report import plots, tables
-from robustdice.terminal import out, print_json, waiting
+from robustdice.representation import REPRESENTATIONS
+from robustdice.rounding import ROUNDING_SAMPLES
+from robustdice.terminal import out, print_json, progress, waiting
 
 
 @app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
@@ -60,8 +64,24 @@ def plan(
     normalisation: Annotated[
         str, typer.Option(metavar="HOW", help="of the scores in each layer before distances: minmax, rank or none")
     ] = "minmax",
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="what primaries are kept in: " + ", ".join(REPRESENTATIONS),
+            autocompletion=one_of(*REPRESENTATIONS),
+        ),
+    ] = "float32",
+    spare_precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="what spares are kept in (as primaries)", autocompletion=one_of(*REPRESENTATIONS)
+        ),
+    ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DATA", help="score with these images first")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
+    ] = None,
     use: Use = "s1,s2,s3",
     s3: S3 = "auto",
     scheduler: Scheduler = None,
@@ -93,7 +113,11 @@ def plan(
             importance = score_with(network, images, columns, s3, scheduler)
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
-    with waiting("clustering and distributing"):
+    coarse = {precision, spare_precision or precision} != {"float32"}
+    images = None
+    if coarse and data is not None:
+        images = load_data(data, network, ROUNDING_SAMPLES, seed, "train").images()
+    with progress("rounding") if coarse else contextlib.nullcontext(silent) as advance:
         made = rd.partition(
             network,
             importance,
@@ -103,6 +127,10 @@ def plan(
             threshold=thresholds,
             columns=columns,
             normalisation=normalisation,
+            precision=precision,
+            spare_precision=spare_precision,
+            images=images,
+            on_progress=advance,
         )
     made.save(output)
     if plot is not None:
@@ -113,4 +141,6 @@ def plan(
     else:
         out.print(tables.plan_table(made))
         out.print(tables.plan_summary(made))
+        if coarse and images is None:
+            out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
         out.print(f"The plan is in {output}.")

@@ -41,6 +41,7 @@ def partition(
     shared_weights: int,
     model: ModelReference,
     network: Any = None,
+    precision: tuple[str, str] = ("float32", "float32"),
 ) -> Plan:
     """A plan for ``layers`` on ``devices`` devices (2 to 16).
 
@@ -51,7 +52,8 @@ def partition(
     neurons count as similar (one for all layers or one per layer). ``columns`` are the scores that distances are
     taken over (all there are), after ``normalisation`` (``minmax``, ``rank`` or ``none``) within each layer.
     ``shared_weights`` counts the parameters outside of all layers. Functions find ``network`` in their request.
-    PlanError when no such plan exists.
+    The plan's copies are float32; ``precision`` are the representations of primaries and spares that they will be
+    rounded to, for which ``memory`` is meant. PlanError when no such plan exists.
     """
     if isinstance(method, str) and method not in METHODS and ":" not in method:
         raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
@@ -74,6 +76,7 @@ def partition(
         shared_weights=shared_weights,
         model=model,
         network=network,
+        precision=precision,
     )
     if isinstance(method, str) and method in METHODS:
         return _plan(request, method, METHODS[method](request))

@@ -11,7 +11,8 @@ import numpy as np
 from robustdice.errors import PlanError
 from robustdice.importance.values import Scores
 from robustdice.partitioning.cluster import cluster
-from robustdice.partitioning.distribute import entries_per_device
+from robustdice.partitioning.distribute import distribute, entries_per_device, order_holders
+from robustdice.partitioning.precision import Kinds, bytes_of
 from robustdice.plan import Layer
 
 MAX_CLUSTERINGS = 40
@@ -50,21 +51,26 @@ def parse_memory(memory: float | str, total_bytes: int) -> int:
 
 
 def solve_threshold(
-    layers: Sequence[Layer], scores: Sequence[Scores], devices: int, budget: int, shared_weights: int
+    layers: Sequence[Layer],
+    scores: Sequence[Scores],
+    devices: int,
+    budget: int,
+    shared_weights: int,
+    kinds: Sequence[Kinds],
 ) -> float:
     """The threshold whose plan uses as much of ``budget`` (bytes per device) as possible, and not more.
 
-    ``scores`` are the layers' normalised scores, [units, columns] each. What a device holds falls as the threshold
-    grows, in steps and almost but not quite always; so the threshold is bisected to where the budget is first
-    kept, and the best of all that were tried is taken. Deterministic. 0 (everything everywhere) where that
-    fits; PlanError, naming what is needed, where even one group per layer does not.
+    ``scores`` are the layers' normalised scores, [units, columns] each, ``kinds`` what their copies are kept in. What
+    a device holds falls as the threshold grows, in steps and almost but not quite always; so the threshold is bisected
+    to where the budget is first kept, and the best of all that were tried is taken. Deterministic. 0 (everything
+    everywhere) where that fits; PlanError, naming what is needed, where even one group per layer does not.
     """
 
     def held(threshold: float) -> int:
-        return _bytes_per_device(layers, scores, devices, threshold, shared_weights)
+        return _bytes_per_device(layers, scores, devices, threshold, shared_weights, kinds)
 
     full = 4 * (shared_weights + sum(layer.neurons * layer.neuron_weights for layer in layers))
-    if full <= budget:
+    if held(0.0) <= budget:
         return 0.0
     # Above the largest distance in any layer, one group per layer is left.
     high = float(np.nextafter(max(_extent(layer_scores) for layer_scores in scores), math.inf))
@@ -76,7 +82,7 @@ def solve_threshold(
         )
     most, low = least, 0.0
     # Everything that can be held is a sum of units: what is left open is less than the smallest of them.
-    smallest = min(4 * layer.group * layer.neuron_weights for layer in layers)
+    smallest = min(layer.group * min(bytes_of(layer, of_layer)) for layer, of_layer in zip(layers, kinds, strict=True))
     for _ in range(MAX_CLUSTERINGS - 1):
         if budget - most < smallest or high - low < PRECISION * high:
             break
@@ -92,14 +98,30 @@ def solve_threshold(
 
 
 def _bytes_per_device(
-    layers: Sequence[Layer], scores: Sequence[Scores], devices: int, threshold: float, shared_weights: int
+    layers: Sequence[Layer],
+    scores: Sequence[Scores],
+    devices: int,
+    threshold: float,
+    shared_weights: int,
+    kinds: Sequence[Kinds],
 ) -> int:
-    weights = shared_weights
-    for layer, layer_scores in zip(layers, scores, strict=True):
+    """Of the largest device."""
+    held = np.full(devices, 4 * shared_weights, dtype=np.int64)
+    for index, (layer, layer_scores, of_layer) in enumerate(zip(layers, scores, kinds, strict=True)):
+        primary, spare = bytes_of(layer, of_layer)
         groups = cluster(layer_scores, threshold)
-        units = sum(entries_per_device(len(group), devices) for group in groups)
-        weights += units * layer.group * layer.neuron_weights
-    return 4 * weights
+        if primary == spare:  # then it does not matter who comes first
+            units = sum(entries_per_device(len(group), devices) for group in groups)
+            held += units * layer.group * primary
+            continue
+        holders = distribute(groups, devices)
+        if all(len(of_unit) == devices for of_unit in holders):  # every copy is a spare of the others
+            held += layer.neurons * spare
+            continue
+        for order in order_holders(holders, devices, index):
+            held[list(order)] += layer.group * spare
+            held[order[0]] += layer.group * (primary - spare)
+    return int(held.max())
 
 
 def _extent(scores: Scores) -> float:

@@ -8,13 +8,15 @@ from typing import Any
 
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance
+from robustdice.partitioning.precision import Kinds, kinds_of
 from robustdice.plan import Layer, ModelReference, Shard
 
 
 @dataclass(frozen=True)
 class Request:
     """The arguments of :func:`robustdice.partitioning.partition`, as they were given; of the scores, those columns that
-    were asked for. ``network`` is the :class:`robustdice.Network`, where there is one: methods may look into it."""
+    were asked for. ``network`` is the :class:`robustdice.Network`, where there is one: methods may look into it.
+    ``precision`` says what primaries and spares will be kept in: it matters to the bytes that a method counts."""
 
     layers: Sequence[Layer]
     importance: Importance | None
@@ -25,6 +27,12 @@ class Request:
     shared_weights: int
     model: ModelReference
     network: Any = None
+    precision: tuple[str, str] = ("float32", "float32")
+
+    @property
+    def kinds(self) -> list[Kinds]:
+        """The representations of every layer's primaries and spares."""
+        return kinds_of(self.layers, *self.precision)
 
     def refuse_budget(self, method: str) -> None:
         """PlanError when a memory or a threshold was given to a method that has no use for it."""

@@ -45,7 +45,7 @@ def robustdice(request: Request) -> Answer:
         memory = DEFAULT_MEMORY if request.memory is None else request.memory
         weights = request.shared_weights + sum(layer.neurons * layer.neuron_weights for layer in request.layers)
         budget = parse_memory(memory, 4 * weights)
-        solved = solve_threshold(request.layers, scores, request.devices, budget, request.shared_weights)
+        solved = solve_threshold(request.layers, scores, request.devices, budget, request.shared_weights, request.kinds)
         thresholds = [solved] * len(request.layers)
         settings["memory"] = memory
     else:

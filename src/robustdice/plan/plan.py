@@ -265,6 +265,9 @@ def _check(plan: Plan) -> None:
 
 
 def _check_coarse(plan: Plan) -> None:
+    for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
+        if plan.held_by_all(index) and any(len({h.representation for h in shard.holders}) > 1 for shard in shards):
+            raise PlanError(f"layer {layer.name}: every device computes it, but not all from the same copies")
     for (index, kind), kept in plan.coarse.items():
         if not 0 <= index < len(plan.layers) or kept.representation != kind:
             raise PlanError(f"coarse weights of layer {index} in {kind} are not of this plan")

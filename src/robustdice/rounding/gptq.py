@@ -43,22 +43,3 @@ def gptq(weights: torch.Tensor, moments: torch.Tensor, scales: torch.Tensor, kin
     restored = torch.empty_like(levels)
     restored[:, order] = levels
     return restored
-
-
-def descend(
-    weights: torch.Tensor, moments: torch.Tensor, scales: torch.Tensor, kind: str, levels: torch.Tensor, sweeps: int
-) -> torch.Tensor:
-    """Better levels [neurons, K] by cyclic coordinate descent (QuantEase, arXiv 2309.01885) from ``levels``: column
-    after column takes the level that is best while all others stay."""
-    matrix = damped(moments).to(torch.float32)
-    diagonal = matrix.diagonal()
-    values = levels * scales
-    for _ in range(sweeps):
-        pull = (weights - values) @ matrix  # half the gradient, with the sign turned
-        for at in range(weights.shape[1]):
-            best = values[:, at] + pull[:, at] / diagonal[at]
-            new = to_levels(best, scales[:, at], kind) * scales[:, at]
-            change = new - values[:, at]
-            values[:, at] = new
-            pull -= change[:, None] * matrix[None, at]
-    return torch.round(values / scales * 2) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from robustdice.representation import (
     code_offset,
 )
 from robustdice.rounding.affine import Folded
-from robustdice.rounding.gptq import gptq
+from robustdice.rounding.gptq import damped, gptq
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
 
 MAX_BLOCK = 4608
@@ -45,7 +45,7 @@ def coarse_layer(
 ) -> CoarseLayer:
     """A layer in one representation.
 
-    With ``seen`` the codes are GPTQ's and the shift makes up for what is left on average (bias correction); without,
+    With ``seen`` the codes are GPTQ's, and the shift makes up for what is left on average (bias correction); without,
     each weight is rounded to its nearest level. ``tail`` are the tail's depthwise filters [neurons, ...] by name;
     ``shifts`` says whether the layer can have a shift at all.
     """
@@ -71,30 +71,38 @@ def _rounded(filters: torch.Tensor, choice: Choice, seen: Seen | None) -> tuple[
     group = min(choice.group or weights, weights)
     levels = torch.empty_like(filters)
     scales = torch.empty(neurons, -(-weights // group))
-    for rows, inputs in _by_inputs(neurons, seen):
-        moments = None if inputs is None else inputs.T @ inputs / len(inputs)
-        importance = None if moments is None else moments.diagonal()
-        scales[rows] = best_scales(filters[rows], kind, group, importance)
-        steps = scales[rows].repeat_interleave(group, 1)[:, :weights]
-        for start in range(0, weights, MAX_BLOCK):
-            block = slice(start, start + MAX_BLOCK)
-            some, step = filters[rows, block], steps[:, block]
-            levels[rows, block] = (
-                to_levels(some, step, kind) if moments is None else gptq(some, moments[block, block], step, kind)
-            )
+    if seen is None:
+        scales = best_scales(filters, kind, group)
+        levels = to_levels(filters, scales.repeat_interleave(group, 1)[:, :weights], kind)
+    else:
+        each = neurons // len(seen.own)
+        for number, (own, intact) in enumerate(zip(seen.own, seen.intact, strict=True)):
+            rows = slice(number * each, (number + 1) * each)
+            blocks = [slice(start, start + MAX_BLOCK) for start in range(0, weights, MAX_BLOCK)]
+            moments = [own[:, block].T @ own[:, block] / len(own) for block in blocks]
+            wanted = [
+                _matched(filters[rows, block], own[:, block], intact[:, block], moment)
+                for block, moment in zip(blocks, moments, strict=True)
+            ]
+            importance = torch.cat([moment.diagonal() for moment in moments])
+            scales[rows] = best_scales(torch.cat(wanted, 1), kind, group, importance)
+            steps = scales[rows].repeat_interleave(group, 1)[:, :weights]
+            for block, target, moment in zip(blocks, wanted, moments, strict=True):
+                levels[rows, block] = gptq(target, moment, steps[:, block], kind)
     codes = (levels - code_offset(kind)).to(torch.int8).numpy()
     found = CoarseFilter(kind, codes, as_float16(scales).numpy().astype(np.float16), group)
     return found, torch.from_numpy(found.values())
 
 
-def _by_inputs(neurons: int, seen: Seen | None) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """The neurons that read the same inputs, and these."""
-    if seen is None:
-        yield slice(0, neurons), None
-        return
-    each = neurons // len(seen.own)
-    for group, inputs in enumerate(seen.own):
-        yield slice(group * each, (group + 1) * each), inputs
+def _matched(filters: torch.Tensor, own: torch.Tensor, intact: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """The filters that give on ``own`` inputs [columns, K] what ``filters`` give on the intact ones, as nearly as least
+    squares can, drawn a little towards ``filters``: earlier layers' coarseness is made up for before rounding adds to
+    it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
+    matrix = damped(moments)
+    mixed = (intact.T @ own / len(own)).to(torch.float64)
+    mixed += matrix - moments
+    solved: torch.Tensor = torch.linalg.solve(matrix, (filters.to(torch.float64) @ mixed).T)
+    return solved.T.to(torch.float32)
 
 
 def _lost_on_average(exact: torch.Tensor, values: torch.Tensor, seen: Seen) -> torch.Tensor:

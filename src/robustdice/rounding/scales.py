@@ -22,8 +22,10 @@ def grouped(weights: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def best_scales(weights: torch.Tensor, kind: str, group: int, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """The scales (float16 values, as float32 [neurons, groups]) that leave the least error of ``weights``, [neurons, K],
-    when each is rounded to the nearest level; ``importance`` [K] weighs the errors of a filter's weights."""
+    """The scales that leave the least error of ``weights`` [neurons, K] when each is rounded to the nearest level.
+
+    float16 values, as float32 [neurons, groups]; ``importance`` [K] weighs the errors of a filter's weights.
+    """
     _, high = code_range(kind)
     parts = grouped(weights, group)
     weigh = torch.ones_like(parts) if importance is None else grouped(importance[None], group).expand_as(parts)
