@@ -114,9 +114,10 @@ def plan(
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     coarse = {precision, spare_precision or precision} != {"float32"}
-    images = None
+    seen = None
     if coarse and data is not None:
-        images = load_data(data, network, ROUNDING_SAMPLES, seed, "train").images()
+        images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
+        seen = images.images()
     with progress("rounding") if coarse else contextlib.nullcontext(silent) as advance:
         made = rd.partition(
             network,
@@ -129,18 +130,18 @@ def plan(
             normalisation=normalisation,
             precision=precision,
             spare_precision=spare_precision,
-            images=images,
+            images=seen,
             on_progress=advance,
         )
     made.save(output)
     if plot is not None:
         plots.save(plots.holders(made), plot)
     if as_json:
-        notes = {} if images is None else {"notes": images.notes.as_json()}
+        notes: dict[str, object] = {} if images is None else {"notes": images.notes.as_json()}
         print_json({"output": str(output), **tables.plan_json(made), **notes})
     else:
         out.print(tables.plan_table(made))
         out.print(tables.plan_summary(made))
-        if coarse and images is None:
+        if coarse and seen is None:
             out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
         out.print(f"The plan is in {output}.")
