@@ -28,10 +28,16 @@ check: $(INSTALLED)  ## what has to pass before a change goes in: style, types, 
 bench: $(INSTALLED)  ## the benchmarks (benchmarks/METHODOLOGY.md says how they measure)
 	@$(BIN)/python benchmarks/run.py
 
+# PyTorch's build for Linux on PyPI brings 3 GB of CUDA along, which nothing here needs: PyTorch's own index has one for
+# the CPU alone, and is taken where it can be reached (TORCH_INDEX= leaves it out; another may have other builds).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
 # The stamp is written last, so an interrupted installation starts again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % sys.version_info[:2])'
 	@echo "Installing RobustDiCE and its tested dependencies into .venv (a few minutes, once) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[workshop,dev]"
+	@index="$(TORCH_INDEX)"; \
+	if [ -n "$$PIP_EXTRA_INDEX_URL" ]; then index=; elif [ -n "$$index" ] && ! $(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$$index/torch/" 2>/dev/null; then index=; fi; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check $${index:+--extra-index-url "$$index"} -c constraints.txt -e ".[workshop,dev]"
 	@touch $@

@@ -153,6 +153,14 @@ def test_infer_answers_through_a_killed_device(work: Path, image: Path, running:
     assert [line["class_name"] for line in lines if "error" not in line] == ["7"]
     assert "cannot read the image" in partly.stderr
     assert "there is no image" in partly.stderr
+    folder = work / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "notes.txt").write_text("no image")
+    for name in ("a.png", "deeper/b.png"):
+        shutil.copy(image, folder / name)
+    of_folder = run("infer", work / "build", folder, image)
+    assert of_folder.stdout.count("\u2502 7 ") == 3
+    assert "notes.txt" in of_folder.stderr
     devices = psutil.Process(running.pid).children()
     assert len(devices) == 3
     devices[0].kill()

@@ -137,6 +137,9 @@ def test_bench_measures_devices_without_the_workshop(tmp_path: Path) -> None:
     assert document["single_frames_per_second"] is None
     assert "robustdice[workshop]" in document["not_compared"]
     assert [device["weights_bytes"] for device in document["devices"]] == list(plan.bytes_per_device)
+    for device in document["devices"]:  # what 'plan' and 'build' say a process will need is what it needs
+        least, most = tables.process_bytes(device["weights_bytes"])
+        assert 0.6 * least < device["peak_rss_bytes"] < 1.4 * most
 
 
 def answer(index: int | None) -> Answer:

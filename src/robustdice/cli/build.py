@@ -61,7 +61,9 @@ def build(
         return
     for device, size in enumerate(made.bytes_per_device):
         line = f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights, {addresses[device]}"
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
+    need = tables.process_memory(max(made.bytes_per_device))
+    out.print(f"Each device's process will need about {need} of memory (estimated, while loading).", soft_wrap=True)
     if rebuilt:
         out.print("Devices that run now serve the build before this one until they are started again.", soft_wrap=True)
     there = "robustdice up {0} to try it here" if cluster.here else "robustdice device {0}/device-K on device K"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +17,10 @@ from robustdice.cli.options import BuildDirectory, Json, Seed
 from robustdice.cli.usage import number
 from robustdice.errors import ClusterError, DataError, RobustdiceError
 from robustdice.images import read_image
+from robustdice.model.folders import find_images
 from robustdice.report import tables
 from robustdice.runtime.journal import JsonLines
-from robustdice.terminal import log_to_stderr, out, print_json, progress, stop_on_signals
+from robustdice.terminal import err, log_to_stderr, out, print_json, progress, stop_on_signals
 
 
 @app.command(epilog="Example: robustdice device build/device-0")
@@ -63,15 +64,17 @@ def up(
 @app.command(epilog="Example: robustdice infer build photo.jpg other.png")
 def infer(
     directory: BuildDirectory,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files, and folders of them")],
     timeout: Annotated[float, number("--timeout", "seconds to wait for each answer", float, least=0.01)] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Ask the running devices of a build: class, probability, coverage, latency.
 
-    Images are read as they are asked about. One that cannot be read is named, and the others are answered.
+    Of a folder or zip file, every image in it. Images are read as they are asked about. One that cannot be read is
+    named, and the others are answered.
     """
-    read: list[Path] = []
+    sources = [source for path in images for source in _sources(path)]
+    read: list[str] = []
     bad: list[str] = []
     answers: list[dict[str, Any]] = []
 
@@ -80,12 +83,12 @@ def infer(
             print_json(document)
 
     def arrays(preprocessing: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
-        for path in images:
+        for path, content in sources:
             try:
-                array = read_image(path, preprocessing)
+                array = read_image(content(), preprocessing, path)
             except DataError as error:
                 bad.append(str(error))
-                say({"path": str(path), "error": str(error)})
+                say({"path": path, "error": str(error)})
                 continue
             read.append(path)
             yield array
@@ -93,7 +96,7 @@ def infer(
     with rd.Client(directory / "cluster.toml", timeout_seconds=timeout) as client:
         model = client.model
         for answer in client.stream(arrays({"input_size": list(model.input_shape), **model.preprocessing})):
-            answers.append(tables.answer_json(str(read[len(answers)]), answer, model.classes))
+            answers.append(tables.answer_json(read[len(answers)], answer, model.classes))
             say(answers[-1])
     if answers and not as_json:
         out.print(tables.answers_table(answers))
@@ -102,6 +105,16 @@ def infer(
         bad.append(f"{len(unanswered)} of {len(answers)} images were not answered, such as {unanswered[0]}")
     if bad:
         raise RobustdiceError("\n".join(bad))
+
+
+def _sources(path: Path) -> list[tuple[str, Callable[[], Path | bytes]]]:
+    """The name and the content of an image, or of all images of a folder or zip file; what is left out is said."""
+    if not path.is_dir() and path.suffix.lower() != ".zip":
+        return [(str(path), lambda: path)]
+    found = find_images(path)
+    for left_out in found.left_out:
+        err.print(f"not read: {left_out}", soft_wrap=True)
+    return [(str(path / image.name), image.content) for image in found.files]
 
 
 @app.command(epilog="Example: robustdice status build")

@@ -50,6 +50,14 @@ def parse_memory(memory: float | str, total_bytes: int) -> int:
     return budget
 
 
+def share_of(needed_bytes: int, total_bytes: int) -> str:
+    """The least share of the model, in four digits, that :func:`parse_memory` takes for ``needed_bytes`` or more."""
+    units = math.ceil(10_000 * needed_bytes / total_bytes)
+    while parse_memory(f"{units / 10_000:.4f}", total_bytes) < needed_bytes:
+        units += 1
+    return f"{units / 10_000:.4f}"
+
+
 def solve_threshold(
     layers: Sequence[Layer],
     scores: Sequence[Scores],
@@ -77,8 +85,9 @@ def solve_threshold(
     best, least = high, held(high)
     if least > budget:
         raise PlanError(
-            f"a plan for {devices} devices needs {least / full:.4f} of the model on each of them ({least:,} bytes), "
-            f"{budget / full:.4f} ({budget:,} bytes) are allowed; allow more memory, or use more devices"
+            f"a plan for {devices} devices needs {share_of(least, full)} of the model on each of them "
+            f"({least:,} bytes), {budget / full:.4f} ({budget:,} bytes) are allowed; allow so much memory, or use more "
+            "devices"
         )
     most, low = least, 0.0
     # Everything that can be held is a sum of units: what is left open is less than the smallest of them.

@@ -36,6 +36,7 @@ class Sheet:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As wide as its content, if there is room."""
+        yield Text(self.title, style="italic")
         columns = zip(self.headings, *self.rows, strict=True)
         widest = [max(map(cell_len, column)) for column in columns]
         least = [
@@ -46,10 +47,11 @@ class Sheet:
             yield self._table()
         else:
             yield from self._list()
+        if self.caption is not None:
+            yield Text(self.caption, style="dim italic")
 
     def _table(self) -> Table:
-        table = Table(title=Text(self.title), title_justify="left", caption_justify="left")
-        table.caption = None if self.caption is None else Text(self.caption)
+        table = Table()
         for index, heading in enumerate(self.headings):
             text = heading in self._texts
             justify = "left" if text or index == 0 else "right"
@@ -60,11 +62,8 @@ class Sheet:
 
     def _list(self) -> Iterable[Text]:
         width = max(map(cell_len, self.headings))
-        yield Text(self.title, style="italic")
         for name, *cells in self.rows:
             yield Text(f"{self.headings[0]} {name}".strip(), style="bold")
             for heading, cell in zip(self.headings[1:], cells, strict=True):
                 if cell:
                     yield Text(f"  {heading.ljust(width)}  {cell}")
-        if self.caption is not None:
-            yield Text(self.caption, style="dim")

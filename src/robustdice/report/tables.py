@@ -99,12 +99,32 @@ def importance_table(importance: Importance) -> Sheet:
     return table
 
 
+PROCESS_BYTES = 70_000_000
+"""Resident memory of a device's process without weights: Python, NumPy, ONNX Runtime, ZeroMQ (measured, x86-64)."""
+COPIES_WHILE_LOADING = 2, 4
+"""So many times the weights are resident at the peak, while ONNX Runtime packs them: few where linear layers have most
+of them, many where convolutions do (measured, docs/formats.md)."""
+
+
+def process_bytes(weights_bytes: int) -> tuple[int, int]:
+    """From and to which resident memory a device's process is expected to need at its peak: an estimate."""
+    least, most = COPIES_WHILE_LOADING
+    return PROCESS_BYTES + least * weights_bytes, PROCESS_BYTES + most * weights_bytes
+
+
+def process_memory(weights_bytes: int) -> str:
+    """That, as people read it."""
+    least, most = (round(size / 1e6) for size in process_bytes(weights_bytes))
+    return f"{least} to {most} MB" if most > least else f"{most} MB"
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
     """What ``plan --json`` prints."""
     return {
         "method": plan.method,
         "memory_share": plan.memory_share,
         "bytes_per_device": list(plan.bytes_per_device),
+        "process_bytes": list(process_bytes(max(plan.bytes_per_device))),
         "healthy_compute_share": plan.healthy_compute_share,
         "exchanged_activations": plan.exchanged_activations,
         "model": plan.model.source,
@@ -141,6 +161,9 @@ def plan_summary(plan: Plan) -> str:
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
         f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per image{before}."
+        f" A device's process will need about {process_memory(max(plan.bytes_per_device))} of memory (estimated: its "
+        f"weights {COPIES_WHILE_LOADING[0]} to {COPIES_WHILE_LOADING[1]} times while they are loaded, and "
+        f"{PROCESS_BYTES / 1e6:.0f} MB)."
     )
 
 
