@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -39,10 +40,14 @@ def _run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     argv = ["robustdice", *command[len(COMMAND) :]]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log = logging.getLogger("robustdice")
+    logged = log.handlers, log.propagate, log.level
     with mock.patch("sys.argv", argv), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
         main()
     for number, handler in handlers.items():  # commands that run until they are stopped set their own
         signal.signal(number, handler)
+    log.handlers, log.propagate = logged[:2]  # commands log to what standard error is while they run
+    log.setLevel(logged[2])
     return subprocess.CompletedProcess(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -193,6 +193,13 @@ def test_a_build_checks_its_addresses_before_it_writes_anything(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("name", [5, "", " a", "a\nb", "\x1b[31m"])
+def test_a_name_that_is_none_is_refused(tmp_path: Path, name: Any) -> None:
+    cluster = found_cluster(tmp_path, 2, "0" * 64).cluster
+    with pytest.raises(ClusterError, match="the name "):
+        replace(cluster, devices=(replace(cluster.devices[0], name=name), cluster.devices[1])).checked()
+
+
 def test_two_devices_with_one_name_or_one_address_spelled_twice_are_refused(tmp_path: Path) -> None:
     cluster = build(tmp_path, host="::1")
     first, second = cluster.devices

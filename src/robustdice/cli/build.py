@@ -18,6 +18,7 @@ from robustdice.cli.usage import number, one_of
 from robustdice.errors import ClusterError, RobustdiceError
 from robustdice.report import tables
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
+from robustdice.runtime.wire.founding import found_cluster
 from robustdice.terminal import out, print_json, progress, waiting
 
 
@@ -49,6 +50,7 @@ def build(
     places = host if hosts is None else [each.strip() for each in hosts.split(",")]
     rebuilt = (output / CLUSTER_NAME).exists()
     made = rd.Plan.load(plan)
+    found_cluster(output, made.devices, made.digest, places, port, new_keys)  # errors come before the long work
     with waiting("loading the model"):
         network = rd.reload_model(made.model)
     with waiting("writing the bundles"):

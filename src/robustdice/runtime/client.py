@@ -264,7 +264,7 @@ class Client:
             for device, line in self._lines.items():
                 if line.socket is not None and line.socket in ready:
                     self._receive(device, line.socket)
-            for device, up in self._lines.changes(ready, time.monotonic()):
+            for device, up in self._lines.changes(ready):
                 if not up:
                     self._on_disconnect(device)
         self._lines.tend(time.monotonic())

@@ -108,6 +108,9 @@ class Cluster:
 
     def checked(self) -> Cluster:
         """This cluster; ClusterError with what is wrong when no device could run with it."""
+        names = [device.name for device in self.devices] + [client.name for client in self.clients]
+        if bad := [name for name in names if not _is_name(name)]:
+            raise ClusterError(f"the name {bad[0]!r}, expected a text in one line")
         if not 1 <= len(self.devices) <= MAX_DEVICES:
             raise ClusterError(f"{len(self.devices)} devices, expected 1 to {MAX_DEVICES}")
         addresses = [Address.parse(device.address) for device in self.devices]
@@ -120,14 +123,18 @@ class Cluster:
             Address.parse(device.listens_on)
         if twice := _repeated(map(str, addresses)):
             raise ClusterError(f"two devices have the same address, {twice}")
-        if twice := _repeated(str(device.name) for device in self.devices):
+        if twice := _repeated(device.name for device in self.devices):
             raise ClusterError(f"two devices have the same name, {twice!r}")
         keys = [device.public_key for device in self.devices] + [client.public_key for client in self.clients]
-        if bad := [key for key in keys if not isinstance(key, str) or not KEY.fullmatch(key)]:
-            raise ClusterError(f"the public key {bad[0]!r}, expected 40 characters of Z85")
+        if wrong := [key for key in keys if not isinstance(key, str) or not KEY.fullmatch(key)]:
+            raise ClusterError(f"the public key {wrong[0]!r}, expected 40 characters of Z85")
         if twice := _repeated(keys):
             raise ClusterError(f"two entries have the same public key, {twice}")
         return self
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.strip() == value and value.isprintable() and value != ""
 
 
 def _repeated(values: Iterable[str]) -> str | None:

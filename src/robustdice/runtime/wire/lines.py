@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +40,8 @@ class Lines(dict[int, Line]):
             for number, entry in devices.items()
         )
         self._speaker = speaker
-        self._restless = set(self)
-        """Devices whose lines :meth:`tend` has something to do for, sooner or later."""
+        self.restless = set(self)
+        """Devices whose lines :meth:`tend` has something to do for, sooner or later; none while all lines stand."""
         self._reminders = Reminders()
         self._other_builds: dict[int, str] = {}
         """Devices that speak of another plan, and what the difference is; until they say something else."""
@@ -48,21 +49,25 @@ class Lines(dict[int, Line]):
     @property
     def due(self) -> float | None:
         """When :meth:`tend` has something to do."""
-        return min((due for device in self._restless if (due := self[device].due) is not None), default=None)
+        return min((due for device in self.restless if (due := self[device].due) is not None), default=None)
 
     def tend(self, now: float) -> None:
-        """Dial whoever is to be dialled; costs nothing while all lines stand."""
-        for device in list(self._restless):
+        """Dial whoever is to be dialled."""
+        for device in list(self.restless):
             self[device].tend(now)
             if self[device].due is None:
-                self._restless.discard(device)
+                self.restless.discard(device)
 
-    def changes(self, ready: Mapping[Any, int], now: float) -> list[tuple[int, bool]]:
+    def changes(self, ready: Mapping[Any, int]) -> list[tuple[int, bool]]:
         """Connections made (True) and lost (False), after a poll that found these sockets ready."""
-        found = []
+        found: list[tuple[int, bool]] = []
         for device, line in self.items():
             if line.monitor in ready:
-                found += [(device, up) for up in line.changes(now)]
+                now = time.monotonic()
+                changes = line.changes(now)
+                if False in changes:
+                    self._other_builds.pop(device, None)  # whoever comes next says again what it is
+                found += [(device, up) for up in changes]
                 self._look_after(device, line, now)
         return found
 
@@ -88,7 +93,7 @@ class Lines(dict[int, Line]):
     def _look_after(self, device: int, line: Line, now: float) -> None:
         """Something has happened to a line: is there anything to do later, or to say?"""
         if line.due is not None:
-            self._restless.add(device)
+            self.restless.add(device)
         if line.reach in {Reach.REFUSED, Reach.OTHER_KEY}:
             event = "refused-by" if line.reach is Reach.REFUSED else "other-key"
             self._complain(device, event, line.reach.value, now, "; it is tried again")

@@ -110,7 +110,8 @@ class ZeroMQTransport:
 
     def poll(self, timeout_seconds: float) -> list[Received | PeerUp | PeerDown]:
         """Everything that can be read now, after waiting for something up to ``timeout_seconds``."""
-        self._lines.tend(time.monotonic())
+        if self._lines.restless:
+            self._lines.tend(time.monotonic())
         ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_seconds) * 1000)))
         events: list[Received | PeerUp | PeerDown] = []
         if self._bell in ready:
@@ -119,7 +120,7 @@ class ZeroMQTransport:
             self._authenticate()
         if self._strangers in ready:
             self._note_strangers()
-        for device, up in self._lines.changes(ready, time.monotonic()):
+        for device, up in self._lines.changes(ready):
             events.append(PeerUp(device) if up else PeerDown(device))
         if self._router in ready:
             for _ in range(DRAINED_AT_ONCE):
