@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bundles import make_manifest
 from robustdice.plan import Plan
+from robustdice.runtime.choice import Pace
+from robustdice.runtime.executor import shard_shape
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Computed,
@@ -30,10 +34,12 @@ from robustdice.runtime.protocol.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Pulse, Refused, ShardId, Shards, Want
+from shared_link import SharedLink, size_of
 
 CLIENT = "c0"
-HEARTBEAT_SECONDS = 0.3
+GIVEN_UP_SECONDS = 5.0
+"""TCP's patience with a peer that is not there any more."""
 MARGIN_SECONDS = 0.1
 
 
@@ -46,6 +52,8 @@ class Network:
     duplication: float = 0.0
     slow: float = 0.0
     """Probability that a message takes up to 50 ms."""
+    bytes_per_second: float | None = None
+    """Of one link that all share (None: no limit); ``delay`` is that of its loaded queue then."""
 
 
 @dataclass
@@ -108,6 +116,16 @@ class World:
         self.admissions: dict[tuple[int, FrameId], Admission] = {}
         self.interval = 0.01
         self.timeout_seconds = 2.0
+        self.link: SharedLink | None = None
+        if self.network.bytes_per_second is not None:
+            self.link = SharedLink(self.network.bytes_per_second, self.network.delay, self._after)
+        self.pace: Pace | None = None
+        self._among: dict[int, int] = {}
+        self._sizes = {
+            (e, s): math.prod(shard_shape(exchange, s))
+            for e, exchange in enumerate(self.manifests[0].exchanges)
+            for s in range(len(exchange.shards))
+        }
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         for node in self.nodes:
@@ -117,6 +135,9 @@ class World:
 
     def at(self, time: float, call: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self._heap, (max(time, self.now), next(self._order), lambda: call(*arguments)))
+
+    def _after(self, seconds: float, call: Callable[[], None]) -> None:
+        self.at(self.now + seconds, call)
 
     def run(self, until: float) -> None:
         while self._heap and self._heap[0][0] <= until:
@@ -164,8 +185,9 @@ class World:
         if isinstance(action, Send):
             self.wants += isinstance(action.message, Want)
             if isinstance(action.message, Answer | Refused):
-                self.at(self.now + self._delay(), self._answered, node.device, action.message)
-            elif isinstance(action.message, Hello | Shards | Want | Pass):
+                answer, device = action.message, node.device
+                self._carry(("out", device), answer, lambda: self._answered(device, answer))
+            elif isinstance(action.message, Hello | Pulse | Shards | Want | Pass):
                 assert isinstance(action.to, int)
                 self._transmit(node.device, action.to, Received(action.message))
         elif isinstance(action, RunStage | RunPieces):
@@ -209,12 +231,19 @@ class World:
         slow = 0.05 if self.random.random() < self.network.slow else 0.0
         return self.network.delay * (0.2 + self.random.random()) + slow * self.random.random()
 
+    def _carry(self, queue: Hashable, message: object, arrive: Callable[[], None]) -> None:
+        if self.link is None:
+            self._after(self._delay(), arrive)
+        else:
+            self.link.send(queue, size_of(message, self._sizes), arrive)
+
     def _transmit(self, source: int, target: int, event: Received) -> None:
         network = self.network
         for _ in range(1 + (self.random.random() < network.duplication)):
             if (source, target) in self.links and self.random.random() >= network.loss:
                 incarnation = self.nodes[target].incarnation
-                self.at(self.now + self._delay(), self._arrive, source, target, incarnation, event)
+                queue = ("shards" if isinstance(event.message, Shards) else "words", source, target)
+                self._carry(queue, event.message, partial(self._arrive, source, target, incarnation, event))
 
     def _arrive(self, source: int, target: int, incarnation: int, event: Event) -> None:
         if frozenset((source, target)) not in self.cut:
@@ -242,7 +271,7 @@ class World:
     # -- faults
 
     def crash(self, device: int, silent: bool = False) -> None:
-        """The process is gone; ``silent`` (power loss): peers learn it from heartbeats only."""
+        """The process is gone; ``silent`` (power loss): peers learn it from its silence."""
         node = self.nodes[device]
         if node.engine is None:
             return
@@ -252,7 +281,7 @@ class World:
         node.values.clear()
         for peer in range(self.plan.devices):
             self.links.discard((device, peer))
-            self.at(self.now + (HEARTBEAT_SECONDS if silent else self._delay()), self._disconnect, peer, device)
+            self.at(self.now + (GIVEN_UP_SECONDS if silent else self._delay()), self._disconnect, peer, device)
 
     def restart(self, device: int) -> None:
         node = self.nodes[device]
@@ -273,7 +302,7 @@ class World:
         if node.engine is None or node.frozen_since is not None:
             return
         node.frozen_since = self.now
-        self.at(self.now + HEARTBEAT_SECONDS, self._notice_freeze, device, self.now)
+        self.at(self.now + GIVEN_UP_SECONDS, self._notice_freeze, device, self.now)
 
     def _notice_freeze(self, device: int, since: float) -> None:
         if self.nodes[device].frozen_since == since:
@@ -306,7 +335,7 @@ class World:
                 self._disconnect(a, b)
                 self._disconnect(b, a)
 
-        self.at(self.now + HEARTBEAT_SECONDS, notice)
+        self.at(self.now + GIVEN_UP_SECONDS, notice)
 
     def heal(self, a: int, b: int) -> None:
         self.cut.discard(frozenset((a, b)))
@@ -320,7 +349,7 @@ class World:
         def step() -> None:
             if self.now > last:
                 return
-            if len(self.outstanding) < self.window:
+            if len(self.outstanding) < (self.window if self.pace is None else self.pace.allowed):
                 self._send_frame()
             self.at(self.now + self.interval, step)
 
@@ -331,11 +360,25 @@ class World:
         self.sent[number] = self.now
         self.outstanding.add(number)
         oldest = min(self.outstanding) if self.prune else 0
-        frame = Frame(FrameId(CLIENT, number), oldest, self.timeout_seconds, ("input", number))
+        self._among[number] = len(self.outstanding)
         for node in self.nodes:
             if node.engine is not None and node.frozen_since is None:
-                self.at(self.now + self._delay(), self._deliver, node.device, node.incarnation, Received(frame))
-        self.at(self.now + self.timeout_seconds, self.outstanding.discard, number)
+                self._send_to(node.device, FrameId(CLIENT, number), oldest)
+        self.at(self.now + self.timeout_seconds, self._decided, number)
+
+    def _send_to(self, device: int, frame: FrameId, oldest: int) -> None:
+        incarnation = self.nodes[device].incarnation
+        given = self.timeout_seconds if self.pace is None else self.pace.given(device, self.timeout_seconds)
+        received = Received(Frame(frame, oldest, given, ("input", frame.number)))
+        self._carry(("in", device), received.message, lambda: self._deliver(device, incarnation, received))
+
+    def _decided(self, number: int) -> None:
+        if number in self.outstanding:
+            self.outstanding.discard(number)
+            if self.pace is not None:
+                seconds = self.now - self.sent[number] if number in self.answers else self.timeout_seconds
+                late = all(answer.late for _, answer in self.answers.get(number, ()))
+                self.pace.finished(seconds, self._among[number], late)
 
     def _answered(self, device: int, message: Any) -> None:
         if isinstance(message, Refused):
@@ -358,9 +401,11 @@ class World:
                 assert source == -1 or source in able
         assert message.coverage == min(shares), f"seed {self.seed}: coverage"
         self.answers.setdefault(number, []).append((self.now, message))
+        if self.pace is not None:
+            self.pace.answered(device, self.now - self.sent[number] - message.seconds)
         up = sum(node.engine is not None and node.frozen_since is None for node in self.nodes)
         if message.coverage == 1.0 or len(self.answers[number]) >= up:
-            self.outstanding.discard(number)
+            self._decided(number)
 
     # -- judging
 

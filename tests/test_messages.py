@@ -20,6 +20,7 @@ from robustdice.runtime.wire.messages import (
     Hello,
     Message,
     Pass,
+    Pulse,
     Refused,
     Shards,
     Status,
@@ -40,14 +41,16 @@ def ones(*shape: int) -> Any:
 TO_DEVICE: list[tuple[Message, int | None]] = [
     (Hello(1, "xyz", True), 1),
     (Frame(ID, 3, 2.5, ones(1, *INPUT_SHAPE)), None),
-    (Shards(1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4) * np.nan,)), 1),
-    (Shards(1, ID, 1, ((1, 0), (1, 1)), (ones(1, 64), ones(1, 64))), 1),
+    (Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4) * np.nan,)), 1),
+    (Shards(1, 2, ID, 1, ((1, 0), (1, 1)), (ones(1, 64), ones(1, 64))), 1),
+    (Pulse(1, 12.5, None, True, 0, 0, ()), 1),
+    (Pulse(2, 12.5, 0.1, False, 7, 9, (ID, FrameId("c", 0))), 2),
     (Want(2, ID, 0, ((0, 0),)), 2),
     (Pass(1, ID), 1),
     (StatusRequest("ab"), None),
 ]
 TO_CLIENT: list[tuple[Message, int]] = [
-    (Answer(2, ID, ones(10) * -np.inf, 0.5, 0.25, ((0, 1, -1), (), (2,)), (1,)), 2),
+    (Answer(2, ID, ones(10) * -np.inf, 0.5, 0.25, ((0, 1, -1), (), (2,)), (1, 3), (3,), 0.125), 2),
     (Refused(1, ID, "the window is full"), 1),
     (Status(0, {"a": [1, 2]}), 0),
 ]
@@ -94,13 +97,13 @@ def test_the_authenticated_sender_must_be_the_stated_one(message: Message, sourc
     ],
 )
 def test_a_changed_header_is_refused_with_the_reason(change: dict[str, Any], match: str) -> None:
-    header, *body = DEVICE.encode(Shards(1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
+    header, *body = DEVICE.encode(Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
     with pytest.raises(MessageError, match=match):
         DEVICE.decode([json.dumps({**json.loads(header), **change}).encode(), *body], 1)
 
 
 def test_sizes_and_positions_are_checked() -> None:
-    header, positions, array = DEVICE.encode(Shards(1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
+    header, positions, array = DEVICE.encode(Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
     for body, match in [
         ([positions, bytes(array)[:-4]], "expected 192"),
         ([positions, bytes(array) * 2], "expected 192"),

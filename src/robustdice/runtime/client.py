@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import zmq
 from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildError
+from robustdice.runtime.choice import Choice, Pace
 from robustdice.runtime.protocol.deadlines import Estimate
 from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.wire import messages
@@ -27,8 +29,9 @@ from robustdice.runtime.wire.messages import Codec, Frame, FrameId, Refused, Sta
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
-GRACE = Settings(initial_wait=0.25, minimum_wait=0.05, maximum_wait=1.0)
 PATIENCE = Settings(initial_wait=0.5, minimum_wait=0.1, maximum_wait=5.0)
+REMEMBERED_FRAMES = 64
+"""So many decided frames may still get answers that teach something."""
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
 
 
@@ -75,6 +78,8 @@ class _Pending:
     number: int
     array: NDArray[np.float32]
     sent_at: float
+    among: int
+    """Frames that were under way when it left, it included."""
     asked: dict[int, float] = field(default_factory=dict)
     """Devices that the frame was sent to, and when."""
     answers: dict[int, tuple[messages.Answer, float]] = field(default_factory=dict)
@@ -82,13 +87,23 @@ class _Pending:
     first_at: float | None = None
     """When the first answer came."""
 
+    @property
+    def waiting(self) -> list[int]:
+        """Devices that were asked and have said nothing about it yet."""
+        return [d for d in self.asked if d not in self.answers and d not in self.refusals]
+
+    @property
+    def coverages(self) -> dict[int, float]:
+        """What the answers so far cover."""
+        return {device: answer.coverage for device, (answer, _) in self.answers.items()}
+
 
 class Client:
     """Sends frames to the devices of ``cluster_toml`` and collects the best answers.
 
-    ``key`` is the client's secret key file (default: ``client.key`` beside the cluster file). ``window`` frames are in
-    flight at once in :meth:`stream`. ClusterError when the files are not valid. Not thread-safe. Close it, or use it in
-    a ``with`` statement; what is left open is closed when it is collected.
+    ``key`` is the client's secret key file (default: ``client.key`` beside the cluster file). Up to ``window`` frames
+    are in flight at once in :meth:`stream`; fewer where they would take too long. ClusterError when the files are not
+    valid. Not thread-safe. Close it, or use it in a ``with`` statement; what is left open is closed when collected.
     """
 
     def __init__(
@@ -116,11 +131,13 @@ class Client:
         self._done: dict[int, Answer] = {}
         self._statuses: dict[int, Mapping[str, Any]] = {}
         self._silent: set[int] = set()
-        """Devices that did not answer in time, until anything comes from them."""
-        self._spread = Estimate()
-        """Seconds between a frame's first answer and the others."""
+        """Devices that did not answer in time, until anything comes from them; for plans without an exchange."""
         self._latency = [Estimate() for _ in self.cluster.devices]
         """Per device, for plans without an exchange."""
+        self._choice = Choice(len(self.cluster.devices))
+        self._pace = Pace(window, timeout_seconds, len(self.cluster.devices))
+        self._decided: OrderedDict[int, _Pending] = OrderedDict()
+        """The last frames that were decided before all devices had answered."""
         context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
         self._lines = Lines(context, self._poller, dict(enumerate(self.cluster.devices)), keys, REPLY_LIMIT)
@@ -175,7 +192,7 @@ class Client:
         more = True
         try:
             while True:
-                while more and len(order) < self.window:
+                while more and len(order) < self.window and self._has_room():
                     frame = next(source, None)
                     more = frame is not None
                     if frame is not None:
@@ -192,12 +209,15 @@ class Client:
 
     # -- sending
 
+    def _has_room(self) -> bool:
+        return not self.model.exchanges or len(self._pending) < self._pace.allowed
+
     def _submit(self, array: NDArray[np.float32]) -> int:
         model = self.model
         if array.shape != model.input_shape:
             raise DataError(f"a frame of shape {array.shape}, the model takes {model.input_shape}")
         now = time.monotonic()
-        pending = _Pending(self._next, np.array(array, np.float32)[None], now)
+        pending = _Pending(self._next, np.array(array, np.float32)[None], now, 1 + len(self._pending))
         self._next += 1
         self._connect(now + self.timeout_seconds)
         self._pending[pending.number] = pending
@@ -217,7 +237,8 @@ class Client:
         remaining = pending.sent_at + self.timeout_seconds - now
         if not line.connected or remaining <= 0:
             return False
-        frame = Frame(FrameId(self._name, pending.number), min(self._pending), remaining, pending.array)
+        given = self._pace.given(device, remaining)
+        frame = Frame(FrameId(self._name, pending.number), min(self._pending), given, pending.array)
         if not line.send(self._codec.encode(frame)):
             return False
         pending.asked[device] = now
@@ -285,6 +306,7 @@ class Client:
                 continue
             self._silent.discard(device)
             self._lines.meet_same_build(device)
+            self._choice.heard(device)
             if isinstance(message, Status):
                 self._on_status(device, message)
             elif isinstance(message, messages.Answer | Refused) and message.frame.client == self._name:
@@ -306,19 +328,20 @@ class Client:
         self._statuses[device] = message.document
 
     def _on_reply(self, device: int, message: messages.Answer | Refused) -> None:
-        pending = self._pending.get(message.frame.number)
+        number, now = message.frame.number, time.monotonic()
+        pending = self._pending.get(number) or self._decided.get(number)
         if pending is None:
             return
-        now = time.monotonic()
         if isinstance(message, Refused):
             pending.refusals[device] = message.reason
             return
         if pending.first_at is None:
             pending.first_at = now
-        else:
-            self._spread.observe(now - pending.first_at)
+        self._choice.answered(device, message.coverage, now - pending.first_at)
         if device in pending.asked:
-            self._latency[device].observe(now - pending.asked[device])
+            seconds = now - pending.asked[device]
+            self._latency[device].observe(seconds)
+            self._pace.answered(device, seconds - message.seconds)
         pending.answers[device] = message, now
 
     def _on_disconnect(self, device: int) -> None:
@@ -334,8 +357,9 @@ class Client:
         for pending in list(self._pending.values()):
             if not pending.asked:  # nobody was connected, or nobody of those who were is left
                 self._dispatch(pending)
-            waiting = [d for d in pending.asked if d not in pending.answers and d not in pending.refusals]
-            full = any(answer.coverage == 1.0 for answer, _ in pending.answers.values())
+            waiting = pending.waiting
+            due = self._choice.due(pending.coverages, waiting, pending.first_at)
+            full = 1.0 in pending.coverages.values()
             if full or now >= pending.sent_at + self.timeout_seconds:
                 self._resolve(pending)
             elif parallel:
@@ -345,11 +369,10 @@ class Client:
                     self._pass_on(pending)
                 if len(pending.refusals) == len(self._lines):
                     self._resolve(pending)
-            else:
-                if pending.first_at is not None and now >= pending.first_at + self._spread.deadline(GRACE):
-                    self._silent.update(waiting)
-                if pending.asked and not set(waiting) - self._silent and (pending.answers or not waiting):
-                    self._resolve(pending)
+            elif pending.asked and due is not None and now >= due:
+                if pending.first_at is not None:
+                    self._choice.expire(pending.coverages, waiting, pending.first_at, now)
+                self._resolve(pending)
 
     def _patience(self, device: int) -> float:
         load = sum(device in other.asked and not other.answers for other in self._pending.values())
@@ -366,12 +389,20 @@ class Client:
             elif parallel:
                 overdue = [at + self._patience(device) for device, at in pending.asked.items()]
                 times += [moment for moment in overdue if moment > time.monotonic()]
-            elif pending.first_at is not None:
-                times.append(pending.first_at + self._spread.deadline(GRACE))
+            else:
+                due = self._choice.due(pending.coverages, pending.waiting, pending.first_at)
+                times += [] if due is None else [due]
         return min(times)
 
     def _resolve(self, pending: _Pending) -> None:
         del self._pending[pending.number]
+        pending.array = pending.array[:0]
+        self._decided[pending.number] = pending
+        while len(self._decided) > REMEMBERED_FRAMES:
+            self._decided.popitem(last=False)
+        taken = time.monotonic() - pending.sent_at if pending.answers else self.timeout_seconds
+        late = bool(pending.answers) and all(answer.late for answer, _ in pending.answers.values())
+        self._pace.finished(taken, pending.among, late)
         if not pending.answers:
             heard = bool(pending.asked.keys() - self.troubles().keys())
             reason = next(iter(pending.refusals.values()), None) or (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.protocol.inflight import InFlight
 
@@ -27,36 +29,78 @@ class Estimate:
             self.deviation += (abs(seconds - self.mean) - self.deviation) / 4
             self.mean += (seconds - self.mean) / 8
 
+    @property
+    def bound(self) -> float:
+        """What is rarely exceeded, in seconds; 0 as long as nothing was observed."""
+        return 0.0 if self.mean is None else self.mean + 4 * self.deviation
+
     def deadline(self, settings: Settings) -> float:
         """How long to wait, in seconds."""
         if self.mean is None:
             return settings.initial_wait
-        return min(max(self.mean + 4 * self.deviation, settings.minimum_wait), settings.maximum_wait)
+        return min(max(self.bound, settings.minimum_wait), settings.maximum_wait)
+
+
+GENEROSITY = 1.5
+ALONE = 1.5
+"""So much longer may computing take when a device has to stand in for others."""
+STAGE_BYTES = 16 * 2**10
+"""What an exchange costs beside its bytes, expressed in bytes."""
 
 
 class Deadlines:
     """A device's knowledge of how long its peers and its own computations take, per stage."""
 
-    def __init__(self, stages: int, settings: Settings) -> None:
+    def __init__(self, manifest: Manifest, settings: Settings) -> None:
         """Nothing is known yet."""
         self._settings = settings
-        self.waits = [Estimate() for _ in range(stages)]
+        self._weights = [_weight(manifest, stage) for stage in range(len(manifest.stages))]
+        self.waits = [Estimate() for _ in manifest.stages]
         """From publishing a stage's own shards to having all; of frames that nobody left meanwhile."""
-        self.computes = [Estimate() for _ in range(stages)]
+        self.computes = [Estimate() for _ in manifest.stages]
+        self._hurries = Estimate()
+        """Of frames that wait for nothing any more, seconds per stage until they are answered."""
+        self.introductions = Estimate()
+        """From hearing of a frame by a peer to hearing of it by its client."""
 
     def arm(self, frame: InFlight, now: float, factor: float = 1.0) -> None:
         """Let a frame wait as long as peers may need: what was observed, and they may be within a stage of another
         frame. But leave time for what may still follow before the frame's own deadline."""
         means = [estimate.mean or 0.0 for estimate in self.computes]
         wait = factor * self.waits[frame.stage].deadline(self._settings) + means[frame.stage] + max(means)
-        fair = max((self.hurry_at(frame) - now) / 4, self._settings.minimum_wait)
-        wait = min(wait, fair)
+        wait = min(wait, max(frame.patient_until - now, self._settings.minimum_wait))
         frame.wait_until, frame.nudge_at, frame.rearmed = now + wait, now + wait / 2, False
+
+    def be_patient(self, frame: InFlight, now: float) -> None:
+        """Say how long the frame may wait in its stage for shards that are on the way: as long as later stages have the
+        time that they usually need, but at least its share of the time that is left, by the bytes that are moved."""
+        left, later = max(0.0, self.hurry_at(frame) - now), range(frame.stage + 1, len(self.waits))
+        rest = sum(self._weights[frame.stage :])
+        share = min(1.0, GENEROSITY * self._weights[frame.stage] / rest) if rest else 1.0
+        means = [self.waits[stage].mean for stage in later if self._weights[stage]]
+        usual = left if None in means else GENEROSITY * sum(mean or 0.0 for mean in means)
+        frame.patient_until = now + max(share * left, left - usual)
+
+    def pass_after(self) -> float:
+        """How long a client's frame may be on its way after a peer has spoken of it."""
+        return min(max(self._settings.pass_after, self.introductions.bound), self._settings.maximum_wait)
 
     def hurry_at(self, frame: InFlight) -> float:
         """From when on a frame waits for nothing, so that its answer leaves in time."""
-        rest = sum(estimate.mean or 0.0 for estimate in self.computes[frame.stage + 1 :])
-        return frame.deadline - self._settings.answer_margin - 1.5 * rest
+        computing = sum(estimate.mean or 0.0 for estimate in self.computes[frame.stage + 1 :])
+        usual = (self._hurries.mean or 0.0) * (len(self.computes) - frame.stage)
+        return frame.deadline - self._settings.answer_margin - ALONE * max(computing, usual)
+
+    def finished(self, frame: InFlight, now: float) -> None:
+        """Learn from a frame that was answered or given up."""
+        if frame.hurried is not None:
+            stage, since = frame.hurried
+            self._hurries.observe((now - since) / (len(self.computes) - stage))
+
+
+def _weight(manifest: Manifest, stage: int) -> float:
+    exchanges = [manifest.exchanges[number] for number in manifest.stages[stage].exchanges]
+    return sum(4 * math.prod(exchange.shape) for exchange in exchanges) + STAGE_BYTES * bool(exchanges)
 
 
 class Record:

@@ -2,16 +2,19 @@
 
 No clock, socket, thread, randomness or arithmetic on arrays. Frames go through the stages; in each the device
 publishes its shards, waits for the others' until all that have a live holder are there, and goes on with what there
-is when a deadline passes. Whoever was silent is suspect, and its shards become the next holders' task at once.
+is when a deadline passes. Whoever was silent, or behind with its work, is suspect, and its shards become the next
+holders' task at once. Whose shards are merely on a slow way is not: the frame waits for them as long as it can.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.protocol.contact import Contacts
 from robustdice.runtime.protocol.deadlines import Deadlines, Record
 from robustdice.runtime.protocol.events import (
     Action,
@@ -23,16 +26,16 @@ from robustdice.runtime.protocol.events import (
     PeerUp,
     Received,
     RunPieces,
-    RunStage,
-    Send,
     Settings,
     Task,
     Tick,
 )
 from robustdice.runtime.protocol.frames import Frames
 from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.protocol.lateness import judge
 from robustdice.runtime.protocol.membership import Membership
-from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Refused, ShardId, Shards, Want
+from robustdice.runtime.protocol.outbox import Outbox
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Pulse, Shards, Want
 
 EXTENSION = 3.0
 """So much longer may a device take that nobody can stand in for."""
@@ -61,16 +64,21 @@ class Engine:
         self._head: FrameId | None = None
         """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
         younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
-        self._deadlines = Deadlines(len(manifest.stages), self.settings)
+        self._deadlines = Deadlines(manifest, self.settings)
+        self._contacts = Contacts(self.me, manifest.devices, self.settings)
         self._record = Record()
-        self._actions: list[Action] = []
-        """Of the event being handled; empty between events."""
+        self._out = Outbox(self.me, self.membership, self._contacts)
+        """The actions of the event being handled; empty between events."""
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""
+        if isinstance(event, Received) and isinstance(event.message, Hello | Pulse | Shards | Want | Pass):
+            self._hear(event.message.sender, now)
         match event:
             case Received(Frame() as message):
                 self._on_frame(message, now)
+            case Received(Pulse() as message):
+                self._on_pulse(message, now)
             case Received(Shards() as message):
                 self._on_shards(message, now)
             case Received(Want() as message):
@@ -81,7 +89,8 @@ class Engine:
                 self._on_hello(message, now)
             case PeerUp(device):
                 self.membership.connected(device)
-                self._send(device, Hello(self.me, self._incarnation, reply=True))
+                self._contacts.of[device].connected(now)
+                self._out.send(device, Hello(self.me, self._incarnation, reply=True))
             case PeerDown(device):
                 if self.membership.disconnected(device, now):
                     self._lost([device], now, "its connection is gone")
@@ -91,12 +100,13 @@ class Engine:
                 self._on_tick(due, now)
         self._schedule(now)
         self._lead(now)
-        actions, self._actions = self._actions, []
-        return actions
+        return self._out.take()
 
     def next_due(self) -> float | None:
         """When a Tick is needed, if no other event comes before."""
-        times = [early.since + self._early_seconds(early) for _, early in self.frames.early_ones()]
+        times = [self._contacts.pulse_at] if self.membership.reachable else []
+        times += [self._contacts.of[device].silent_at(self.settings) for device in self.membership.admitted]
+        times += [early.since + self._early_seconds(early) for _, early in self.frames.early_ones()]
         for frame in self.frames:
             if frame.phase is Phase.WAITING:
                 times.append(self._deadlines.hurry_at(frame))
@@ -125,18 +135,41 @@ class Engine:
             return
         if self.frames.in_flight >= self.settings.window:
             reason = f"device {self.me} already works on {self.frames.in_flight} frames, its window; send fewer at once"
-            self._refuse(message.frame, reason)
+            self._out.refuse(message.frame, reason)
             self.frames.forget(message.frame)
             return
         live, entering = self.membership.admit(now)
         for device in entering:
             number = message.frame.number
             text = f"device {device} takes part from frame {number} on"
-            self._actions.append(Note(text, "admitted", peer=device, frame=number))
+            self._out.add(Note(text, "admitted", peer=device, frame=number))
         deadline = now + message.timeout_seconds
-        self.frames.admit(InFlight(message.frame, self.manifest, deadline, live, message.array))
+        frame = InFlight(message.frame, self.manifest, now, deadline, live, message.array)
+        early = self.frames.admit(frame)
+        if early:
+            self._deadlines.introductions.observe(now - early.since)
+        contacts, others = self._contacts.of, sorted(frame.live - {self.me})
+        self._part(frame, [device for device in others if contacts[device].far(self.settings, now)], now)
+
+    def _hear(self, sender: int, now: float) -> None:
+        if self._contacts.of[sender].heard(now):
+            self.membership.evidence(sender)
+
+    def _on_pulse(self, message: Pulse, now: float) -> None:
+        contact, sender = self._contacts.of[message.sender], message.sender
+        contact.take_pulse(message, now)
+        if message.reply:
+            self._out.pulse([sender], self._owing(), now)
+        head = self.frames.head()
+        if head is not None and head.phase is Phase.WAITING and contact.has_delivered(head.id) and now >= head.asked_at:
+            self._out.want(head, sender)
+
+    def _owing(self) -> list[FrameId]:
+        """Frames that wait for nothing but this device's own work."""
+        return [frame.id for frame in self.frames if frame.phase in {Phase.READY, Phase.COMPUTING} or frame.owes]
 
     def _on_shards(self, message: Shards, now: float) -> None:
+        self._contacts.of[message.sender].take_shards(message.serial, now)
         frame = self.frames.get(message.frame)
         if frame is None:
             if early := self.frames.early(message.frame, now):
@@ -165,13 +198,13 @@ class Engine:
         if frame is None:
             early = self.frames.early(message.frame, now)
             if early is None or early.told:
-                self._send(message.sender, Pass(self.me, message.frame))
+                self._out.send(message.sender, Pass(self.me, message.frame))
             else:
                 for shard in message.shards:
                     early.wanted.setdefault(shard, set()).add(message.sender)
             return
         ready = [shard for shard in message.shards if shard in frame.own]
-        self._publish(frame, message.stage, ready, [message.sender])
+        self._out.publish(frame, message.stage, ready, [message.sender], now)
         for shard in set(message.shards) - set(ready):
             frame.wanted.setdefault(shard, set()).add(message.sender)
             frame.owes = True
@@ -179,6 +212,7 @@ class Engine:
     def _on_pass(self, sender: int, frame_id: FrameId, now: float) -> None:
         frame = self.frames.get(frame_id)
         if frame is not None:
+            frame.parted.add(sender)
             self._shrink(frame, {sender}, now)
         elif early := self.frames.early(frame_id, now):
             early.passed.add(sender)
@@ -187,7 +221,7 @@ class Engine:
         if self.membership.hello(message.sender, message.incarnation, now):
             self._lost([message.sender], now, "it has restarted")
         if message.reply:
-            self._send(message.sender, Hello(self.me, self._incarnation, reply=False))
+            self._out.send(message.sender, Hello(self.me, self._incarnation, reply=False))
 
     # -- computing
 
@@ -198,35 +232,18 @@ class Engine:
                 return
             if frame.id not in self.frames or any(task.frame == frame.id for task in self._tasks):
                 continue
-            if frame.owes and (task := self._owed(frame)):
+            if frame.owes and (task := frame.owed(self.me)):
                 self._run(task, now)
             elif frame.phase is Phase.READY and now > frame.deadline:
-                self._give_up(frame, f"device {self.me} did not get to this frame in time")
+                self._give_up(frame, f"device {self.me} did not get to this frame in time", now)
             elif frame.phase is Phase.READY:
-                self._enter(frame, now)
-
-    def _owed(self, frame: InFlight) -> RunPieces | None:
-        entered = frame.stage + (frame.phase is not Phase.READY)
-        for stage in range(entered):
-            if pieces := frame.pieces_due(stage, self.me):
-                return RunPieces(frame.id, stage, pieces, frame.down)
-        frame.owes = False
-        return None
-
-    def _enter(self, frame: InFlight, now: float) -> None:
-        stage = frame.stage
-        gathered = frame.gather(stage - 1, self.me) if stage else {}
-        every = range(len(self.manifest.stages[stage].pieces))
-        pieces = tuple(every) if self.manifest.spares == "hot" else frame.pieces_due(stage, self.me)
-        task = RunStage(frame.id, stage, frame.array, gathered, pieces, frame.down)
-        frame.array, frame.phase = None, Phase.COMPUTING
-        self._run(task, now)
+                self._run(frame.enter(self.me), now)
 
     def _run(self, task: Task, now: float) -> None:
         if not self._tasks:
             self._computing_since = now
         self._tasks.append(task)
-        self._actions.append(task)
+        self._out.add(task)
 
     def _on_computed(self, event: Computed, now: float) -> None:
         task, started = event.task, self._computing_since
@@ -238,11 +255,11 @@ class Engine:
         if event.error is not None:
             number = task.frame.number
             text = f"frame {number} failed in stage {task.stage}: {event.error}"
-            self._actions.append(Note(text, "failed", frame=number, reason=event.error))
-            self._give_up(frame, f"device {self.me} could not compute stage {task.stage}: {event.error}")
+            self._out.add(Note(text, "failed", frame=number, reason=event.error))
+            self._give_up(frame, f"device {self.me} could not compute stage {task.stage}: {event.error}", now)
             return
         frame.own.update(event.shards)
-        self._publish_due(frame, task.stage)
+        self._out.publish_due(frame, task.stage, now)
         if isinstance(task, RunPieces):
             self._complete(frame, now)
             return
@@ -252,32 +269,9 @@ class Engine:
             return
         frame.phase, frame.since[task.stage] = Phase.WAITING, now
         frame.clean, frame.extended = True, False
-        self._deadlines.arm(frame, now)
+        frame.asked_again.clear()
+        self._await(frame, now)
         self._complete(frame, now)
-
-    def _publish_due(self, frame: InFlight, stage: int) -> None:
-        """Publish what is computed, was not published yet, and is this device's task in the frame's view."""
-        mine = [shard for shard in frame.shards_of(stage) if shard in frame.own]
-        due = [shard for shard in mine if shard not in frame.published and frame.publisher(shard) == self.me]
-        self._publish(frame, stage, due, self.membership.reachable)
-        frame.published.update(due)
-        if stage >= frame.stage and frame.phase is not Phase.DONE:
-            frame.offer(((shard, frame.own[shard]) for shard in due), self.me)
-        requests: dict[int, list[ShardId]] = {}
-        for shard in mine:
-            for device in frame.wanted.pop(shard, ()):
-                if shard not in due:
-                    requests.setdefault(device, []).append(shard)
-        for device, shards in requests.items():
-            self._publish(frame, stage, shards, [device])
-
-    def _publish(self, frame: InFlight, stage: int, shards: Iterable[ShardId], to: Iterable[int]) -> None:
-        ordered = tuple(sorted(shards))
-        if ordered:
-            arrays = tuple(frame.own[shard] for shard in ordered)
-            message = Shards(self.me, frame.id, stage, ordered, arrays)
-            for device in to:
-                self._send(device, message)
 
     # -- waiting
 
@@ -286,13 +280,18 @@ class Engine:
         head = self.frames.head()
         if head is not None and head.id != self._head and head.phase is Phase.WAITING:
             head.since[head.stage] = now
-            self._deadlines.arm(head, now)
+            self._await(head, now)
         self._head = None if head is None else head.id
+
+    def _await(self, frame: InFlight, now: float) -> None:
+        self._deadlines.be_patient(frame, now)
+        self._deadlines.arm(frame, now)
+        frame.asked_at = math.inf
 
     def _complete(self, frame: InFlight, now: float) -> None:
         """Go on to the next stage when everything that has a live holder is there."""
         if frame.phase is Phase.WAITING and not frame.missing():
-            if frame.clean and frame.id == self._head:
+            if frame.clean and not frame.parted and frame.id == self._head:
                 self._deadlines.waits[frame.stage].observe(now - frame.since[frame.stage])
             self._advance(frame)
 
@@ -302,6 +301,14 @@ class Engine:
 
     def _on_tick(self, due: float, now: float) -> None:
         frozen = now - due > self.settings.late_timer
+        if frozen:
+            self._contacts.stood_still(now - due, now)
+        if now >= self._contacts.pulse_at:
+            self._contacts.pulse_at = now + self.settings.pulse
+            self._out.pulse(self.membership.reachable, self._owing(), now)
+        for device in self._contacts.silent(self.membership.admitted, now):
+            self._contacts.of[device].lost = True
+            self._blame([device], now, f"nothing came from it for {now - self._contacts.of[device].heard_at:.3f} s")
         for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)
@@ -312,7 +319,7 @@ class Engine:
                 if early.told:
                     self.frames.forget(frame_id)
                 else:
-                    self._tell_all(Pass(self.me, frame_id))
+                    self._out.tell_all(Pass(self.me, frame_id))
                     early.told = True
 
     def _on_wait(self, frame: InFlight, frozen: bool, now: float) -> None:
@@ -321,6 +328,7 @@ class Engine:
             if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
                 self._suspect(frame, now, final=True)
             if frame.phase is Phase.WAITING:
+                frame.hurried = frame.hurried or (frame.stage, now)
                 self._advance(frame)
         elif frame.id != self._head:
             return
@@ -329,41 +337,61 @@ class Engine:
             frame.rearmed = True
         elif now >= frame.wait_until:
             self._suspect(frame, now)
-            if frame.phase is Phase.WAITING and now >= frame.wait_until:  # nobody to blame, or nobody to replace them
-                self._deadlines.arm(frame, now, factor=EXTENSION)
-                frame.extended = True
         elif frame.nudge_at is not None and now >= frame.nudge_at:
-            frame.nudge_at = None
-            self._ask(frame)
-
-    def _ask(self, frame: InFlight) -> None:
-        wants: dict[int, list[ShardId]] = {}
-        for shard, publisher in frame.missing().items():
-            if publisher != self.me:
-                wants.setdefault(publisher, []).append(shard)
-        for device, shards in wants.items():
-            self._send(device, Want(self.me, frame.id, frame.stage, tuple(sorted(shards))))
+            frame.nudge_at, frame.asked_at = None, now
+            self._out.pulse(frame.awaited(self.me), self._owing(), now, reply=True)
 
     # -- who takes part
 
     def _suspect(self, frame: InFlight, now: float, final: bool = False) -> None:
-        """Blame the publishers of what is missing. Those that nobody can stand in for only at the second time, unless
-        this is the last one: going on without them costs accuracy, going on too early does so needlessly."""
-        silent = sorted(set(frame.missing().values()) - {self.me})
-        if not (frame.extended or final):
-            silent = [device for device in silent if frame.replaceable(device)]
-        for device in silent:
+        """The wait is over. Blame the publishers of what is missing that have no excuse; those that nobody can stand in
+        for only at the second time, unless this is the last one: going on without them costs accuracy, going on too
+        early does so needlessly. Wait on for the others, but in the end go on without them too."""
+        stage, verdict = frame.stage, judge(frame, self._contacts.of, self.me, now)
+        guilty = verdict.silent | verdict.behind
+        blamed = [device for device in sorted(guilty) if frame.extended or final or frame.replaceable(device)]
+        for device in verdict.silent.intersection(blamed):
+            self._contacts.of[device].lost = True
+        reason = f"frame {frame.id.number} waited {now - frame.since[stage]:.3f} s for it in stage {stage}"
+        self._blame(blamed, now, reason, frame.id.number)
+        if final or frame.phase is not Phase.WAITING or frame.stage != stage or now < frame.wait_until:
+            return
+        if verdict.late and now >= frame.patient_until:
+            for device in verdict.late:
+                self._contacts.of[device].part()
+            self._part(frame, sorted(verdict.late), now)
+        elif guilty:  # nobody to replace them
+            self._deadlines.arm(frame, now, factor=EXTENSION)
+            frame.extended = True
+        else:
+            for device in sorted(verdict.stalled - frame.asked_again):
+                frame.asked_again.add(device)
+                self._out.want(frame, device)
+            self._deadlines.arm(frame, now)
+
+    def _part(self, frame: InFlight, late: list[int], now: float) -> None:
+        """Go on without devices that are well, but too far away for this frame."""
+        number, reason = frame.id.number, "its shards are still on their way"
+        for device in late:
+            text = f"frame {number} goes on without device {device}: {reason}"
+            self._out.add(Note(text, "late", peer=device, frame=number, reason=reason))
+        frame.parted.update(late)
+        for device in late:
+            self._out.send(device, Pass(self.me, frame.id))
+        self._shrink(frame, set(late), now)
+
+    def _blame(self, devices: list[int], now: float, reason: str, frame: int | None = None) -> None:
+        for device in devices:
             if self.membership.peers[device].admitted:
                 self.membership.fault(device, now)
-        reason = f"frame {frame.id.number} waited {now - frame.since[frame.stage]:.3f} s for it in stage {frame.stage}"
-        self._lost(silent, now, reason, frame.id.number)
+        self._lost(devices, now, reason, frame)
 
     def _lost(self, devices: Iterable[int], now: float, reason: str, frame: int | None = None) -> None:
         """Devices left (``frame`` waited for them in vain): no frame in flight counts on them any longer."""
         gone = set(devices)
         for device in gone:
             self._record.fault = device, now, reason
-            self._actions.append(Note(f"device {device} is suspect: {reason}", "suspect", device, frame, reason))
+            self._out.add(Note(f"device {device} is suspect: {reason}", "suspect", device, frame, reason))
         for each in self.frames:
             self._shrink(each, gone, now)
 
@@ -371,15 +399,19 @@ class Engine:
         """Take devices out of a frame's view, and take over at once what has become this device's task."""
         if not frame.live & gone:
             return
+        before = frame.missing() if frame.phase is Phase.WAITING else {}
         frame.live -= gone
         if frame.phase is Phase.DONE:
             return
         frame.owes, frame.clean = True, False
         for stage in range(frame.stage + (frame.phase is not Phase.READY)):
-            self._publish_due(frame, stage)
+            self._out.publish_due(frame, stage, now)
         self._complete(frame, now)
         if frame.phase is Phase.WAITING:
-            self._ask(frame)
+            taken_over = {device for shard, device in frame.missing().items() if before.get(shard) != device}
+            for device in taken_over:
+                self._out.want(frame, device)
+            self._deadlines.be_patient(frame, now)
             self._deadlines.arm(frame, now, factor=2.0)
 
     # -- the end of a frame
@@ -387,35 +419,26 @@ class Engine:
     def _finish(self, frame: InFlight, outputs: Any, now: float) -> None:
         coverage, from_spares, sources = frame.coverage()
         down = tuple(sorted(frame.down))
-        answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down)
-        self._send(frame.id.client, answer)
+        late, seconds = tuple(sorted(frame.parted)), now - frame.admitted_at
+        answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down, late, seconds)
+        self._out.send(frame.id.client, answer)
         self._record.answer(now)
-        self._retire(frame)
+        self._retire(frame, now)
 
-    def _give_up(self, frame: InFlight, reason: str) -> None:
-        self._refuse(frame.id, reason)
-        self._retire(frame)
+    def _give_up(self, frame: InFlight, reason: str, now: float) -> None:
+        self._out.refuse(frame.id, reason)
+        self._retire(frame, now)
 
-    def _retire(self, frame: InFlight) -> None:
+    def _retire(self, frame: InFlight, now: float) -> None:
         frame.phase = Phase.DONE
+        self._deadlines.finished(frame, now)
         frame.got.clear()
         for frame_id in self.frames.surplus():
             self._drop(frame_id)
 
-    def _refuse(self, frame_id: FrameId, reason: str) -> None:
-        self._send(frame_id.client, Refused(self.me, frame_id, reason))
-        self._tell_all(Pass(self.me, frame_id))
-
     def _drop(self, frame_id: FrameId) -> None:
         self.frames.forget(frame_id)
-        self._actions.append(Forget(frame_id))
+        self._out.add(Forget(frame_id))
 
     def _early_seconds(self, early: Early) -> float:
-        return self.settings.maximum_wait if early.told else self.settings.pass_after
-
-    def _tell_all(self, message: Pass) -> None:
-        for device in self.membership.reachable:
-            self._send(device, message)
-
-    def _send(self, to: int | str, message: Any) -> None:
-        self._actions.append(Send(to, message))
+        return self.settings.maximum_wait if early.told else self._deadlines.pass_after()

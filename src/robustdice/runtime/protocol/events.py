@@ -24,7 +24,13 @@ class Settings:
     answer_margin: float = 0.02
     """Kept free before a frame's deadline, beside the time that the remaining stages are known to take."""
     pass_after: float = 0.05
-    """A frame that only peers speak of is passed after this time."""
+    """A frame that only peers speak of is passed after this time, or what was seen to be usual."""
+    pulse: float = 0.1
+    """So often a device says that it is there."""
+    silence: float = 0.3
+    """A peer that nothing comes from for this time is gone; it gets more where words are long under way."""
+    given_up: float = 5.0
+    """Shards that were not acknowledged after this time were lost."""
     late_timer: float = 0.02
     """A timer later than this means that this device stood still, so nobody else is to blame."""
     first_backoff: float = 0.05
@@ -117,7 +123,7 @@ class Note:
 
     text: str
     event: str
-    """``suspect``, ``admitted`` or ``failed``."""
+    """``suspect``, ``admitted``, ``late`` or ``failed``."""
     peer: int | None = None
     frame: int | None = None
     reason: str | None = None

@@ -39,15 +39,17 @@ class Frames:
         """Whether it was neither admitted nor is it over."""
         return frame_id not in self._admitted and frame_id not in self._over
 
-    def admit(self, frame: InFlight) -> None:
-        """Work on a frame, with what peers have already said about it."""
+    def admit(self, frame: InFlight) -> Early | None:
+        """Work on a frame, with what peers have already said about it, which is returned."""
         self._admitted[frame.id] = frame
         early = self._early.pop(frame.id, None)
         if early:
             frame.live -= early.passed
+            frame.parted |= early.passed
             frame.wanted = early.wanted
             for shard, (array, source) in early.shards.items():
                 frame.offer([(shard, array)], source)
+        return early
 
     def early(self, frame_id: FrameId, now: float) -> Early | None:
         """What peers say about a frame that was not admitted yet; None when it is over."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.protocol.events import RunPieces, RunStage
 from robustdice.runtime.wire.messages import Array, FrameId, ShardId
 
 
@@ -25,6 +26,7 @@ class InFlight:
 
     id: FrameId
     manifest: Manifest
+    admitted_at: float
     deadline: float
     live: set[int]
     """The frame's view: the devices that it counts on. This device is always among them; it only shrinks."""
@@ -48,13 +50,23 @@ class InFlight:
     since: dict[int, float] = field(default_factory=dict)
     """When the waiting for a stage began."""
     nudge_at: float | None = None
-    """While WAITING: when to ask the publishers once, before suspecting them."""
+    """While WAITING: when to ask the publishers once how they are, before suspecting them."""
     wait_until: float = 0.0
-    """While WAITING: when to suspect the publishers of what is missing."""
+    """While WAITING: when to look who is to blame for what is missing."""
+    asked_at: float = float("inf")
+    """While WAITING: when the publishers of what is missing were asked how they are."""
+    patient_until: float = 0.0
+    """While WAITING: when to go on without what is merely on the way."""
+    asked_again: set[int] = field(default_factory=set)
+    """In this stage, devices that were asked to send again what may only be on the way."""
+    parted: set[int] = field(default_factory=set)
+    """Devices that this frame goes on without though they are well: nothing more is sent to them."""
     rearmed: bool = False
     """The current wait has already been extended because this device itself stood still."""
     extended: bool = False
     """In this stage, a publisher that nobody can stand in for has been given more time."""
+    hurried: tuple[int, float] | None = None
+    """From which stage on, and since when, it waits for nothing."""
     clean: bool = True
     """Nobody left the view during the current wait, so that its length may be learnt from."""
 
@@ -113,6 +125,10 @@ class InFlight:
             )
         return found
 
+    def awaited(self, me: int) -> list[int]:
+        """Peers that this stage misses shards of."""
+        return sorted(set(self.missing().values()) - {me})
+
     def _is_parity(self, shard: ShardId) -> bool:
         return bool(self.manifest.exchanges[shard[0]].shards[shard[1]].parity_of)
 
@@ -132,6 +148,23 @@ class InFlight:
                 for shard in piece.shards
             )
         )
+
+    def owed(self, me: int) -> RunPieces | None:
+        """What has to be computed of stages that were entered."""
+        for stage in range(self.stage + (self.phase is not Phase.READY)):
+            if pieces := self.pieces_due(stage, me):
+                return RunPieces(self.id, stage, pieces, self.down)
+        self.owes = False
+        return None
+
+    def enter(self, me: int) -> RunStage:
+        """What has to be computed of the next stage, which is entered."""
+        gathered = self.gather(self.stage - 1, me) if self.stage else {}
+        every = range(len(self.manifest.stages[self.stage].pieces))
+        pieces = tuple(every) if self.manifest.spares == "hot" else self.pieces_due(self.stage, me)
+        task = RunStage(self.id, self.stage, self.array, gathered, pieces, self.down)
+        self.array, self.phase = None, Phase.COMPUTING
+        return task
 
     def coverage(self) -> tuple[float, float, tuple[tuple[int, ...], ...]]:
         """Least share of neurons present and largest share from a spare, over the exchanges; and all sources."""

@@ -43,6 +43,11 @@ class Membership:
         """Peers that the transport has a connection to, suspects included: they must be able to catch up."""
         return [device for device, peer in self.peers.items() if peer.connected]
 
+    @property
+    def admitted(self) -> list[int]:
+        """Peers that the next frame waits for."""
+        return [device for device, peer in self.peers.items() if peer.admitted]
+
     def up(self, now: float) -> list[int]:
         """The devices that a frame admitted now would wait for, this one included."""
         candidates = [device for device, peer in self.peers.items() if peer.admitted or _admissible(peer, now)]

@@ -15,6 +15,10 @@ QUEUED_MESSAGES = 16
 CURVE_OVERHEAD = 64
 """Bytes, rounded up, that encryption adds to a frame: command name, nonce, flags, authentication (RFC 26)."""
 HANDSHAKE_SECONDS = 2.0
+HEARTBEAT_MS = 500
+NEVER_MS = 2**31 - 1
+GIVEN_UP_MS = 5000
+"""A connection is closed when the other host acknowledges nothing for so long."""
 FIRST_REDIAL_SECONDS = 0.1
 LONGEST_REDIAL_SECONDS = 1.0
 LOOKUP_POLL_SECONDS = 0.01
@@ -42,7 +46,9 @@ def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key
     Heartbeats belong to the connecting side alone, and that side reads without a limit: libzmq 4.3 aborts the process
     (``Assertion failed: !_io_error``, compare its issues 3596 and 3937) when a heartbeat is due on a connection whose
     input waits, for a full queue or for authentication, and whose peer has gone. What a connecting side is sent is
-    limited by what it asks for. TCP keep-alive clears away what the listening side has of dead peers.
+    limited by what it asks for. They only make TCP look whether the other host is still there: an answer to one queues
+    behind shards, so that its being late means nothing. Peers that are frozen are found by their pulse. TCP keep-alive
+    clears away what the listening side has of dead peers.
     """
     socket.linger = 0
     socket.sndhwm = QUEUED_MESSAGES
@@ -54,8 +60,9 @@ def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key
         socket.tcp_keepalive_idle = 30
     else:
         socket.rcvhwm = 0
-        socket.heartbeat_ivl = 100
-        socket.heartbeat_timeout = 300
+        socket.heartbeat_ivl = HEARTBEAT_MS
+        socket.heartbeat_timeout = NEVER_MS
+        socket.tcp_maxrt = GIVEN_UP_MS
         socket.reconnect_ivl = 10
         socket.reconnect_ivl_max = 200
     socket.curve_publickey, socket.curve_secretkey = keys
@@ -91,10 +98,9 @@ class Line:
         keys: tuple[bytes, bytes],
         server_key: str,
         limit: int,
-        reads: bool = False,
     ) -> None:
-        """A line that :meth:`tend` will dial; the peer need not be there. Its monitor, and with ``reads`` its socket
-        too, are registered with ``poller``."""
+        """A line that :meth:`tend` will dial; the peer need not be there. Its monitor and its socket are registered
+        with ``poller``."""
         self.address = address
         self.connected = False
         self.reach = Reach.NOBODY
@@ -105,7 +111,7 @@ class Line:
         self.monitor: zmq.Socket[bytes] | None = None
         self._context = context
         self._options = (keys, server_key.encode(), limit)
-        self._poller, self._reads = poller, reads
+        self._poller = poller
         self._lookup: Lookup | None = None
         self._dialled_at = 0.0
         self._dials = 0
@@ -190,8 +196,7 @@ class Line:
         socket.ipv6 = address.ipv6
         self.socket, self.monitor = socket, socket.get_monitor_socket(LINE_EVENTS)
         self._poller.register(self.monitor, zmq.POLLIN)
-        if self._reads:
-            self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(socket, zmq.POLLIN)
         socket.connect(str(address))
 
     def _hang_up(self) -> None:
@@ -200,8 +205,7 @@ class Line:
         if socket is None or monitor is None:
             return
         self._poller.unregister(monitor)
-        if self._reads:
-            self._poller.unregister(socket)
+        self._poller.unregister(socket)
         socket.disable_monitor()
         monitor.close(0)
         socket.close(0)

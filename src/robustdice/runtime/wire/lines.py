@@ -31,11 +31,11 @@ class Lines(dict[int, Line]):
         speaker: int | None = None,
     ) -> None:
         """Nothing is dialled before :meth:`tend`. ``speaker`` is the device that these are of; None: they are a
-        client's, which reads from them too."""
+        client's."""
         super().__init__(
             (
                 number,
-                Line(context, poller, Address.parse(entry.address), keys, entry.public_key, limit, speaker is None),
+                Line(context, poller, Address.parse(entry.address), keys, entry.public_key, limit),
             )
             for number, entry in devices.items()
         )

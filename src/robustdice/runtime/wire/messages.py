@@ -62,10 +62,28 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Shards:
-    """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]``, float32 [1, ...]."""
+class Pulse:
+    """``sender`` is there. ``clock`` is its clock in seconds, ``echo`` what the receiver's clock must be by the last
+    pulse that came from it (None: none came); ``sent`` the serial number of the last shards sent to the receiver, 0 for
+    none; ``got`` that of the last that came from it; ``owes`` the frames that wait for nothing but the sender's own
+    work. ``reply`` asks for a pulse at once."""
 
     sender: int
+    clock: float
+    echo: float | None
+    reply: bool
+    sent: int
+    got: int
+    owes: tuple[FrameId, ...]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]``, float32 [1, ...]. ``serial``
+    grows from 1 with every such message of the sender, whoever it is for."""
+
+    sender: int
+    serial: int
     frame: FrameId
     stage: int
     shards: tuple[ShardId, ...]
@@ -96,7 +114,8 @@ class Answer:
 
     ``sources[e][s]`` is the device that a shard came from, or -1 where it was missing; ``coverage`` and
     ``from_spares`` are fractions of neurons (least and largest over the exchanges); ``down`` the devices that did
-    not take part. With no class score left every output is minus infinity.
+    not take part, and ``late`` those among them that are well, but were not waited for any longer. With no class score
+    left every output is minus infinity. ``seconds`` passed between the frame's arrival and this answer.
     """
 
     sender: int
@@ -106,6 +125,8 @@ class Answer:
     from_spares: float
     sources: tuple[tuple[int, ...], ...]
     down: tuple[int, ...]
+    late: tuple[int, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,7 @@ class Status:
     document: Mapping[str, Any]
 
 
-DeviceMessage: TypeAlias = Hello | Shards | Want | Pass
+DeviceMessage: TypeAlias = Hello | Pulse | Shards | Want | Pass
 ClientMessage: TypeAlias = Frame | StatusRequest
 Reply: TypeAlias = Answer | Refused | Status
 Message: TypeAlias = DeviceMessage | ClientMessage | Reply
@@ -168,6 +189,10 @@ class Codec:
             header["frame"] = [message.frame.client, message.frame.number]
         if isinstance(message, Hello):
             header.update(incarnation=message.incarnation, reply=int(message.reply))
+        elif isinstance(message, Pulse):
+            header.update(clock=message.clock, echo=message.echo, reply=int(message.reply))
+            header.update(sent=message.sent, got=message.got)
+            header["owes"] = [[frame.client, frame.number] for frame in message.owes]
         elif isinstance(message, Frame):
             header.update(oldest=message.oldest, timeout=message.timeout_seconds)
             body = [_raw(message.array)]
@@ -175,9 +200,11 @@ class Codec:
             header["stage"] = message.stage
             body = [np.asarray(message.shards, "<u4").tobytes()]
             if isinstance(message, Shards):
+                header["serial"] = message.serial
                 body += map(_raw, message.arrays)
         elif isinstance(message, Answer):
             header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
+            header.update(late=message.late, seconds=message.seconds)
             flat = [source for sources in message.sources for source in sources]
             counts = [len(sources) for sources in message.sources]
             body = [_raw(message.outputs), np.asarray(flat, "i1").tobytes(), np.asarray(counts, "<u4").tobytes()]
@@ -215,11 +242,17 @@ class Codec:
             raise MessageError(f"a timeout of {timeout} s, expected more than 0, at most {MAX_TIMEOUT_SECONDS} s")
         return Frame(header.frame(), oldest, timeout, _array(body[0], (1, *manifest.input_shape)))
 
+    def _pulse(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        clock, echo = header.number("clock"), None if header.is_null("echo") else header.number("echo")
+        reply, sent, got = header.whole("reply") > 0, header.whole("sent"), header.whole("got")
+        return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64))
+
     def _shards(self, header: _Header, body: Sequence[Any]) -> Message:
         sender, stage, shards = self._positions(header, body, header.device())
         _count(body, 1 + len(shards))
         arrays = tuple(_array(raw, self._shapes[e][s]) for raw, (e, s) in zip(body[1:], shards, strict=True))
-        return Shards(sender, header.frame(), stage, shards, arrays)
+        return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays)
 
     def _want(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 1)
@@ -244,9 +277,8 @@ class Codec:
         coverage, spares = header.number("coverage"), header.number("spares")
         if not (0 <= coverage <= 1 and 0 <= spares <= 1):
             raise MessageError(f"a coverage of {coverage}, expected 0 to 1")
-        return Answer(
-            header.device(), header.frame(), outputs, coverage, spares, tuple(sources), header.wholes("down", 64)
-        )
+        down, late, seconds = header.wholes("down", 64), header.wholes("late", 64), header.number("seconds")
+        return Answer(header.device(), header.frame(), outputs, coverage, spares, tuple(sources), down, late, seconds)
 
     def _refused(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 0)
@@ -285,6 +317,7 @@ class Codec:
 
 _DECODERS = {
     "Hello": Codec._hello,
+    "Pulse": Codec._pulse,
     "Frame": Codec._frame,
     "Shards": Codec._shards,
     "Want": Codec._want,
@@ -334,10 +367,22 @@ class _Header:
         return self.whole("from")
 
     def frame(self) -> FrameId:
-        value = self._fields.get("frame")
-        if not isinstance(value, list) or len(value) != 2:
-            raise MessageError(f"frame is {_short(value)}, expected [client, number]")
-        return FrameId(_client(value[0]), _whole(value[1], "frame number"))
+        return _frame_id(self._fields.get("frame"))
+
+    def frames(self, key: str, limit: int) -> tuple[FrameId, ...]:
+        values = self._fields.get(key)
+        if not isinstance(values, list) or len(values) > limit:
+            raise MessageError(f"{key} is {_short(values)}, expected a list of at most {limit} frames")
+        return tuple(map(_frame_id, values))
+
+    def is_null(self, key: str) -> bool:
+        return key in self._fields and self._fields[key] is None
+
+
+def _frame_id(value: object) -> FrameId:
+    if not isinstance(value, list) or len(value) != 2:
+        raise MessageError(f"frame is {_short(value)}, expected [client, number]")
+    return FrameId(_client(value[0]), _whole(value[1], "frame number"))
 
 
 def _client(value: object) -> str:

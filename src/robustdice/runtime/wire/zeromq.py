@@ -1,7 +1,9 @@
 """The transport between real devices: ZeroMQ over TCP, CURVE on every connection.
 
 A device binds one ROUTER for what comes in, from peers and clients; what goes out to a peer has a DEALER of its own, so
-that a slow or frozen receiver delays nobody else. Only listed keys are let in, and the key says who is speaking.
+that a slow or frozen receiver delays nobody else. Words of a few bytes go to a peer against the stream, from the ROUTER
+to the peer's DEALER, so that they need not queue behind shards: whether a peer is well is known while megabytes are on
+their way. Only listed keys are let in, and the key says who is speaking.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
@@ -27,7 +29,7 @@ from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.line import set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
-from robustdice.runtime.wire.messages import Codec, Frame, Hello, Message, StatusRequest
+from robustdice.runtime.wire.messages import Codec, Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
 from robustdice.runtime.wire.refusals import Refusals, Reminders
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class ZeroMQTransport:
         self._allowed |= {client.public_key.encode(): "client" for client in cluster.clients}
         self._clients: OrderedDict[str, bytes] = OrderedDict()
         """A client's name -> where to send its replies; the least recently heard of is forgotten first."""
+        self._routes: dict[int, bytes] = {}
+        """Where the ROUTER finds a peer: its last connection that something came from."""
         self._refusals = Refusals()
         self._reminders = Reminders()
         self._encoded: tuple[Message | None, list[Any]] = (None, [])
@@ -96,10 +100,12 @@ class ZeroMQTransport:
             self._encoded = message, self._codec.encode(message)
         parts = self._encoded[1]
         if isinstance(to, int):
-            return self._lines[to].send(parts)
+            against_the_stream = isinstance(message, Pulse | Want | Pass) and to in self._routes
+            return (against_the_stream and self._reply(self._routes[to], parts)) or self._lines[to].send(parts)
         route = self._clients.get(to)
-        if route is None:
-            return False
+        return route is not None and self._reply(route, parts)
+
+    def _reply(self, route: bytes, parts: list[Any]) -> bool:
         try:
             self._router.send_multipart([route, *parts], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
@@ -122,14 +128,14 @@ class ZeroMQTransport:
             self._note_strangers()
         for device, up in self._lines.changes(ready):
             events.append(PeerUp(device) if up else PeerDown(device))
+        for device, line in self._lines.items():
+            if line.socket is not None and line.socket in ready:
+                for frames in _drain(line.socket):
+                    with contextlib.suppress(OtherBuildError):  # it says so on its own connection too
+                        events += self._decode(frames, device)
         if self._router in ready:
-            for _ in range(DRAINED_AT_ONCE):
-                try:
-                    frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                if (received := self._receive(frames)) is not None:
-                    events.append(received)
+            for frames in _drain(self._router):
+                events += self._receive(frames)
         return events
 
     def waker(self) -> Callable[[], None]:
@@ -208,25 +214,45 @@ class ZeroMQTransport:
         with contextlib.suppress(zmq.ZMQError):  # it has gone, or does not read
             self._router.send_multipart([frames[0].bytes, *hello], zmq.NOBLOCK)
 
-    def _receive(self, frames: list[zmq.Frame]) -> Received | None:
+    def _receive(self, frames: list[zmq.Frame]) -> list[Received]:
+        """What has come in to the ROUTER."""
+        user = str(frames[-1].get("User-Id"))
+        source = None if user == "client" else int(user)
         try:
-            user = str(frames[-1].get("User-Id"))
-            source = None if user == "client" else int(user)
-            message: Any = self._codec.decode([frame.buffer for frame in frames[1:]], source)
+            events = self._decode(frames[1:], source)
         except OtherBuildError as error:
             self._meet_other_build(frames, str(error))
-            return None
+            return []
+        route = bytes(frames[0].buffer)
+        if source is not None:
+            self._routes[source] = route
+        for message in [event.message for event in events]:
+            if isinstance(message, Frame | StatusRequest):
+                name = message.frame.client if isinstance(message, Frame) else message.client
+                self._clients[name] = route
+                self._clients.move_to_end(name)
+                while len(self._clients) > REMEMBERED_CLIENTS:
+                    self._clients.popitem(last=False)
+        return events
+
+    def _decode(self, frames: list[zmq.Frame], source: int | None) -> list[Received]:
+        """The message, if it is one; OtherBuildError when it is of another build."""
+        try:
+            message: Any = self._codec.decode([frame.buffer for frame in frames], source)
+        except OtherBuildError:
+            raise
         except MessageError as error:
             self.dropped += 1
             if self.dropped & (self.dropped - 1) == 0:  # 1, 2, 4, 8, ...
                 text = f"dropped a message ({self.dropped} in all): {error}"
                 say(log, text, event="dropped", device=self._device, reason=str(error), level=logging.WARNING)
-            return None
+            return []
         self._lines.meet_same_build(source)
-        if isinstance(message, Frame | StatusRequest):
-            name = message.frame.client if isinstance(message, Frame) else message.client
-            self._clients[name] = bytes(frames[0].buffer)
-            self._clients.move_to_end(name)
-            while len(self._clients) > REMEMBERED_CLIENTS:
-                self._clients.popitem(last=False)
-        return Received(message)
+        return [Received(message)]
+
+
+def _drain(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
+    """Messages that can be read now, but not without end."""
+    with contextlib.suppress(zmq.Again):
+        for _ in range(DRAINED_AT_ONCE):
+            yield socket.recv_multipart(zmq.NOBLOCK, copy=False)
