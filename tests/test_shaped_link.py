@@ -1,0 +1,47 @@
+"""Real devices behind a real slow link: CIFAR AlexNet on four of them, and 20 Mbit/s that all of them share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netns import permitted, shared_link
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODEL = SHARED / "models" / "alexnet_cifar10.pt2"
+FRAMES = 60
+STREAM = """
+import json, sys
+import numpy as np
+from robustdice.runtime.cluster import LocalCluster
+with LocalCluster(sys.argv[1], window=4) as cluster:
+    images = np.random.default_rng(0).standard_normal((8, *cluster.client.model.input_shape)).astype(np.float32)
+    answers = list(cluster.client.stream(images[k % 8] for k in range(int(sys.argv[2]))))
+    logs = "".join(cluster.log(device) for device in range(4))
+print(json.dumps({"coverage": [a.coverage for a in answers], "suspicions": logs.count("is suspect")}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("queue_ms", [20.0, 200.0])
+def test_behind_a_shared_link_of_20_megabits_every_frame_is_answered(tmp_path: Path, queue_ms: float) -> None:
+    if reason := permitted():
+        pytest.skip(reason)
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL} is not here")
+    plan, build = tmp_path / "plan.json", tmp_path / "build"
+    robustdice = [sys.executable, "-m", "robustdice"]
+    subprocess.run([*robustdice, "plan", MODEL, "--devices", "4", "--method", "lop", "-o", plan], check=True)
+    subprocess.run([*robustdice, "build", plan, "-o", build], check=True)
+    with shared_link(20, queue_ms) as prefix:
+        command = [*prefix, sys.executable, "-c", STREAM, str(build), str(FRAMES)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(result.stdout)
+    assert min(found["coverage"]) > 0.0, "a frame was not answered in time"
+    assert sum(found["coverage"]) / FRAMES > 0.9  # 0.4 when devices suspect each other in turn
+    assert found["suspicions"] <= 2  # of the first moments, before anything was learnt
