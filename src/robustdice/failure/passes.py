@@ -71,17 +71,19 @@ class _Walk:
                     del values[used]
             if node in self.corrected:
                 index = self.corrected[node]
-                values[node] = self._correct(index, values[node], self.states[members[0]].correction(index))
+                correction = self.states[members[0]].correction(index)
+                values[node] = correct(self.network.layers[index], values[node], correction)
             if node in self.exchanges:
-                parts = self._parts(self.exchanges[node], members)
-                whole = values[node]
+                index = self.exchanges[node]
+                layer, whole = self.network.layers[index], values[node]
+                parts = self._parts(index, members)
                 own = not _may_be_view(node)
                 for part, lost in parts[:-1]:
-                    copy = {**values, node: self._fill(node, whole, lost)}
+                    copy = {**values, node: fill(layer, whole, lost)}
                     self.run(at + 1, copy, remaining.copy(), part)
                 members, lost = parts[-1]
                 # The parts before it have copies. Unless it shows another tensor, nobody else reads it any more.
-                values[node] = self._fill(node, whole, lost, in_place=own)
+                values[node] = fill(layer, whole, lost, in_place=own)
         for member in members:
             self.results[member] = values[self.network.output]
 
@@ -95,17 +97,6 @@ class _Walk:
             parts.setdefault((copies.tobytes(), id(self.states[member].correction(index))), []).append(member)
         return list(parts.values())
 
-    def _correct(self, index: int, value: torch.Tensor, correction: Correction | None) -> torch.Tensor:
-        if correction is None:
-            return value
-        axis = self.network.layers[index].affine_axis
-        shape = [-1 if position == axis else 1 for position in range(value.ndim)]
-        scale, shift = (
-            torch.from_numpy(each.astype(np.float32)).to(value.device).reshape(shape)
-            for each in (correction.scale, correction.shift)
-        )
-        return value * scale + shift
-
     def _parts(self, index: int, members: list[int]) -> list[tuple[list[int], NDArray[np.intp]]]:
         """The members that lose the same neurons of layer ``index``, and which these are; nothing only in the
         last part, which so does not share its tensor with others that are to be filled."""
@@ -116,19 +107,32 @@ class _Walk:
         found = [(part, np.flatnonzero(self.states[part[0]].copies[index] == LOST)) for part in parts.values()]
         return sorted(found, key=lambda part: not part[1].size)
 
-    def _fill(self, node: fx.Node, value: torch.Tensor, lost: NDArray[np.intp], in_place: bool = False) -> torch.Tensor:
-        if not lost.size:
-            return value
-        layer: NetworkLayer = self.network.layers[self.exchanges[node]]
-        if layer.fill == 0:
-            # All bits of what is lost are cleared, whatever it is: several times as fast as filling in zeros.
-            bits = torch.full((layer.layer.neurons,), -1, dtype=torch.int32, device=value.device)
-            bits[torch.from_numpy(lost)] = 0
-            both, kept = value.view(torch.int32), layer.broadcast(bits)
-            return (both.bitwise_and_(kept) if in_place else both.bitwise_and(kept)).view(torch.float32)
-        entries = torch.from_numpy((lost[:, None] * layer.features + np.arange(layer.features)).ravel())
-        fill = value.index_fill_ if in_place else value.index_fill
-        return fill(layer.axis, entries.to(value.device), layer.fill)
+
+def correct(layer: NetworkLayer, value: torch.Tensor, correction: Correction | None) -> torch.Tensor:
+    """What a layer gives behind its affine chain, with its neurons scaled and shifted."""
+    if correction is None:
+        return value
+    shape = [-1 if position == layer.affine_axis else 1 for position in range(value.ndim)]
+    scale, shift = (
+        torch.from_numpy(each.astype(np.float32)).to(value.device).reshape(shape)
+        for each in (correction.scale, correction.shift)
+    )
+    return value * scale + shift
+
+
+def fill(layer: NetworkLayer, value: torch.Tensor, lost: NDArray[np.intp], in_place: bool = False) -> torch.Tensor:
+    """A layer's exchanged value without its neurons ``lost``."""
+    if not lost.size:
+        return value
+    if layer.fill == 0:
+        # All bits of what is lost are cleared, whatever it is: several times as fast as filling in zeros.
+        bits = torch.full((layer.layer.neurons,), -1, dtype=torch.int32, device=value.device)
+        bits[torch.from_numpy(lost)] = 0
+        both, kept = value.view(torch.int32), layer.broadcast(bits)
+        return (both.bitwise_and_(kept) if in_place else both.bitwise_and(kept)).view(torch.float32)
+    entries = torch.from_numpy((lost[:, None] * layer.features + np.arange(layer.features)).ravel())
+    filled = value.index_fill_ if in_place else value.index_fill
+    return filled(layer.axis, entries.to(value.device), layer.fill)
 
 
 def _may_be_view(node: fx.Node) -> bool:

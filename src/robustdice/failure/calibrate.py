@@ -1,0 +1,193 @@
+"""Corrections: what the survivors of a failure set scale and shift each neuron by, to make up for what is lost.
+
+Of every layer, in the network's order and with the corrections before it in place, each neuron's mean and spread behind
+the affine chain are brought back to what they are in the intact network. No labels, nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from robustdice.failure.copies import Copies, State, intact
+from robustdice.failure.passes import correct, fill
+from robustdice.model.canonical import execute
+from robustdice.model.network import Network, NetworkLayer, check_plan_fits, on_best_device
+from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
+from robustdice.progress import Progress, silent
+from robustdice.representation import LOST, Correction
+
+MAX_ELEMENTS = 200_000_000
+"""Numbers in one layer's values for all images: of more images, some are taken at even distances."""
+MAX_GAIN = 8.0
+"""The largest scale, and the inverse of the smallest: a neuron of which next to nothing is left stays that way."""
+
+Corrections = tuple[Correction | None, ...]
+"""Of every layer; None where nothing is to be corrected."""
+
+
+def calibrate(
+    network: Network,
+    plan: Plan,
+    images: NDArray[np.float32],
+    *,
+    max_failed: int | None = None,
+    on_progress: Progress = silent,
+) -> dict[FailureSet, Corrections]:
+    """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it
+    computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height, width], a
+    few hundred). What the plan's own corrections are does not matter. PlanError when the plan is of another model.
+    """
+    check_plan_fits(network, plan)
+    check_max_failed(plan.devices, max_failed)
+    largest = plan.devices - 1 if max_failed is None else max_failed
+    sets = [failed for size in range(1, largest + 1) for failed in failure_sets(plan.devices, size)]
+    base = State(plan.copies(()))
+    states = {failed: State(plan.copies(failed)) for failed in sets}
+    wanted: dict[bytes, list[FailureSet]] = {}
+    for failed, state in states.items():
+        if state.key != base.key:
+            wanted.setdefault(state.key, []).append(failed)
+    found: dict[FailureSet, Corrections] = {}
+    fitted = fit(network, Copies(network, plan.coarse), base, [states[same[0]] for same in wanted.values()], images)
+    groups = list(wanted.values())
+    for done, (number, corrections, _) in enumerate(fitted, start=1):
+        found |= dict.fromkeys(groups[number], corrections)
+        on_progress(done, len(wanted))
+    return {failed: found[failed] for failed in sets if failed in found}
+
+
+def fit(
+    network: Network, copies: Copies, base: State, states: Sequence[State], images: NDArray[np.float32]
+) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
+    """For each of ``states``, as they get done: its position, its corrections, and the class scores [n, outputs] that
+    it then gives for ``images``. Layers before the first in which a state differs from ``base`` have no correction.
+    """
+    first = together(network, images)
+    with torch.no_grad():
+        targets = dict(_Pass(network, copies, intact(network)).statistics(first))
+        yield from _Pass(network, copies, base).branches(first, states, targets)
+
+
+def together(network: Network, images: NDArray[np.float32]) -> torch.Tensor:
+    """Those of ``images`` that can go through the network at once."""
+    widest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
+    return on_best_device(torch.from_numpy(images[:: -(-len(images) * widest // MAX_ELEMENTS)].copy()))
+
+
+Statistics = tuple[torch.Tensor, torch.Tensor]
+"""Every neuron's mean and standard deviation, [neurons] each."""
+
+
+def _statistics(layer: NetworkLayer, value: torch.Tensor) -> Statistics:
+    others = [axis for axis in range(value.ndim) if axis != layer.affine_axis]
+    variance, mean = torch.var_mean(value, others, correction=0)
+    return mean, variance.sqrt()
+
+
+def _matching(now: Statistics, target: Statistics) -> Correction:
+    """What brings one neuron's statistics to the other's."""
+    (mean, spread), (wanted_mean, wanted_spread) = now, target
+    dead = (spread < 1e-6) | (wanted_spread < 1e-6)
+    scale = torch.where(dead, 1.0, wanted_spread / spread.clamp_min(1e-6)).clamp(1 / MAX_GAIN, MAX_GAIN)
+    scale = scale.to(torch.float16).to(torch.float32)
+    shift = (wanted_mean - scale * mean).clamp(-65504, 65504)
+    return Correction(scale.cpu().numpy().astype(np.float16), shift.cpu().numpy().astype(np.float16))
+
+
+class _Pass:
+    """All images through the network in one state, node by node."""
+
+    def __init__(self, network: Network, copies: Copies, state: State) -> None:
+        self.network = network
+        self.copies = copies
+        self.state = state
+        self.nodes = network.nodes
+        self.starts = {layer.node: index for index, layer in enumerate(network.layers)}
+        self.ends = {layer.affine_end: index for index, layer in enumerate(network.layers)}
+        self.exchanges = {layer.value: index for index, layer in enumerate(network.layers)}
+
+    def statistics(self, images: torch.Tensor) -> Iterator[tuple[int, Statistics]]:
+        """Of every layer, behind its affine chain."""
+        values = self._start(images)
+        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        for node in self.nodes:
+            self._before(node, values)
+            execute(self.network.module, [node], values)
+            if node in self.ends:
+                index = self.ends[node]
+                yield index, _statistics(self.network.layers[index], values[node])
+            self._after(node, values, left)
+
+    def branches(
+        self, images: torch.Tensor, states: Sequence[State], targets: Mapping[int, Statistics]
+    ) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
+        """Runs ``states`` from the layers on in which they first differ from the pass's own."""
+        firsts: dict[int, list[int]] = {}
+        for number, state in enumerate(states):
+            differing = [
+                i for i, (a, b) in enumerate(zip(state.copies, self.state.copies, strict=True)) if (a != b).any()
+            ]
+            firsts.setdefault(min(differing, key=lambda i: self.nodes.index(self.network.layers[i].node)), []).append(
+                number
+            )
+        values = self._start(images)
+        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        for at, node in enumerate(self.nodes):
+            for number in firsts.get(self.starts.get(node, -1), []):
+                branch = _Pass(self.network, self.copies, states[number])
+                corrections, scores = branch._corrected(at, dict(values), left.copy(), self.state, targets)
+                yield number, corrections, scores
+            self._before(node, values)
+            execute(self.network.module, [node], values)
+            self._after(node, values, left)
+
+    def _corrected(
+        self,
+        start: int,
+        values: dict[fx.Node, Any],
+        left: Counter[fx.Node],
+        base: State,
+        targets: Mapping[int, Statistics],
+    ) -> tuple[Corrections, torch.Tensor]:
+        found: list[Correction | None] = [None] * len(self.network.layers)
+        for node in self.nodes[start:]:
+            self._before(node, values)
+            execute(self.network.module, [node], values)
+            if node in self.ends:
+                index = self.ends[node]
+                layer = self.network.layers[index]
+                here = self.state.copies[index]
+                # The first layer's inputs are as ever; if it has only lost something, the rest is as it was.
+                as_before = (here == base.copies[index])[here != LOST].all()
+                first = self.nodes[start] is layer.node
+                if not (first and as_before):
+                    found[index] = _matching(_statistics(layer, values[node]), targets[index])
+                    values[node] = correct(layer, values[node], found[index])
+            self._after(node, values, left)
+        scores = values[self.network.output]
+        return tuple(found), scores
+
+    def _start(self, images: torch.Tensor) -> dict[fx.Node, Any]:
+        return {**self.network.constants(images.device), self.network.input: images}
+
+    def _before(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        if node in self.starts:
+            index = self.starts[node]
+            values.update(self.copies.parameters(index, self.state.copies[index], values))
+
+    def _after(self, node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
+        if node in self.exchanges:
+            index = self.exchanges[node]
+            lost = np.flatnonzero(self.state.copies[index] == LOST)
+            values[node] = fill(self.network.layers[index], values[node], lost)
+        for used in node.all_input_nodes:
+            left[used] -= 1
+            if not left[used] and used is not self.network.output:
+                values.pop(used, None)

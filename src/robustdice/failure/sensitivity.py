@@ -1,0 +1,85 @@
+"""What it costs to keep one layer coarsely, or on some devices only: the table that allocation chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from robustdice.failure.calibrate import fit, together
+from robustdice.failure.copies import Copies, State, intact
+from robustdice.model.network import Network
+from robustdice.partitioning.allocation import Kept, Spread, deal
+from robustdice.progress import Progress, silent
+from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean Kullback-Leibler divergence (nats) of the class probabilities from the intact network's, with one layer
+    changed and what that does to the later ones corrected: ``coarse`` for each (layer, representation), ``lost`` for
+    each (layer, spread, number of failed devices)."""
+
+    coarse: Mapping[tuple[int, str], float]
+    lost: Mapping[tuple[int, Spread, int], float]
+
+    def cost(self, layer: int, kept: Kept, weights: Sequence[float]) -> float:
+        """Of a choice, over 0, 1, 2, ... failed devices with these weights; what is coarse and what is lost add up."""
+        lost = sum(weight * self.lost[layer, kept.spread, size] for size, weight in enumerate(weights) if size)
+        return sum(weights) * self.coarse.get((layer, kept.representation), 0.0) + lost
+
+
+def measure(
+    network: Network,
+    coarse: Mapping[tuple[int, str], CoarseLayer],
+    importance: Sequence[NDArray[np.float64]],
+    spreads: Iterable[Spread],
+    devices: int,
+    survive: int,
+    images: NDArray[np.float32],
+    on_progress: Progress = silent,
+) -> Sensitivity:
+    """The table for all of ``coarse``, and for ``spreads`` with up to ``survive`` devices down. ``importance`` has a
+    number for every unit of each layer; ``images`` as for calibration, of which less are enough."""
+    base = intact(network)
+    states: dict[bytes, tuple[int, State]] = {}
+    coarse_keys: dict[tuple[int, str], bytes] = {}
+    lost_keys: dict[tuple[int, Spread, int], bytes] = {}
+
+    def changed(layer: int, copies: NDArray[np.int8]) -> bytes:
+        state = State((*base.copies[:layer], copies, *base.copies[layer + 1 :]))
+        states.setdefault(state.key, (len(states), state))
+        return state.key
+
+    for layer, kind in coarse:
+        coarse_keys[layer, kind] = changed(layer, np.full_like(base.copies[layer], REPRESENTATIONS.index(kind)))
+    for spread in spreads:
+        for layer, units in enumerate(importance):
+            held = deal(units.tolist(), spread, devices, layer)
+            for size in range(1, survive + 1):
+                survivors = set(range(size, devices))
+                lost = np.repeat([not holders & survivors for holders in held], network.plan_layers[layer].group)
+                copies = np.where(lost, LOST, 0).astype(np.int8)
+                lost_keys[layer, spread, size] = changed(layer, copies)
+    different = [state for key, (_, state) in states.items() if key != base.key]
+    by_key = {base.key: 0.0}
+    fitted = fit(network, Copies(network, coarse), base, different, images)
+    with torch.no_grad():
+        exact = network.run(together(network, images))
+    for done, (number, _, scores) in enumerate(fitted, start=1):
+        by_key[different[number].key] = divergence(exact, scores)
+        on_progress(done, len(different))
+    return Sensitivity(
+        {of: by_key[key] for of, key in coarse_keys.items()}, {of: by_key[key] for of, key in lost_keys.items()}
+    )
+
+
+def divergence(exact: torch.Tensor, scores: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence (nats) of the class probabilities of ``scores`` [n, classes] from the exact
+    ones'. A lost class counts as one that is next to impossible."""
+    probable = torch.log_softmax(exact.double(), 1)
+    found = torch.log_softmax(scores.double(), 1).clamp_min(-30.0)
+    return float((probable.exp() * (probable - found)).sum(1).mean())

@@ -1,0 +1,108 @@
+"""Who gets what of a budget: the dynamic programme against every combination, and how neurons are dealt out."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import robustdice as rd
+from nets import Residual, network_of, random_images, seeded
+from robustdice.errors import PlanError
+from robustdice.failure.sensitivity import measure
+from robustdice.partitioning.allocation import Kept, Spread, allocate, deal, held_bytes, shards_of
+from robustdice.plan import Plan, failure_sets
+from robustdice.representation import neuron_bytes
+from robustdice.rounding.layer import Choice
+from robustdice.rounding.network import round_network
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 50), st.integers(1, 60)), min_size=1, max_size=4), min_size=1, max_size=4
+    ),
+    st.integers(0, 200),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_cheapest_choices_that_fit_are_found(choices: list[list[tuple[int, int]]], budget: int) -> None:
+    costs = [np.array([cost for cost, _ in layer], np.float64) for layer in choices]
+    sizes = [np.array([size for _, size in layer], np.int64) for layer in choices]
+    combinations = list(itertools.product(*choices))
+    fitting = [sum(cost for cost, _ in each) for each in combinations if sum(size for _, size in each) <= budget]
+    if not fitting:
+        with pytest.raises(PlanError, match="smallest choices need"):
+            allocate(costs, sizes, budget)
+        return
+    found = allocate(costs, sizes, budget)
+    assert sum(int(size[choice]) for size, choice in zip(sizes, found, strict=True)) <= budget
+    assert sum(float(cost[choice]) for cost, choice in zip(costs, found, strict=True)) == min(fitting)
+
+
+@given(st.integers(2, 5), st.data(), st.sampled_from([0.0, 0.25, 0.5]), st.integers(0, 7), st.integers(1, 70))
+@settings(max_examples=25, deadline=None)
+def test_what_matters_most_is_everywhere_and_the_rest_is_lost_evenly(
+    devices: int, data: st.DataObject, decisive: float, first: int, units: int
+) -> None:
+    holders = data.draw(st.integers(1, devices))
+    importance = np.random.default_rng(units).permutation(units).astype(float)
+    dealt = deal(importance.tolist(), Spread(holders, decisive), devices, first)
+    everywhere = {unit for unit in range(units) if len(dealt[unit]) == devices}
+    if holders < devices:
+        assert everywhere == {unit for unit in range(units) if importance[unit] >= units - round(decisive * units)}
+        assert {len(dealt[unit]) for unit in set(range(units)) - everywhere} <= {holders}
+    for size in range(1, devices):
+        lost = [sum(mine <= failed for mine in dealt) for failed in failure_sets(devices, size)]
+        possible = sum(
+            1 for chosen in itertools.combinations(range(devices), holders) if set(chosen) <= set(range(size))
+        )
+        assert max(lost) - min(lost) <= possible
+
+
+def test_devices_hold_as_much_as_was_counted_on() -> None:
+    network = network_of(seeded(Residual), 3, 8, 8)
+    for layer in network.plan_layers:
+        units = [float(unit) for unit in range(layer.neurons // layer.group)]
+        for kept in [Kept(Spread(holders, share), "float32") for holders in (1, 2, 3, 4) for share in (0.0, 0.5)]:
+            held: Counter[int] = Counter()
+            for shard in shards_of(layer, units, kept, 4, 1):
+                for device in shard.devices:
+                    held[device] += len(shard.neurons) * neuron_bytes(layer, "float32")
+            assert max(held.values()) == held_bytes(layer, kept, 4, 1)
+
+
+def test_shards_make_a_plan_whatever_the_groups() -> None:
+    network = network_of(seeded(Residual), 3, 8, 8)
+    shards = tuple(
+        shards_of(layer, [1.0] * (layer.neurons // layer.group), Kept(Spread(2, 0.25), "float32"), 4, i)
+        for i, layer in enumerate(network.plan_layers)
+    )
+    plan = Plan(4, network.plan_layers, shards, network.shared_weights, "auto", network.reference)
+    assert all(mask.all() for failed in failure_sets(4, 1) for mask in plan.surviving_neurons(failed))
+
+
+def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_nothing() -> None:
+    network = rd.load_model("robustdice.demo.network:digits_cnn")
+    images = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(48).images()
+    layers = range(1, 3)
+    coarse = round_network(network, {i: [Choice("int8"), Choice("int2")] for i in layers}, images)
+    importance = [np.arange(layer.neurons, dtype=float) for layer in network.plan_layers]
+    spreads = [Spread(4), Spread(2), Spread(2, 0.5)]
+    table = measure(network, coarse, importance, spreads, 4, 3, images)
+    for layer in layers:
+        assert 0 <= table.coarse[layer, "int8"] < table.coarse[layer, "int2"]
+        two, three = (table.lost[layer, Spread(2), size] for size in (2, 3))
+        assert table.lost[layer, Spread(2), 1] == 0 < two < three
+        assert table.lost[layer, Spread(4), 3] == 0
+        assert table.lost[layer, Spread(2, 0.5), 3] < three
+        kept = Kept(Spread(2), "int2")
+        expected = 6 * table.coarse[layer, "int2"] + 2 * two + three
+        assert table.cost(layer, kept, (1, 2, 2, 1)) == pytest.approx(expected)
+
+
+def test_images_need_no_labels_and_may_be_few() -> None:
+    network = network_of(seeded(Residual), 3, 8, 8)
+    importance = [np.ones(layer.neurons // layer.group) for layer in network.plan_layers]
+    table = measure(network, {}, importance, [Spread(1)], 2, 1, random_images(2, (3, 8, 8)))
+    assert all(np.isfinite(cost) for cost in table.lost.values())
