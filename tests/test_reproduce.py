@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import csv
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import fails, run, run_json
+from robustdice.cli.reproduce import amounts
 from robustdice.errors import ModelError, OutputError, PlanError
 from robustdice.failure.evaluate import Evaluation
 from robustdice.importance.values import Importance
 from robustdice.model.data import load_data
 from robustdice.model.load import load_model
 from robustdice.plan import ModelReference, failure_sets
+from robustdice.plan.certificate import wilson
+from robustdice.report import paper
 from robustdice.report import reproduce as module
+from robustdice.report.comparison import Choices, Subject
 from robustdice.report.paper import ACCURACY, MEMORY
-from robustdice.report.reproduce import Subject, reproduce
+from robustdice.report.reproduce import reproduce
 from robustdice.report.results import ModelResults, figure2_rows, trends
 
 MODEL = "robustdice.demo.network:digits_cnn"
@@ -36,15 +43,32 @@ def subject(name: str = "digits_cnn", samples: int = 40) -> Subject:
 def test_what_is_as_in_the_paper_gets_its_memory_and_stands_beside_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MEMORY, MODEL, {4: 0.45, 3: 0.55, 2: 0.7})
+    monkeypatch.setitem(MEMORY, MODEL, {4: 0.457, 3: 0.55, 2: 0.7})
     monkeypatch.setitem(ACCURACY, (MODEL, 4, 1, "robustdice"), 0.1234)
-    for name, as_in_paper, shares in (("paper", True, ["0.45", "0.55", "0.7"]), ("other", False, ["", "", ""])):
+    monkeypatch.setattr(paper, "MODELS", (MODEL,))
+    for name, as_in_paper, shares in (("paper", True, ["0.457", "0.55", "0.7"]), ("other", False, ["", "", ""])):
         out = tmp_path / name
-        reproduce([replace(subject(samples=10), as_in_paper=as_in_paper)], out, memory=0.6)
-        found = rows(out / "table2.csv")
-        assert [row["paper"] for row in found] == shares
-        assert (float(found[0]["memory_share"]) <= 0.45) == as_in_paper
-        assert ("12.3 %" in (out / "report.html").read_text()) == as_in_paper
+        (found,) = reproduce(
+            [replace(subject(samples=10), as_in_paper=as_in_paper)],
+            out,
+            Choices(("robustdice", "lop"), memory=None if as_in_paper else 0.6),
+        )
+        table2 = [row for row in rows(out / "table2.csv") if row["method"] == "robustdice"]
+        assert [row["paper"] for row in table2] == shares
+        assert (float(table2[0]["memory_share"]) <= 0.457) == as_in_paper
+        page = (out / "report.html").read_text()
+        for text in (
+            "12.3 %",
+            "45.0 %",
+            "not at hand",
+            "RobustDiCE at 32% of the parameters",
+            "28 to 32 %",
+            "150.9 MB",
+        ):
+            assert (text in page) == as_in_paper, text
+        # Two budgets, on four devices: the paper's share of a process's memory, and what it leaves of the parameters.
+        assert [len(of_size) for of_size in found.figure2.values()] == ([3, 2, 2] if as_in_paper else [2, 2, 2])
+        assert found.figure2[4][-1].memory_share <= (0.32 if as_in_paper else 1)
 
 
 def test_nothing_is_claimed_of_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +97,9 @@ def random_net(random_weights=False):
 
 def test_what_was_said_wrong_does_not_stand_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="s3 is computed as auto, exact, fisher, not 'nonsense'"):
-        reproduce([subject(samples=10)], tmp_path, s3="nonsense")
+        reproduce([subject(samples=10)], tmp_path, Choices(s3="nonsense"))
     with pytest.raises(PlanError, match=r"25\.\d% of digits_cnn .* say --memory 0\.2\d or more, not 0\.1"):
-        reproduce([subject(samples=10)], tmp_path, memory=0.1)
+        reproduce([subject(samples=10)], tmp_path, Choices(memory=0.1))
     (tmp_path / "work" / "digits_cnn").mkdir(parents=True)
     (tmp_path / "work" / "digits_cnn" / "settings.json").write_text('{"of": "a run that was stopped at once"}')
     (found,) = reproduce([subject(samples=10)], tmp_path)
@@ -96,6 +120,7 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
     figure2 = rows(out / "figure2.csv")
     assert list(figure2[0]) == [
         *("model", "devices", "failed", "method", "worst", "mean", "best", "clean", "memory_share"),
+        *("samples", "worst_low", "worst_high"),
     ]
     assert {(row["devices"], row["failed"]) for row in figure2} == {
         *(("4", "1"), ("4", "2"), ("4", "3"), ("3", "1"), ("3", "2"), ("2", "1")),
@@ -106,13 +131,13 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
         if row["method"] == "full" or (row["method"] == "cdc" and row["failed"] == "1"):
             assert row["worst"] == row["clean"]
     table1 = rows(out / "table1.csv")
-    assert list(table1[0]) == ["model", "scores", "same", "worst", "mean", "memory_share"]
+    assert list(table1[0]) == ["model", "scores", "same", "worst", "mean", "memory_share", "devices", "samples"]
     assert [row["scores"] for row in table1[::2]] == ["s1", "s2", "s3", "s1+s2", "s1+s3", "s2+s3", "s1+s2+s3"]
     robust = next(float(row["memory_share"]) for row in figure2 if row["method"] == "robustdice")
     for row in table1:
         share = float(row["memory_share"])
         assert share <= robust + 1e-9 if row["same"] == "memory" else share > 0
-    assert [row["devices"] for row in rows(out / "table2.csv")] == ["4", "3", "2"]
+    assert [row["devices"] for row in rows(out / "table2.csv")] == [d for d in "432" for _ in range(4)]
     for name in ("figure2.png", "figure2.svg"):
         assert (out / name).stat().st_size > 10_000
     page = (out / "report.html").read_text()
@@ -120,14 +145,88 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
         "60 images of digits",
         "scored with 64 images of digits (train), without labels",
         "RobustDiCE is not below LOP",
+        "A, 4 devices, 1 down",
+        "Full replication",
+        "<dt>Processor</dt>",
+        "<dt>Date</dt>",
+        "<dt>Commit</dt>",
+        "threads",
+        "torch 2.",
+        'class="best"',
         "<svg",
         "s3 exact",
         "Table II",
     ):
         assert text in page
     assert str(tmp_path) not in page
+    assert "not at hand" not in page  # of what is not in the paper nothing is missing
+    low, high = wilson(float(figure2[0]["worst"]), 60)
+    assert f"{100 * float(figure2[0]['worst']):.1f} % [{100 * low:.1f} to {100 * high:.1f}]" in page
+    assert all(cell.strip() for cell in re.findall(r"<td>(.*?)</td>", page))
     assert {verdict["model"] for verdict in document["trends"]} == {"digits_cnn"}
     assert "holds results of other settings" in fails("reproduce", *arguments, "50")
+
+
+def test_methods_devices_memory_and_scoring_data_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import robustdice as rd\n"
+        "def everywhere(request):\n"
+        "    assert request.importance is not None and request.memory < 1 and request.network is not None\n"
+        "    holders = [tuple(range(request.devices))]\n"
+        "    return [rd.to_shards(holders * (layer.neurons // layer.group), layer.group) for layer in request.layers]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    chosen = Choices(("mine:everywhere", "robustdice"), (2, 5), memory={5: 0.4, 2: "0.7"})
+    (found,) = reproduce([replace(subject(samples=10), scored_apart=True)], tmp_path / "out", chosen)
+    methods = ["mine:everywhere", "robustdice"]
+    assert {d: [e.method for e in of_size] for d, of_size in found.figure2.items()} == {5: methods, 2: methods}
+    assert list(found.figure2) == [5, 2]
+    for devices, most in ((5, 0.4), (2, 0.7)):
+        own, ours = found.figure2[devices]
+        assert own.memory_share == 1
+        assert own.by_size[1].worst == own.clean
+        assert most - 0.1 < ours.memory_share <= most
+    assert {evaluation.devices for evaluation in found.table1.values()} == {5}
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (
+        "<th>mine:everywhere</th>",
+        "5 devices, 4 down",
+        "C, 2 devices, 1 down",
+        "Table I: which scores (5 dev",
+    ):
+        assert text in page
+    assert "may be among those" not in page
+    (alone,) = reproduce([subject(samples=10)], tmp_path / "lop", Choices(("lop",), (2,)))
+    assert alone.table1 == {}
+    assert not (tmp_path / "lop" / "table1.csv").exists()
+    page = (tmp_path / "lop" / "report.html").read_text()
+    assert "Table I:" not in page
+    assert "which may be among those that it is evaluated on" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ("lop", "lop")}, "name one or more different methods, not 'lop, lop'"),
+        ({"methods": ("best",)}, "unknown method 'best'; known: robustdice, lop, cdc, full, and package.module"),
+        ({"methods": ("absent:f",)}, "cannot import the method 'absent:f'"),
+        ({"devices": ()}, "name one or more different numbers of devices"),
+        ({"devices": (1,)}, "2 to 16 devices, not 1"),
+        ({"memory": {4: 0.5}}, "memory is given for 4 devices, but 2, 3, 4 are compared"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Choices(**arguments)
+
+
+def test_memory_for_each_number_of_devices_is_said_in_one_word() -> None:
+    assert amounts("0.5") == "0.5"
+    assert amounts("4=0.48, 3=80MB") == {4: "0.48", 3: "80MB"}
+    for wrong in ("4=", "four=0.5", "4=0.5,0.6"):
+        with pytest.raises(PlanError, match="one for each number of devices"):
+            amounts(wrong)
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +260,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypat
 def test_work_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
     reproduce([subject(samples=10)], tmp_path)
     with pytest.raises(OutputError, match="holds results of other settings"):
-        reproduce([subject(samples=10)], tmp_path, memory=0.6)
+        reproduce([subject(samples=10)], tmp_path, Choices(memory=0.6))
     with pytest.raises(OutputError, match="holds results of other settings"):
         reproduce([subject(samples=20)], tmp_path)
     with pytest.raises(ModelError, match="two models are called 'digits_cnn'"):
