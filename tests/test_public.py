@@ -18,6 +18,14 @@ def test_public_names_are_few_sorted_and_there() -> None:
         assert getattr(rd, name) is not None
 
 
+def test_dir_lists_the_public_names_without_importing_the_workshop() -> None:
+    code = "import sys, robustdice as rd; print(*dir(rd)); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, torch_is_there = result.stdout.splitlines()
+    assert names.split() == sorted([*rd.__all__, "__version__"])
+    assert torch_is_there == "False"
+
+
 def test_no_submodule_hides_a_public_name() -> None:
     """A submodule becomes an attribute of the package when it is imported, whatever stood there."""
     submodules = {path.stem for path in Path(rd.__file__).parent.iterdir()}

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from robustdice.model.load import load_model as load_model
     from robustdice.model.load import reload_model as reload_model
     from robustdice.model.network import Network as Network
+    from robustdice.report.plots import plot_accuracy as plot_accuracy
+    from robustdice.report.plots import plot_plan as plot_plan
+    from robustdice.report.plots import plot_scores as plot_scores
     from robustdice.runtime.client import Answer as Answer
     from robustdice.runtime.client import Client as Client
     from robustdice.runtime.cluster import LocalCluster as LocalCluster
@@ -51,6 +54,9 @@ _LAZY = {
     "load_data": "robustdice.model.data",
     "load_model": "robustdice.model.load",
     "partition": "robustdice.workshop",
+    "plot_accuracy": "robustdice.report.plots",
+    "plot_plan": "robustdice.report.plots",
+    "plot_scores": "robustdice.report.plots",
     "reload_model": "robustdice.model.load",
     "run_device": "robustdice.runtime.device",
     "score": "robustdice.importance.score",
@@ -80,6 +86,9 @@ __all__ = [
     "load_data",
     "load_model",
     "partition",
+    "plot_accuracy",
+    "plot_plan",
+    "plot_scores",
     "reload_model",
     "run_device",
     "score",
@@ -99,3 +108,8 @@ def __getattr__(name: str) -> Any:
         raise missing from None
     value = globals()[name] = getattr(module, name)
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, those that nobody has used yet included."""
+    return sorted([*__all__, "__version__"])

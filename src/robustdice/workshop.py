@@ -26,7 +26,7 @@ from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memory
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import FailureSet, Plan
-from robustdice.progress import Progress, silent
+from robustdice.progress import Progress, shown, silent
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
@@ -163,7 +163,12 @@ class Verification:
 
 
 def verify(
-    directory: str | os.PathLike[str], *, images: int = 2, seed: int = 0, on_progress: Progress = silent
+    directory: str | os.PathLike[str],
+    *,
+    images: int = 2,
+    seed: int = 0,
+    progress: bool = False,
+    on_progress: Progress = silent,
 ) -> Verification:
     """Run the bundles of a build in one process and compare them with the model, for every failure set.
 
@@ -183,10 +188,11 @@ def verify(
     every = choose_failure_sets(plan.devices, seed=seed)
     copies = Copies(network, plan.coarse)
     errors: dict[FailureSet, float] = {}
-    for failed in every:
-        (expected,) = run_under(network, torch.from_numpy(frames), [state_of(plan, failed)], copies)
-        errors[failed] = relative_error(cluster.run(frames, failed), expected.numpy())
-        on_progress(len(errors), len(every))
+    with shown("verifying", progress, on_progress) as told:
+        for failed in every:
+            (expected,) = run_under(network, torch.from_numpy(frames), [state_of(plan, failed)], copies)
+            errors[failed] = relative_error(cluster.run(frames, failed), expected.numpy())
+            told(len(errors), len(every))
     return Verification(errors, of=2**plan.devices - 1)
 
 

@@ -27,6 +27,7 @@ from robustdice.cli.usage import number
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.failure.availability import for_each
 from robustdice.failure.chance import doubt_about
+from robustdice.files import write_csv
 from robustdice.plan import check_max_failed
 from robustdice.report import plots, tables
 from robustdice.terminal import err, out, print_json, progress, waiting
@@ -36,6 +37,9 @@ from robustdice.terminal import err, out, print_json, progress, waiting
 def evaluate(
     plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="what 'robustdice plan' wrote, of one model")],
     data: Data,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.csv", help="also write a row for each failure set")
+    ] = None,
     max_failed: Annotated[
         int | None, number("--max-failed", "most devices down at once (all but one)", least=0)
     ] = None,
@@ -98,6 +102,9 @@ def evaluate(
         _show(plans, results, expectations)
     if plot is not None:
         plots.save(plots.accuracy(results), plot)
+    if output is not None:
+        named = zip(plans, results, strict=True)
+        write_csv(output, [{"plan": str(path), **row} for path, result in named for row in result.to_rows()])
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +20,13 @@ from numpy.typing import NDArray
 from robustdice.errors import DataError
 from robustdice.failure.copies import Copies, State, intact, state_of
 from robustdice.failure.passes import run_under
+from robustdice.files import write_csv
+from robustdice.markup import html_table
 from robustdice.model.data import UNKNOWN, Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
-from robustdice.progress import Progress, silent
+from robustdice.progress import Progress, shown, silent
 from robustdice.tasks import Checkpoint, run_tasks
 
 MAX_SETS = 256
@@ -72,6 +76,42 @@ class Evaluation:
             summaries[size] = SizeSummary(min(values), statistics.fmean(values), max(values), len(values), exist)
         return summaries
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A dictionary for every failure set that was measured: who is ``down`` ("0,2"), how many have ``failed``, the
+        ``accuracy`` that is left, and what it was measured of and on."""
+        about = {
+            "method": self.method,
+            "devices": self.devices,
+            "memory_share": self.memory_share,
+            "clean": self.clean,
+            "samples": self.samples,
+            "data": self.data,
+        }
+        return [
+            {"down": ",".join(map(str, sorted(failed))), "failed": len(failed), "accuracy": accuracy, **about}
+            for failed, accuracy in self.accuracy.items()
+        ]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_rows` to a CSV file; OutputError when that is not possible."""
+        write_csv(Path(path), self.to_rows())
+
+    def __repr__(self) -> str:
+        left = ", ".join(f"{size} down {100 * s.worst:.1f} to {100 * s.best:.1f} %" for size, s in self.by_size.items())
+        return f"<Evaluation of {self.method} on {self.samples:,} images of {self.data}: {left}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: worst, mean and best for each number of failed devices."""
+        rows = [
+            [str(size), *(f"{100 * value:.1f} %" for value in (s.worst, s.mean, s.best)), f"{s.sets} of {s.of}"]
+            for size, s in self.by_size.items()
+        ]
+        caption = (
+            f"{self.method}, at most {self.memory_share:.1%} of the model each: top-1 accuracy on {self.samples:,} "
+            f"images of {self.data}; the model alone {100 * self.clean:.1f} %"
+        )
+        return html_table(["devices down", "worst", "mean", "best", "failure sets"], rows, caption)
+
 
 def evaluate(
     network: Network,
@@ -83,14 +123,16 @@ def evaluate(
     seed: int = 0,
     scheduler: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     on_progress: Progress = silent,
 ) -> Evaluation:
     """Run ``dataset`` through the network as the plan leaves it for every failure set of up to ``max_failed``
     devices (default: all but one), or for ``max_sets`` of them, drawn with ``seed``, where there are more.
 
     ``checkpoint`` keeps what is finished when the work is interrupted, and is left to the caller; ``scheduler`` is a
-    Dask scheduler's address. PlanError when the plan was made for another model; DataError with a list of the
-    bad images, before anything is computed as far as they can be told; OutputError when a checkpoint is of other work.
+    Dask scheduler's address; ``progress`` shows a bar, ``on_progress`` is told. PlanError when the plan was made for
+    another model; DataError with a list of the bad images, before anything is computed as far as they can be told;
+    OutputError when a checkpoint is of other work.
     """
     (result,) = evaluate_plans(
         network,
@@ -101,6 +143,7 @@ def evaluate(
         seed=seed,
         scheduler=scheduler,
         checkpoint=checkpoint,
+        progress=progress,
         on_progress=on_progress,
     )
     return result
@@ -116,6 +159,7 @@ def evaluate_plans(
     seed: int = 0,
     scheduler: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     on_progress: Progress = silent,
 ) -> list[Evaluation]:
     """As :func:`evaluate`, several plans of one network on the same images: what they have in common is shared."""
@@ -137,7 +181,8 @@ def evaluate_plans(
         f"{start} {dataset.digest_of(start, start + size)[:32]}": slice(start, min(start + size, len(dataset)))
         for start in range(0, len(dataset), size)
     }
-    with _ReadAhead(lambda key: _read(dataset, batches[key]), list(batches)) as read:
+    read_ahead = _ReadAhead(lambda key: _read(dataset, batches[key]), list(batches))
+    with shown("evaluating", progress, on_progress) as told, read_ahead as read:
         counts = run_tasks(
             _count,
             list(batches),
@@ -147,7 +192,7 @@ def evaluate_plans(
             scheduler=scheduler,
             checkpoint=kept,
             cost=lambda key: batches[key].stop - batches[key].start,
-            on_progress=on_progress,
+            on_progress=told,
         )
     totals = np.sum(list(counts.values()), axis=0) / len(dataset)
     return [

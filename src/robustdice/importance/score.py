@@ -34,7 +34,7 @@ from robustdice.model.data import Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, on_best_device
 from robustdice.plan import ModelReference
-from robustdice.progress import Progress, silent
+from robustdice.progress import Progress, shown, silent
 from robustdice.provenance import versions
 from robustdice.tasks import Checkpoint, run_tasks
 
@@ -56,6 +56,7 @@ def score(
     s3: str = "auto",
     scheduler: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     on_progress: Progress = silent,
 ) -> Importance:
     """Score every unit of every layer with ``images``, float32 [n, channels, height, width], or those of a data set,
@@ -66,8 +67,9 @@ def score(
     a few backward passes, which say to first order how every removal moves the answer) or ``auto``, exact
     where that takes about a minute. ``checkpoint`` keeps what is finished when the work is interrupted, and is
     left to the caller; ``scheduler`` is a Dask scheduler's address. As many tasks run at once as torch has threads,
-    each in one of them: so their number changes no bit of the scores. DataError when the images do not fit the model;
-    PlanError when ``columns`` or ``s3`` name something else; OutputError when the checkpoint is of other work.
+    each in one of them: so their number changes no bit of the scores. ``progress`` shows a bar, ``on_progress`` is
+    told. DataError when the images do not fit the model; PlanError when ``columns`` or ``s3`` name something else;
+    OutputError when the checkpoint is of other work.
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise PlanError(f"unknown score {unknown[0]!r}; known: {', '.join(COLUMNS)}")
@@ -101,25 +103,26 @@ def score(
     def forward(done: int, total: int) -> None:
         nonlocal furthest
         furthest = max(furthest, done)
-        on_progress(furthest, total)
+        told(furthest, total)
 
     work.on_part = lambda done, parts: forward(costs["s2"] * done // parts, total)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        found = run_tasks(
-            _run,
-            list(costs),
-            lambda key: key,
-            work,
-            recreate=partial(_recreate, network.reference, images, tuple(columns), settings),
-            scheduler=scheduler,
-            checkpoint=kept,
-            cost=costs.__getitem__,
-            on_progress=forward,
-            threads=threads if work.images.device.type == "cpu" else 1,
-            stop=work.stop,
-        )
+        with shown("scoring", progress, on_progress) as told:
+            found = run_tasks(
+                _run,
+                list(costs),
+                lambda key: key,
+                work,
+                recreate=partial(_recreate, network.reference, images, tuple(columns), settings),
+                scheduler=scheduler,
+                checkpoint=kept,
+                cost=costs.__getitem__,
+                on_progress=forward,
+                threads=threads if work.images.device.type == "cpu" else 1,
+                stop=work.stop,
+            )
         by_column = {name: work.column(name, found) for name in columns}
     finally:
         torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
 from robustdice.files import write_atomically
+from robustdice.markup import html_table
 from robustdice.plan import ModelReference
 
 FORMAT_VERSION = 2
@@ -88,6 +90,19 @@ class Importance:
         for scores in self.scores:
             sha.update(f"{scores.shape}".encode() + scores.astype("<f8").tobytes())
         return sha.hexdigest()
+
+    def __repr__(self) -> str:
+        units = sum(map(len, self.scores))
+        what = f"{units:,} units in {len(self.names)} layers of {self.model.source}"
+        return f"<Importance {', '.join(self.columns)} of {what}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each layer's median and largest scores."""
+        rows = [
+            [escape(name), str(len(scores)), *(f"{np.median(column):.3g}, {column.max():.3g}" for column in scores.T)]
+            for name, scores in zip(self.names, self.scores, strict=True)
+        ]
+        return html_table(["layer", "units", *self.columns], rows, f"{repr(self)[1:-1]}: median, largest")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to one file; OutputError when that is not possible."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from robustdice.errors import ModelError, PlanError
+from robustdice.markup import html_table
 from robustdice.model.beside import check_types, run_beside
 from robustdice.model.canonical import (
     CONVOLUTIONS,
@@ -149,6 +151,32 @@ class Network:
     per_image: frozenset[fx.Node]
     shared_parameters: tuple[str, ...]
     reference: ModelReference
+
+    def __repr__(self) -> str:
+        neurons = sum(layer.neurons for layer in self.plan_layers)
+        return (
+            f"<Network {self.reference.source}: {len(self.layers)} layers, {neurons:,} neurons, {self.parameters:,} "
+            f"parameters, input {list(self.input_shape)}, {self.outputs} outputs>"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layers."""
+        rows = [
+            [
+                escape(layer.layer.name),
+                f"{layer.layer.neurons}",
+                f"{layer.layer.neurons * layer.layer.neuron_weights:,}",
+                f"{layer.layer.neurons * layer.layer.neuron_macs:,}",
+                "x".join(map(str, layer.shape)),
+            ]
+            for layer in self.layers
+        ]
+        return html_table(["layer", "neurons", "parameters", "multiply-adds", "exchange"], rows, repr(self)[1:-1])
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those outside of all layers included."""
+        return self.shared_weights + sum(layer.neurons * layer.neuron_weights for layer in self.plan_layers)
 
     @property
     def plan_layers(self) -> tuple[Layer, ...]:

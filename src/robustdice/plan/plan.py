@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
 from robustdice.files import write_atomically
+from robustdice.markup import html_table
 from robustdice.plan import file
 from robustdice.plan.certificate import Certificate
 from robustdice.plan.shards import (
@@ -201,6 +203,23 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 (hex) of everything the plan says, without its provenance and without where the model's file lies."""
         return hashlib.sha256(file.canonical(self)).hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.method}: {len(self.layers)} layers of {self.model.source} on {self.devices} devices, at most "
+            f"{self.memory_share:.1%} of it on each>"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: how many neurons of each layer have how many holders."""
+        rows = []
+        for layer, shards in zip(self.layers, self.shards, strict=True):
+            held = [0] * self.devices
+            for shard in shards:
+                held[len(shard.holders) - 1] += len(shard.neurons)
+            rows.append([escape(layer.name), str(layer.neurons), *map(str, held)])
+        copies = [f"held by {count + 1}" for count in range(self.devices)]
+        return html_table(["layer", "neurons", *copies], rows, repr(self)[1:-1])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to one file (docs/formats.md); OutputError when that is not possible."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,32 @@ def accuracy(evaluations: Sequence[Evaluation]) -> Figure:
     return figure
 
 
+def plot_accuracy(evaluations: Evaluation | Sequence[Evaluation], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Accuracy against the number of failed devices, a line and a band for each plan; see :func:`accuracy`.
+
+    A matplotlib figure, which notebooks show; with ``path`` also a .png, .svg or .pdf file. OutputError when it cannot
+    be written.
+    """
+    several = evaluations if isinstance(evaluations, Sequence) else [evaluations]
+    return _kept(accuracy(several), path)
+
+
+def plot_plan(plan: Plan, path: str | os.PathLike[str] | None = None) -> Figure:
+    """How many devices hold the neurons of each layer, as :func:`plot_accuracy`; see :func:`holders`."""
+    return _kept(holders(plan), path)
+
+
+def plot_scores(scores: Importance, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Every neuron's scores, as :func:`plot_accuracy`; see :func:`importance`."""
+    return _kept(importance(scores), path)
+
+
+def _kept(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        save(figure, Path(path))
+    return figure
+
+
 def draw_accuracy(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
     """The lines and bands of :func:`accuracy`, and the intact model's accuracy."""
     for number, result in enumerate(evaluations):
@@ -67,12 +94,14 @@ def scenarios(models: Mapping[str, Mapping[int, Sequence[Evaluation]]], names: M
     for row, (model, by_devices) in zip(panels, models.items(), strict=True):
         for axes, (devices, evaluations) in zip(row, by_devices.items(), strict=True):
             draw_accuracy(axes, evaluations)
-            axes.set_title(f"{names[devices]}: {model}, {devices} devices", fontsize=8)
+            axes.set_title(f"{names[devices]}: {model}", fontsize=8)
         row[0].set_ylabel("top-1 accuracy, %", fontsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("devices down", fontsize=8)
-    handles, _ = panels[0][0].get_legend_handles_labels()
-    labels = [*(result.method for result in next(iter(next(iter(models.values())).values()))), "the model alone"]
+    compared = list(next(iter(models.values())).values())
+    fullest = max(range(len(compared)), key=lambda column: len(compared[column]))
+    handles, _ = panels[0][fullest].get_legend_handles_labels()
+    labels = [*(result.method for result in compared[fullest]), "the model alone"]
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
     return figure
 
@@ -159,10 +188,10 @@ def save(figure: Figure, path: Path) -> None:
 
 def _figure(width: float, height: float) -> Figure:
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 -- heavy, and not on devices
+        from robustdice.report.picture import Picture  # noqa: PLC0415 -- heavy, and not on devices
     except ModuleNotFoundError:
         raise OutputError("pictures need matplotlib: pip install 'robustdice[workshop]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Picture(figsize=(width, height), layout="constrained")
 
 
 def _shades(count: int) -> list[tuple[float, float, float]]:

@@ -40,7 +40,7 @@ def network_json(network: Network) -> dict[str, Any]:
         "model_digest": network.reference.digest,
         "input_shape": list(network.input_shape),
         "outputs": network.outputs,
-        "parameters": _parameters(network),
+        "parameters": network.parameters,
         "shared_parameters": network.shared_weights,
         "layers": [
             {
@@ -58,15 +58,11 @@ def network_json(network: Network) -> dict[str, Any]:
     }
 
 
-def _parameters(network: Network) -> int:
-    return network.shared_weights + sum(layer.neurons * layer.neuron_weights for layer in network.plan_layers)
-
-
 def network_table(network: Network) -> Sheet:
     """What ``inspect`` prints."""
     exchanged = sum(int(np.prod(layer.shape)) for layer in network.layers)
     caption = (
-        f"{_parameters(network):,} parameters ({network.shared_weights:,} outside of layers, on every device), "
+        f"{network.parameters:,} parameters ({network.shared_weights:,} outside of layers, on every device), "
         f"{exchanged:,} activations exchanged per image when every layer is, input {list(network.input_shape)}, "
         f"{network.outputs} outputs"
     )
