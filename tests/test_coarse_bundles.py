@@ -1,5 +1,6 @@
 """Bundles of coarse copies and corrections compute what the evaluator says, in every failure set."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from nets import Floats, coarsened, random_coarse, random_images, random_plan, relative_error
 from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME
@@ -24,6 +27,7 @@ from robustdice.failure.passes import run_under
 from robustdice.model.network import Network
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import REPRESENTATIONS
+from robustdice.runtime.executor import Executor
 from robustdice.runtime.inprocess import InProcess
 from test_bundles import NETS, made
 
@@ -69,6 +73,7 @@ def check_every_failure_set(name: str, seed: int, devices: int, spares: str) -> 
         bundles = bundles_of(network, plan, name, Path(directory), spares)
         for device, bundle in enumerate(bundles):
             assert bundle.manifest.weight_bytes == plan.bytes_per_device[device]
+            Executor(bundle).try_out()
         together = InProcess(bundles)
         for size in range(devices):
             for failed in failure_sets(devices, size):
@@ -206,6 +211,42 @@ def test_changed_weights_are_refused(coarse_build: Path, tmp_path: Path) -> None
     weights.unlink()
     with pytest.raises(BundleError, match="cannot read"):
         load_bundle(bad)
+
+
+def exchange_file(bundle: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a file of a bundle, and its digest with it."""
+    content = change((bundle / name).read_bytes())
+    (bundle / name).write_bytes(content)
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edited(bundle, lambda document: document["files"].update({name: entry}))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int3"])
+def test_a_device_refuses_a_bundle_that_computes_something_else_on_it(kind: str, tmp_path: Path) -> None:
+    network, plan = of_kind(kind, "residual")
+    bundles = bundles_of(network, plan, "residual", tmp_path)
+    for bundle in bundles:
+        Executor(bundle).try_out()
+        assert all(part.trial for part in bundle.manifest.parts)
+    bundle, wrong = bundles[0], bundles[0].manifest.parts[-1]
+    if wrong.coarse is None:
+        exchange_file(bundle.directory, wrong.file, _negated)
+    else:  # the scale of its last neuron: not below 2
+        filters = wrong.coarse.filters[0]
+        end = filters.offset + wrong.affine[0].neurons * filters.neuron_bytes
+        exchange_file(bundle.directory, WEIGHTS_NAME, lambda content: content[: end - 1] + b"\x40" + content[end:])
+    with pytest.raises(BundleError, match=f"{wrong.file} computes something else here than where it was built"):
+        Executor(load_bundle(bundle.directory)).try_out()
+
+
+def _negated(content: bytes) -> bytes:
+    """The model with the first neuron of its last filter negated."""
+    model = onnx.load_from_string(content)
+    tensor = [each for each in model.graph.initializer if each.name.endswith("weight")][-1]
+    weights = numpy_helper.to_array(tensor).copy()
+    weights[0] *= -1
+    tensor.CopyFrom(numpy_helper.from_array(weights, tensor.name))
+    return bytes(model.SerializeToString())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
+from robustdice.bundle.expected import Expected
 from robustdice.bundle.neuron_inputs import (
     filter_name,
     scale_name,
@@ -21,6 +22,7 @@ from robustdice.bundle.neuron_inputs import (
     with_scale_and_shift,
 )
 from robustdice.bundle.onnx_graph import (
+    Array,
     Cut,
     OnnxGraph,
     array_name,
@@ -32,6 +34,7 @@ from robustdice.bundle.onnx_graph import (
     with_mask,
 )
 from robustdice.bundle.stages import StageGraph
+from robustdice.bundle.trial import summary
 from robustdice.errors import PlanError
 from robustdice.model.canonical import arguments
 from robustdice.model.network import Network, NetworkLayer
@@ -48,7 +51,7 @@ Neurons = NDArray[np.int64]
 class Model:
     """An ONNX file to be written, the bytes of the network's float32 parameters in it, and what else it takes:
     ``affine`` are the layers (their positions) and neurons that it scales and shifts, ``coarse`` the representation of
-    the only one's filters, unpacked for ``at_once`` neurons at a time."""
+    the only one's filters, unpacked for ``at_once`` neurons at a time. ``trial`` is a :class:`Part`'s."""
 
     content: bytes
     weight_bytes: int
@@ -57,6 +60,7 @@ class Model:
     affine: tuple[tuple[int, Neurons], ...] = ()
     coarse: str | None = None
     at_once: int = 0
+    trial: tuple[tuple[float, ...], ...] = ()
 
 
 class Models:
@@ -89,6 +93,7 @@ class Models:
         for index in self.corrected:
             graph = with_scale_and_shift(graph, network.layers[index])
         self._graph = graph
+        self._expected = Expected(network, plan, self.exchanged)
 
     def mask(self, index: int) -> str | None:
         """The name of an exchange's mask: it needs one when a tail follows it."""
@@ -113,7 +118,8 @@ class Models:
                 for index in sorted(self.corrected)
                 if scale_name(layers[index]) in read
             ]
-            models.append(self._model([part], inputs, outputs, affine))
+            results = [self._expected.value(name) for name in outputs]
+            models.append(self._model([part], inputs, outputs, results, affine))
         for index in stage.layers:
             if index in self.coarse_everywhere:
                 models.extend(self._whole(index))
@@ -138,20 +144,21 @@ class Models:
             helper.make_node("Gather", [f"{value}/@parts", f"{value}/@order"], [value], axis=layer.axis),
         )
         together = Cut(nodes, {f"{value}/@order": entries}, frozenset())
-        return [*models, self._model([together], names, [value])]
+        return [*models, self._model([together], names, [value], [self._expected.value(value)])]
 
     def of_layer(self, index: int, neurons: Neurons, kind: str, prefix: str) -> Model:
         """The model of some neurons of a layer from their copies of one representation."""
         layer = self.network.layers[index]
         source = arguments(layer.node)[0].name
+        result = self._expected.of_layer(index, kind, neurons)
         if kind == "float32":
             part = self._cut_layer(index, neurons, prefix)
             affine = [(index, neurons)] if index in self.corrected else []
-            return self._model([part], [source], [prefix + layer.value.name], affine)
+            return self._model([part], [source], [prefix + layer.value.name], [result], affine)
         graph = with_scale_and_shift(with_coarse_filters(self._plain, layer), layer)
         given = [*self._scale_and_shift(index), *(filter_name(node) for node in (layer.node, *layer.tail_filter_nodes))]
         part = cut_layer(graph, layer, neurons, prefix, given)
-        model = self._model([part], [source], [prefix + layer.value.name], [(index, neurons)], given[2:])
+        model = self._model([part], [source], [prefix + layer.value.name], [result], [(index, neurons)], given[2:])
         at_once = len(neurons)
         grouped = any(a.name == "group" and a.i > 1 for node in part.nodes for a in node.attribute)
         sliced = {prefix + array_name(parameter.name) for parameter in layer.parameters} & part.arrays.keys()
@@ -165,7 +172,7 @@ class Models:
         cuts: list[Cut] = []
         outputs: list[str] = []
         inputs: dict[str, None] = {}
-        affine = []
+        affine, results = [], []
         for index in sorted({layer for layer, _ in shards}):
             layer, of_layer = self.exchanged[index], self.plan.shards[index]
             mine = [of_layer[number] for which, number in shards if which == index]
@@ -173,13 +180,15 @@ class Models:
             if mine[0].parity_of:  # then it is the only one of this layer here
                 members = [np.array(of_layer[member].neurons) for member in mine[0].parity_of]
                 cuts.append(cut_parity(self._graph, layer, members, prefix))
+                results.append(self._expected.of_sum(index, members))
             else:
                 neurons = neurons_of(mine)
                 cuts.append(self._cut_layer(index, neurons, prefix))
                 affine += [(index, neurons)] if index in self.corrected else []
+                results.append(self._expected.of_layer(index, "float32", neurons))
             outputs.append(prefix + layer.value.name)
             inputs[arguments(layer.node)[0].name] = None
-        return self._model(cuts, list(inputs), outputs, affine)
+        return self._model(cuts, list(inputs), outputs, results, affine)
 
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:
         layer = self.exchanged.get(index, self.network.layers[index])
@@ -195,13 +204,15 @@ class Models:
         cuts: Sequence[Cut],
         inputs: Sequence[str],
         outputs: Sequence[str],
+        results: Sequence[Array],
         affine: Sequence[tuple[int, Neurons]] = (),
         filters: Sequence[str] = (),
     ) -> Model:
         given = [name for index, _ in affine for name in self._scale_and_shift(index)]
         content = make_model(cuts, [*inputs, *given, *filters], outputs, self._graph.opset, self._graph.types)
         weight_bytes = sum(part.weight_bytes for part in cuts)
-        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(affine))
+        trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()
+        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(affine), trial=trial)
 
 
 def neurons_of(shards: Sequence[Shard]) -> Neurons:

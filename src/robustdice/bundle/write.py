@@ -168,7 +168,7 @@ class _Device:
         self._file(file, model.content, model.weight_bytes)
         coarse = None if model.coarse is None else self._coarse(model)
         affine = tuple(self._affine(index, neurons) for index, neurons in model.affine)
-        return Part(file, model.inputs, model.outputs, affine=affine, coarse=coarse)
+        return Part(file, model.inputs, model.outputs, affine=affine, coarse=coarse, trial=model.trial)
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32."""
@@ -187,6 +187,7 @@ class _Device:
             tuple((order.index(layer), number) for layer, number in shards),
             affine=part.affine,
             coarse=part.coarse,
+            trial=part.trial,
         )
 
     def _affine(self, index: int, neurons: NDArray[np.int64]) -> Affine:

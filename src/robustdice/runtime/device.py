@@ -69,6 +69,7 @@ def run_device(
             f"runs plan {cluster.plan_digest[:12]} on {len(cluster.devices)}; copy all of one build"
         )
     executor = Executor(bundle, threads)
+    executor.try_out()
     keys = read_secret(bundle.directory / SECRET_NAME)
     codec = Codec(manifest.plan_digest, manifest)
     engine = Engine(manifest, settings, secrets.token_hex(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from robustdice.bundle.manifest import WEIGHTS_NAME, Exchange
 from robustdice.bundle.parts import Part
 from robustdice.bundle.read import Bundle
+from robustdice.bundle.trial import TOLERANCE, deviation, stand_in, summary
 from robustdice.errors import BundleError, first_line
 from robustdice.runtime.weights import Weights
 
@@ -81,6 +83,32 @@ class Executor:
         for number in there:
             mask[list(spec.shards[number].neurons)] = True
         return {spec.value: value, spec.mask: mask}
+
+    def try_out(self) -> None:
+        """Run every part on made-up values; BundleError when one does not compute what the workshop said it would."""
+        manifest = self.manifest
+        values: Values = {manifest.input: stand_in(manifest.input, manifest.input_shape)}
+        for number, stage in enumerate(manifest.stages):
+            for part in stage.local:
+                values.update(self._try_part(part, values))
+            for piece in stage.pieces:
+                self._try_part(piece, values)
+            values = self.keep(number, values)
+            for exchange in (manifest.exchanges[position] for position in stage.exchanges):
+                values[exchange.value] = stand_in(exchange.value, exchange.shape)
+                if exchange.mask is not None:
+                    values[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
+
+    def _try_part(self, part: Part, values: Values) -> Values:
+        found = self._run(part, values, ())
+        for output, expected in zip(part.outputs, part.trial, strict=False):  # a bundle without trials has none
+            if (wrong := deviation(summary(found[output]), expected)) > TOLERANCE:
+                raise BundleError(
+                    f"{part.file} computes something else here than where it was built: {output} deviates by "
+                    f"{wrong:.2g}, at most {TOLERANCE:g} is rounding. ONNX Runtime {onnxruntime.__version__} has a "
+                    f"wrong kernel for this processor ({platform.machine()}); install another version of it"
+                )
+        return found
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that the stages after ``stage`` still need."""

@@ -1,0 +1,91 @@
+"""What a plan's models must give in a device's trial, as PyTorch computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from robustdice.bundle.trial import stand_in
+from robustdice.failure.copies import Copies
+from robustdice.model.canonical import execute
+from robustdice.model.network import Network, NetworkLayer
+from robustdice.plan import Plan
+from robustdice.representation import REPRESENTATIONS
+
+Array = NDArray[Any]
+
+
+class Expected:
+    """The values of one frame in which the input, and every exchanged value, is what stands for it in a trial."""
+
+    def __init__(self, network: Network, plan: Plan, exchanged: Mapping[int, NetworkLayer]) -> None:
+        """``exchanged`` has the layers that are exchanged, each up to the value that is handed over."""
+        self._network, self._layers = network, {**dict(enumerate(network.layers)), **exchanged}
+        self._copies = Copies(network, plan.coarse)
+        self._of_layers: dict[tuple[int, str], torch.Tensor] = {}
+        self._values: dict[fx.Node, Any] = {
+            **network.constants(torch.device("cpu")),
+            network.input: torch.from_numpy(stand_in(network.input.name, network.input_shape)),
+        }
+        starts = {layer.node: index for index, layer in enumerate(network.layers)}
+        inside: set[fx.Node] = set()
+        with torch.no_grad():
+            for node in network.nodes:
+                if node in starts:
+                    inside.update(self._compute_layer(starts[node], plan, exchanged))
+                elif node not in inside:
+                    execute(network.module, [node], self._values)
+
+    def value(self, name: str) -> Array:
+        """A tensor of the network's graph outside of layers, or the whole of one that is not exchanged."""
+        return _numbers(next(value for node, value in self._values.items() if node.name == name))
+
+    def of_layer(self, index: int, kind: str, neurons: NDArray[np.int64]) -> Array:
+        """What a layer hands over of some of its neurons, from their copies of one representation."""
+        layer, whole = self._layers[index], self._of_layers[index, kind]
+        entries = (neurons[:, None] * layer.features + np.arange(layer.features)).ravel()
+        return _numbers(whole.index_select(layer.axis, torch.from_numpy(entries)))
+
+    def of_sum(self, index: int, members: Sequence[NDArray[np.int64]]) -> Array:
+        """What a layer's parity shard of these members hands over."""
+        axis = self._layers[index].axis
+        parts = [self.of_layer(index, "float32", neurons) for neurons in members]
+        longest = max(parts, key=lambda part: part.shape[axis])
+        total = np.zeros(longest.shape)
+        for part in parts:
+            total[(slice(None),) * axis + (slice(part.shape[axis]),)] += part
+        return total
+
+    def _compute_layer(self, index: int, plan: Plan, exchanged: Mapping[int, NetworkLayer]) -> list[fx.Node]:
+        """Compute a layer from all of its copies, and go on with what follows from the plan; its nodes."""
+        layer, neurons = self._layers[index], plan.layers[index].neurons
+        nodes = [layer.node]
+        while nodes[-1] is not layer.value:
+            nodes.append(next(iter(nodes[-1].users)))
+        kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
+        for kind in kinds:
+            copies = np.full(neurons, REPRESENTATIONS.index(kind), np.int8)
+            values = {**self._values, **self._copies.parameters(index, copies, self._values)}
+            execute(self._network.module, nodes, values)
+            self._of_layers[index, kind] = values[layer.value]
+        if index in exchanged:
+            self._values[layer.value] = torch.from_numpy(stand_in(layer.value.name, layer.shape))
+            return nodes
+        whole = torch.empty_like(values[layer.value])
+        for shard in plan.shards[index]:
+            mine = np.array(shard.neurons)
+            entries = torch.from_numpy((mine[:, None] * layer.features + np.arange(layer.features)).ravel())
+            of_kind = self._of_layers[index, shard.holders[0].representation]
+            whole.index_copy_(layer.axis, entries, of_kind.index_select(layer.axis, entries))
+        self._values[layer.value] = whole
+        return nodes
+
+
+def _numbers(value: torch.Tensor) -> Array:
+    found: Array = value.numpy()
+    return found
