@@ -32,9 +32,11 @@ from robustdice.bundle.write import write_bundles
 from robustdice.errors import RobustdiceError
 from robustdice.files import write_atomically
 from robustdice.importance.score import score
+from robustdice.model.builders import import_torchvision
 from robustdice.model.canonical import aten, attribute, execute
-from robustdice.model.load import import_torchvision, load_model, quiet
+from robustdice.model.load import load_model
 from robustdice.model.network import Network
+from robustdice.model.tracing import quiet
 from robustdice.plan import Plan, failure_sets
 from robustdice.runtime.inprocess import InProcess
 from robustdice.tasks import Checkpoint

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from robustdice.model.load import quiet
 from robustdice.model.network import Network, NetworkLayer, build_network
+from robustdice.model.tracing import quiet
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import BITS, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction, code_range
 from robustdice.rounding.affine import can_shift
@@ -140,6 +140,27 @@ class Chains(nn.Module):
         x = torch.relu(self.third(x) - self.offset)
         result: Tensor = self.head(x.mean((2, 3)))
         return result
+
+
+def one_answer() -> nn.Module:
+    """A yes or no: one score behind a sigmoid, with axes of one entry: [1, 8, 8] -> [1, 1, 1]."""
+    first = [nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 1, 1), nn.Sigmoid())
+
+
+def labels_last() -> nn.Module:
+    """Scores of several labels, [1, 1, labels]: [1, 8, 8] -> 5."""
+    layers = [nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Unflatten(1, (1, 1, 5)))
+
+
+def scores_of(module: nn.Module, images: Floats) -> Floats:
+    """The class scores of a module, before the sigmoid that ends it; two of them where it is a yes or no."""
+    with torch.no_grad():
+        scores = module(torch.from_numpy(images)).flatten(1)
+    if any(isinstance(part, nn.Sigmoid) for part in module.modules()):
+        scores = scores.logit()
+    return (torch.cat([0 * scores, scores], 1) if scores.shape[1] == 1 else scores).numpy()
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -1,5 +1,6 @@
 """Model sources: torchvision by name, .pt2 files with their sidecar, factories; and everything that can be wrong."""
 
+import inspect
 import io
 import json
 import os
@@ -18,10 +19,15 @@ import torch
 from torch import nn
 
 from nets import Plain, Residual, export, random_images, seeded
+from robustdice.cli.build import build as build_command
+from robustdice.cli.build import verify as verify_command
+from robustdice.cli.evaluate import evaluate as evaluate_command
 from robustdice.demo.network import digits_cnn
 from robustdice.errors import DataError, ModelError
+from robustdice.model.builders import import_torchvision
 from robustdice.model.digits import PREPROCESSING
-from robustdice.model.load import import_torchvision, load_model, quiet, reload_model
+from robustdice.model.load import load_model, reload_model
+from robustdice.model.tracing import quiet
 
 SIDECAR = {
     "input_size": [3, 8, 8],
@@ -72,6 +78,49 @@ class Branching(nn.Module):
 
 def fails():
     raise OSError("no such\\nfile")
+
+class Shapes(nn.Module):
+    preprocessing = {"input_size": [1, 4, 4]}
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x):
+        return self.net(x)
+
+def wrapped():
+    return nn.DataParallel(torch.compile(Shapes()))
+
+def inner():
+    model = Shapes()
+    model.net[0] = torch.compile(model.net[0])
+    model.net[2].compile()
+    return model
+
+def half():
+    return trained().half()
+
+def brain():
+    return trained().to(torch.bfloat16)
+
+def double():
+    return trained().double()
+
+def empty():
+    return trained().to("meta")
+
+def scripted():
+    return torch.jit.trace(net(), torch.zeros(1, 1, 4, 4))
+
+def prefixed():
+    model = trained()
+    model.load_state_dict({f"module.{key}": value for key, value in model.state_dict().items()})
+
+def talks():
+    print("building the network")
+    import logging, warnings
+    logging.warning("logged")
+    warnings.warn("warned")
+    return trained()
 
 def text():
     return "a network"
@@ -135,26 +184,10 @@ def test_what_is_no_pt2_file_is_refused(tmp_path: Path) -> None:
     content = Path(source).read_bytes()
     for damaged in (b"", b"hello", content[: len(content) // 2]):
         Path(source).write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"net\.pt2 is not a torch\.export program"):
+        with pytest.raises(ModelError, match=r"net\.pt2 is (not a model: it is empty|not a torch\.export program)"):
             load_model(source)
     with pytest.raises(ModelError, match=r"--random-weights is for .* a \.pt2 file brings its weights"):
         load_model(source, random_weights=True)
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: torch.save(seeded(Plain).state_dict(), path), "it is what torch.save writes; write one with"),
-        (lambda path: torch.jit.save(torch.jit.script(nn.ReLU()), path), "it is a TorchScript file"),
-        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    ],
-)
-def test_other_files_are_called_by_their_name(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
-    path = tmp_path / "net.pt2"
-    with quiet():
-        write(path)
-    with pytest.raises(ModelError, match=rf"net\.pt2 is not a torch\.export program: .*{message}"):
-        load_model(str(path))
 
 
 def test_images_of_any_size_become_images_of_the_declared_size(tmp_path: Path) -> None:
@@ -260,6 +293,12 @@ def test_a_factory_that_draws_its_weights_can_be_loaded_again() -> None:
         ("broken:net", "cannot import the model 'broken:net': division by zero"),
         (":net", "cannot import the model"),
         ("factories:fails", "factories:fails failed: OSError: no such$"),
+        (
+            "factories:prefixed",
+            r'Missing key.* "0.weight".*; Unexpected key.*The keys begin with .module\.\'; load without',
+        ),
+        ("factories:empty", "factories:empty has weights without values"),
+        ("factories:scripted", "factories:scripted returned TorchScript, which torch.export does not take"),
         ("factories:text", "returned a str; expected a torch.nn.Module"),
         ("factories:number", "factories:number is a int; expected a function"),
         ("factories:unsized", "the input size of factories:unsized is not known; say it with --size"),
@@ -283,6 +322,64 @@ def test_sizes_are_checked_before_they_are_used() -> None:
 
 
 @pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize("name", ["wrapped", "inner"])
+def test_wrappers_are_opened(name: str) -> None:
+    network = load_model(f"factories:{name}")
+    assert [layer.name for layer in network.plan_layers] == ["net.0", "net.2"]
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize("name", ["half", "brain", "double"])
+def test_other_precisions_become_float32(name: str) -> None:
+    network = load_model(f"factories:{name}")
+    found = network.run(torch.ones(1, 1, 4, 4))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, load_model("factories:trained").run(torch.ones(1, 1, 4, 4)), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.usefixtures("factories")
+def test_what_a_factory_prints_is_no_output(capfd: pytest.CaptureFixture[str]) -> None:
+    load_model("factories:talks")
+    with pytest.raises(ModelError):
+        load_model("factories:Branching")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "building the network" in captured.err
+    assert "def forward" not in captured.err
+    assert "warned" not in captured.err
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_a_program_of_another_precision_becomes_float32(kind: torch.dtype, tmp_path: Path) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = seeded(Plain)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.net(x.to(kind) * torch.ones(1, dtype=kind))
+            return scores
+
+    module = Cast().to(kind).eval()
+    with quiet():
+        example = (torch.zeros(2, 1, 8, 8, dtype=kind),)
+        program = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, tmp_path / "net.pt2")
+    network = load_model(str(tmp_path / "net.pt2"))
+    images = torch.from_numpy(random_images(3, (1, 8, 8)))
+    torch.testing.assert_close(network.run(images), module(images.to(kind)).float(), rtol=1e-2, atol=1e-2)
+    assert [layer.name for layer in network.plan_layers] == ["net.conv", "net.fc1", "net.fc2"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.usefixtures("factories")
+def test_a_model_on_a_gpu_is_moved(factories: Path) -> None:
+    module = "import torch, factories\ndef net():\n    return factories.trained().to('cuda')\n"
+    (factories / "on_gpu.py").write_text(module)
+    assert load_model("on_gpu:net").reference.digest == load_model("factories:trained").reference.digest
+
+
+@pytest.mark.usefixtures("factories")
 def test_random_weights_of_a_factory_that_knows_none_are_refused() -> None:
     with pytest.raises(ModelError, match="factories:net takes no argument random_weights"):
         load_model("factories:net", random_weights=True)
@@ -296,8 +393,31 @@ def test_a_changed_model_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"net\.pt2 has changed since the plan was made .* make a new plan"):
         reload_model(network.reference)
     (tmp_path / "net.pt2").unlink()
-    with pytest.raises(ModelError, match="there is no model file"):
+    with pytest.raises(ModelError, match=r"no longer at .*net\.pt2; say where it is now with --model PATH"):
         reload_model(network.reference)
+
+
+def test_a_moved_model_is_found_beside_its_plan_or_where_it_is_said_to_be(tmp_path: Path) -> None:
+    source = save(seeded(Plain), tmp_path / "net.pt2", 1, 8, 8)
+    network = load_model(source, preprocessing={"mean": [0.5]})
+    plans, elsewhere = tmp_path / "plans", tmp_path / "elsewhere"
+    for folder in (plans, elsewhere):
+        folder.mkdir()
+    Path(source).rename(elsewhere / "renamed.pt2")
+    with pytest.raises(ModelError, match=r"or copy it to .*plans/net\.pt2"):
+        reload_model(network.reference, near=plans)
+    moved = reload_model(network.reference, elsewhere / "renamed.pt2", plans)
+    assert (moved.reference.digest, moved.preprocessing) == (network.reference.digest, network.preprocessing)
+    (elsewhere / "renamed.pt2").rename(plans / "net.pt2")
+    assert reload_model(network.reference, near=plans).reference.source == str(plans / "net.pt2")
+    other = save(seeded(Plain, seed=1), elsewhere / "other.pt2", 1, 8, 8)
+    with pytest.raises(ModelError, match=r"other\.pt2 is not the model that the plan was made of .*name that one"):
+        reload_model(network.reference, other)
+
+
+@pytest.mark.parametrize("command", [build_command, evaluate_command, verify_command])
+def test_commands_that_need_a_plans_model_take_its_place(command: Callable[..., None]) -> None:
+    assert "model" in inspect.signature(command).parameters
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:

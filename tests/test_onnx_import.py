@@ -18,7 +18,8 @@ from torch import nn
 
 from nets import Branches, ChannelsLast, Plain, Residual, network_of, random_images, relative_error, seeded
 from robustdice.errors import ModelError
-from robustdice.model.load import load_model, quiet, reload_model
+from robustdice.model.load import load_model, reload_model
+from robustdice.model.tracing import quiet
 from robustdice.runtime.executor import open_session
 from robustdice.workshop import build, partition, verify
 
@@ -307,8 +308,6 @@ def test_an_open_size_is_asked_for(tmp_path: Path) -> None:
             model_of([helper.make_node("FancyConv", ["x", "w"], ["features"], domain="com.acme")], WEIGHTS),
             r"ONNX node .* \(com\.acme\.FancyConv\) is an operator that is not supported; export .* \.pt2 file",
         ),
-        (model_of([CONV, after("Slice", "s", "e", "a", "d")], {**WEIGHTS, "s": np.array([7]), "e": np.array([0]),
-            "a": np.array([3]), "d": np.array([-1])}), "goes backwards"),
     ],
 )  # fmt: skip
 def test_unsupported_operators_are_named(model: onnx.ModelProto, message: str, tmp_path: Path) -> None:
@@ -322,12 +321,12 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     model = model_of([CONV, after("Add", "more")], WEIGHTS)
     model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ("N", 6, 8, 8)))
     onnx.save(model, path)
-    with pytest.raises(ModelError, match="2 inputs and 1 outputs; robustdice runs models of one image tensor"):
+    with pytest.raises(ModelError, match=r"2 inputs \(x, more\); robustdice runs models of one image tensor"):
         load_model(str(path))
     model = model_of([CONV, after("Relu")], WEIGHTS)
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT32
     onnx.save(model, path)
-    with pytest.raises(ModelError, match="takes FLOAT16 inputs; robustdice takes float32 models"):
+    with pytest.raises(ModelError, match="takes INT32 inputs; robustdice gives it pixels as float32 or uint8"):
         load_model(str(path))
 
 
@@ -342,11 +341,10 @@ def odd(change: Callable[[onnx.ModelProto], None], constants: dict[str, Any] | N
     [
         (odd(lambda m: m.graph.node[1].input.__setitem__(0, "nothing")), "reads 'nothing' before|Runtime cannot"),
         (odd(lambda m: m.graph.output[0].__setattr__("name", "w")), "does not depend on its input"),
-        (odd(lambda m: m.graph.node[0].attribute[0].ints.append(3)), r"\(Conv\) cannot be run"),
+        (odd(lambda m: m.graph.node[0].attribute[0].ints.append(3)), r"\(Conv\) cannot be run|Runtime cannot"),
         (odd(lambda _: None, {"w": floats(6, 3, 3, 3) * np.float32("nan")}), "not finite; look for NaN or infinity"),
-        (odd(lambda _: None, {"w": floats(6, 3, 3, 3).astype(np.float16)}), "'w' is float16; robustdice takes float32"),
         (odd(lambda m: m.graph.input[0].type.tensor_type.ClearField("shape")), "leaves the size of its images open"),
-        (odd(lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 4)), "run: Given"),
+        (odd(lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 4)), "Runtime cannot"),
     ],
 )  # fmt: skip
 def test_odd_files_are_refused_with_a_reason(model: onnx.ModelProto, message: str, tmp_path: Path) -> None:
@@ -357,7 +355,7 @@ def test_odd_files_are_refused_with_a_reason(model: onnx.ModelProto, message: st
 
 def test_a_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     onnx.save(model_of([CONV, after("Relu")], WEIGHTS, shape=("N", "C", "H", "W")), tmp_path / "net.onnx")
-    with pytest.raises(ModelError, match=r"\(Conv\) cannot be run: Given groups=1"):
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot run .*net\.onnx"):
         load_model(str(tmp_path / "net.onnx"), preprocessing={"input_size": [1, 8, 8]})
 
 

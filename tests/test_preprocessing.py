@@ -8,7 +8,7 @@ import pytest
 
 from robustdice.errors import DataError
 from robustdice.images import read_image
-from robustdice.model.load import as_timm_prepares, import_torchvision
+from robustdice.model.builders import as_timm_prepares, import_torchvision
 from robustdice.preprocessing import check_preprocessing
 from test_images import encode, picture
 

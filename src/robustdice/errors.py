@@ -53,8 +53,20 @@ class OutputError(RobustdiceError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, as far as it fits into a message of ours."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    """What another library's exception says, as far as it fits into a message of ours: the first line, and those
+    behind a line that ends in a colon, each cut to some length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].endswith(":"):
+        return lines[0]
+    shown = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..." for line in lines[: _MOST_LINES + 1]]
+    more = f" ({len(lines) - len(shown)} more lines)" if len(lines) > len(shown) else ""
+    return f"{shown[0]} {'; '.join(shown[1:])}{more}"
+
+
+_LONGEST_LINE, _MOST_LINES = 200, 4
+"""How many characters of how many lines of another library's list are shown."""
 
 
 _WORKSHOP = frozenset({"torch", "torchvision", "onnx", "onnxscript", "sklearn", "timm", "distributed", "matplotlib"})

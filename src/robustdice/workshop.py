@@ -165,6 +165,7 @@ class Verification:
 def verify(
     directory: str | os.PathLike[str],
     *,
+    model: str | None = None,
     images: int = 2,
     seed: int = 0,
     progress: bool = False,
@@ -172,7 +173,8 @@ def verify(
 ) -> Verification:
     """Run the bundles of a build in one process and compare them with the model, for every failure set.
 
-    ``images`` random images (standard normal, seeded) are used, and of more than a few hundred failure sets a sample.
+    ``model`` says where the plan's model is now, when it has moved. ``images`` random images (standard normal, seeded)
+    are used, and of more than a few hundred failure sets a sample.
     BundleError or ModelError when bundles, plan and model do not belong together.
     """
     root = Path(directory)
@@ -181,7 +183,7 @@ def verify(
     for bundle in bundles:
         if bundle.manifest.plan_digest != plan.digest:
             raise BundleError(f"{bundle.directory} is of another plan than {root / PLAN_NAME}; build them again")
-    network = reload_model(plan.model)
+    network = reload_model(plan.model, model, root)
     check_plan_fits(network, plan)
     cluster = InProcess(bundles)
     frames = np.random.default_rng(seed).standard_normal((images, *network.input_shape), dtype=np.float32)

@@ -15,8 +15,8 @@ from torch import fx
 
 from robustdice.errors import ModelError, first_line
 from robustdice.model.canonical import arguments, aten, attribute
-from robustdice.model.load import quiet
 from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.tracing import quiet
 
 IR_VERSION = 9
 """The newest that ONNX Runtime 1.18, the oldest supported on a device, reads with opset 20."""

@@ -12,6 +12,7 @@ from robustdice.cli.app import app
 from robustdice.cli.options import (
     BuildDirectory,
     Json,
+    MovedModel,
     Seed,
 )
 from robustdice.cli.usage import number, one_of
@@ -38,6 +39,7 @@ def build(
     port: Annotated[
         int | None, number("--port", "device K listens on this port + K (default: free ones here, 27200 elsewhere)")
     ] = None,
+    model: MovedModel = None,
     new_keys: Annotated[bool, typer.Option("--new-keys", help="do not keep the keys of a build that is there")] = False,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +54,7 @@ def build(
     made = rd.Plan.load(plan)
     found_cluster(output, made.devices, made.digest, places, port, new_keys)  # errors come before the long work
     with waiting("loading the model"):
-        network = rd.reload_model(made.model)
+        network = rd.reload_model(made.model, model, plan.parent)
     with waiting("writing the bundles"):
         rd.build(network, made, output, spares=spares, host=places, base_port=port, new_keys=new_keys)
     cluster = Cluster.read(output / CLUSTER_NAME)
@@ -73,13 +75,13 @@ def build(
 
 
 @app.command(epilog="Example: robustdice verify build")
-def verify(directory: BuildDirectory, seed: Seed = 0, as_json: Json = False) -> None:
+def verify(directory: BuildDirectory, model: MovedModel = None, seed: Seed = 0, as_json: Json = False) -> None:
     """Run the bundles in one process and compare them with the model, for every failure set.
 
     Above 8 devices for 256 of the failure sets, and the table says so.
     """
     with progress("verifying") as advance:
-        result = rd.verify(directory, seed=seed, on_progress=advance)
+        result = rd.verify(directory, model=model, seed=seed, on_progress=advance)
     if as_json:
         print_json(tables.verification_json(result))
     else:

@@ -22,6 +22,9 @@ ModelArgument = Annotated[
         metavar="MODEL", help="torchvision:NAME, timm:NAME, a .pt2 or .onnx file, or package.module:factory"
     ),
 ]
+MovedModel = Annotated[
+    str | None, typer.Option("--model", metavar="PATH", help="where the plan's model is now, when it has moved")
+]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="seeded random weights, not pretrained ones")]
 Size = Annotated[str | None, typer.Option(metavar="C,H,W", help="input size, where the model's source does not say it")]
 Mean = Annotated[str | None, typer.Option(metavar="X,...", help="mean of each channel, for pixels from 0 to 1")]

@@ -25,7 +25,7 @@ from robustdice.markup import html_table
 from robustdice.model.data import UNKNOWN, Dataset
 from robustdice.model.load import reload_model
 from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
-from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
+from robustdice.plan import FailureSet, ModelReference, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, shown, silent
 from robustdice.tasks import Checkpoint, run_tasks
 
@@ -188,7 +188,7 @@ def evaluate_plans(
             list(batches),
             read,
             states,
-            recreate=partial(_recreate, plans, chosen),
+            recreate=partial(_recreate, network.reference, plans, chosen),
             scheduler=scheduler,
             checkpoint=kept,
             cost=lambda key: batches[key].stop - batches[key].start,
@@ -283,8 +283,8 @@ def _count(states: _States, batch: Batch) -> list[int]:
     return [counts[position] for position in states.order]
 
 
-def _recreate(plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> _States:
-    return _States(reload_model(plans[0].model), plans, chosen)
+def _recreate(model: ModelReference, plans: Sequence[Plan], chosen: Sequence[Sequence[FailureSet]]) -> _States:
+    return _States(reload_model(model), plans, chosen)
 
 
 def _read(dataset: Dataset, batch: slice) -> Batch:

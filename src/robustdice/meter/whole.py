@@ -19,4 +19,4 @@ def whole_model(network: Network) -> bytes:
 
 def whole_model_of(build: Path) -> bytes:
     """The model that the build in a directory was made from; ModelError when it is no longer there."""
-    return whole_model(reload_model(Plan.load(build / PLAN_NAME).model))
+    return whole_model(reload_model(Plan.load(build / PLAN_NAME).model, near=build))

@@ -146,7 +146,7 @@ def _some(names: Sequence[str]) -> str:
 @cache
 def imagenet_classes() -> tuple[str, ...]:
     """ImageNet's 1,000 classes in the order of networks trained on them, as ``WNID name``, from timm."""
-    from robustdice.model.load import import_torchvision  # noqa: PLC0415 -- seconds, with timm, and seldom needed
+    from robustdice.model.builders import import_torchvision  # noqa: PLC0415 -- seconds, with timm, and seldom needed
 
     try:
         import_torchvision()  # which timm imports

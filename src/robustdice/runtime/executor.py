@@ -157,10 +157,10 @@ def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
     return (*exchange.shape[: exchange.axis - 1], exchange.entries(shard), *exchange.shape[exchange.axis :])
 
 
-def open_session(model: Path, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU for a model file; idle threads sleep instead of spinning.
+def open_session(model: Path | bytes, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU for a model file (or its content); idle threads sleep instead of spinning.
 
-    From a file, because a session that is made from bytes keeps a second copy of the weights.
+    From a file where memory counts: a session that is made from bytes keeps a second copy of the weights.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -168,7 +168,9 @@ def open_session(model: Path, threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _session(bundle: Bundle, file: str, threads: int) -> Any:

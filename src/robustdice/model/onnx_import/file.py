@@ -17,12 +17,17 @@ from onnx import helper, numpy_helper
 from onnxscript import optimizer
 
 from robustdice.errors import ModelError, first_line
+from robustdice.model.onnx_import.interface import Image, choose_scores, fitting, image_of, metadata_of, size_from
 from robustdice.model.onnx_import.node import Node, Value
-from robustdice.model.onnx_import.operators import TAKES_ARRAYS, TAKES_NUMBERS, run_node
+from robustdice.model.onnx_import.operators import OPERATORS, TAKES_ARRAYS, TAKES_NUMBERS, run_node
+from robustdice.model.onnx_import.prepare import bring_up_to_date, opset_of, simplify
 from robustdice.runtime.executor import open_session
 
 TOLERANCE = 1e-3
 """Largest relative difference between the module's scores and ONNX Runtime's: float32 sums in another order."""
+QUANTISED_TOLERANCE = 0.5
+"""Largest length of the difference, over that of the scores, of a file that rounds to few bits: misreading one gives
+about 1.4, as any two scores do."""
 
 Array = NDArray[Any]
 
@@ -30,44 +35,25 @@ Array = NDArray[Any]
 class OnnxModule(torch.nn.Module):
     """The operators of an ONNX graph, run in order; its floating-point constants are parameters under their names.
 
-    Images are [batch, channels, height, width], also where the file has the channels last. ``batch`` is the batch size
-    that the file fixes, or None; ``input_shape`` the sizes of an image, None where the file leaves one open.
+    Images are [batch, channels, height, width], also where the file has the channels last.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """ModelError when the graph is not one from an image tensor to class scores."""
+        """``model`` has one input and one output; ModelError when the input is no image tensor."""
         super().__init__()
         graph = model.graph
         constants: dict[str, Array] = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        inputs = [value for value in graph.input if value.name not in constants]
-        if len(inputs) != 1 or len(graph.output) != 1:
-            raise ModelError(
-                f"the ONNX model has {len(inputs)} inputs and {len(graph.output)} outputs; "
-                "robustdice runs models of one image tensor that give one score per class"
-            )
-        tensor_type = inputs[0].type.tensor_type
-        if tensor_type.elem_type != onnx.TensorProto.FLOAT:
-            kind = onnx.TensorProto.DataType.Name(tensor_type.elem_type)
-            raise ModelError(f"the ONNX model takes {kind} inputs; robustdice takes float32 models")
-        # What says nothing about its shape is an image of any size.
-        batch, *sizes = [size.dim_value or None for size in tensor_type.shape.dim] or [None] * 4
-        self.batch: int | None = batch
-        self.channels_last = len(sizes) == 3 and sizes[2] in (1, 3) and sizes[0] not in (1, 3)
-        self.input_shape: tuple[int | None, ...] = tuple([sizes[2], *sizes[:2]] if self.channels_last else sizes)
-        self._input, self._output = inputs[0].name, graph.output[0].name
+        self.image = image_of(model)
+        self._output = graph.output[0].name
         self._paths: dict[str, str] = {}  # of the parameters, by the constants' names
         self._steps: list[tuple[Node, list[Value]]] = []
-        opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+        self.opset = opset_of(model)
         for proto in graph.node:
-            node = _node(proto, opset, batch)
-            if node.operator == "Constant":
-                constants[node.outputs[0]] = _constant(node)
-            else:
-                node = _with_turned_weight(node, constants)
-                self._steps.append((node, [self._argument(node, name, constants) for name in node.inputs]))
+            node = _with_turned_weight(_node(proto, self.opset, self.image.batch), constants)
+            self._steps.append((node, [self._argument(node, name, constants) for name in node.inputs]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores [batch, classes] of ``images`` [batch, *input_shape]."""
+        """Class scores [batch, classes] of ``images`` [batch, channels, height, width]."""
         result = self._run(images).get(self._output)
         if not isinstance(result, torch.Tensor):
             raise ModelError("the ONNX model's output does not depend on its input")
@@ -95,7 +81,7 @@ class OnnxModule(torch.nn.Module):
                 needed.update(argument.name for argument in arguments if isinstance(argument, _Computed))
 
     def _run(self, images: torch.Tensor) -> dict[str, Value]:
-        values: dict[str, Value] = {self._input: images.permute(0, 2, 3, 1) if self.channels_last else images}
+        values: dict[str, Value] = {self.image.name: _as_in_file(self.image, images)}
         for node, arguments in self._steps:
             results = run_node(node, [self._value(argument, values) for argument in arguments])
             values.update(zip(node.outputs, results, strict=False))  # outputs for training may be named, or left out
@@ -115,8 +101,6 @@ class OnnxModule(torch.nn.Module):
         constant = constants[name]
         if constant.dtype.kind != "f" or node.operator in TAKES_ARRAYS:
             return constant
-        if constant.dtype != np.float32:
-            raise ModelError(f"the ONNX model's {name!r} is {constant.dtype}; robustdice takes float32 models")
         if constant.size == 1 and node.operator in TAKES_NUMBERS:
             return float(constant.item())
         if name not in self._paths:
@@ -154,37 +138,67 @@ class _Parameter:
     path: str
 
 
-def load_onnx(path: Path, input_size: Sequence[int] | None = None) -> tuple[OnnxModule, tuple[int, ...]]:
-    """The model of an ``.onnx`` file (with the weights that it keeps beside itself, if it does) as a module, and the
-    shape of an image; ``input_size`` is that shape where the file leaves it open.
+def load_onnx(
+    path: Path, input_size: Sequence[int] | None = None
+) -> tuple[OnnxModule, tuple[int, ...], dict[str, Any]]:
+    """The model of an ``.onnx`` file (with the weights that it keeps beside itself, if it does) as a module, the shape
+    of an image, and what the file's metadata say (keys as in a sidecar); ``input_size`` is that shape where the file
+    leaves it open.
 
     The module gives random images the scores that ONNX Runtime gives them. ModelError when it does not, when the file
     is damaged, or holds what is not supported.
     """
     try:
-        model = onnx.load(path)
+        original = onnx.load(path)
     except Exception as error:  # whatever a damaged file, or one without its weights, makes the parser raise
         raise ModelError(f"{path} is not an ONNX model: {first_line(error)}") from None
+    given_types = {value.name: value.type.tensor_type.elem_type for value in original.graph.input}
+    model = bring_up_to_date(original)
+    rewritten = model is not original
     with contextlib.suppress(Exception):  # what it cannot simplify (inline functions, fold constants) stays as it is
         model = optimizer.optimize(model)
-    module = OnnxModule(model)
-    fixed = module.input_shape
-    if None in fixed and (input_size is None or len(input_size) != len(fixed)):
+    rewritten |= simplify(model)
+    image, metadata = image_of(model), metadata_of(model)
+    size = input_size or size_from(metadata, image.shape)
+    if None in image.shape and (size is None or len(size) != len(image.shape)):
         raise ModelError(f"{path} leaves the size of its images open; say it with --size, as in --size 3,224,224")
-    shape = tuple(size or int(said) for size, said in zip(fixed, input_size or fixed, strict=False))  # type: ignore[arg-type]
-    images = torch.randn(module.batch or 3, *shape, generator=torch.Generator().manual_seed(0))
-    module.turn_gathers_into_reshapes(images)
-    _check_beside_runtime(module, path, images)
-    return module, shape
-
-
-def _check_beside_runtime(module: OnnxModule, path: Path, images: torch.Tensor) -> None:
+    shape = tuple(own or int(said) for own, said in zip(image.shape, size or image.shape, strict=False))  # type: ignore[arg-type]
+    images = torch.rand(image.batch or 3, *shape, generator=torch.Generator().manual_seed(0))
+    given = _as_in_file(image, images).contiguous().numpy()
     try:
-        session = open_session(path, threads=0)
-        given = images.permute(0, 2, 3, 1) if module.channels_last else images
-        (expected,) = session.run(None, {session.get_inputs()[0].name: given.contiguous().numpy()})
+        expected = _run(path, model.SerializeToString() if rewritten else path, given)
+    except ModelError:
+        _check_operators(model, image)  # which say better what is wrong
+        raise
+    choose_scores(model, list(expected.values()), len(images))
+    scores = expected[model.graph.output[0].name]
+    module = OnnxModule(model)
+    module.turn_gathers_into_reshapes(images)
+    _check_beside_runtime(module, path, images, scores)
+    kind = given_types[image.name]
+    if rewritten and module.opset == opset_of(original):
+        _check_original(path, given, kind, scores, model.graph.output[0].name)
+    return module, shape, fitting(metadata, shape, scores.size // len(images))
+
+
+def _check_operators(model: onnx.ModelProto, image: Image) -> None:
+    for proto in model.graph.node:
+        node = _node(proto, opset_of(model), image.batch)
+        if node.operator not in OPERATORS:
+            raise node.refuse("is an operator that is not supported")
+
+
+def _run(path: Path, source: Path | bytes, images: Array) -> dict[str, Any]:
+    """What ONNX Runtime computes, by the outputs' names."""
+    try:
+        session = open_session(source, threads=0)
+        results = session.run(None, {session.get_inputs()[0].name: images})
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
         raise ModelError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from None
+    return dict(zip([output.name for output in session.get_outputs()], results, strict=True))
+
+
+def _check_beside_runtime(module: OnnxModule, path: Path, images: torch.Tensor, expected: Any) -> None:
     with torch.no_grad():
         found = module(images).numpy()
     if not np.isfinite(expected).all():
@@ -197,17 +211,32 @@ def _check_beside_runtime(module: OnnxModule, path: Path, images: torch.Tensor) 
         )
 
 
+def _check_original(path: Path, images: Array, kind: int, found: Array, output: str) -> None:
+    """That a file of few bits is not misread: its own arithmetic gives scores near those of real numbers."""
+    given = (images * 255).round() if kind == onnx.TensorProto.UINT8 else images
+    try:
+        expected = _run(path, path, given.astype(helper.tensor_dtype_to_np_dtype(kind)))[output]
+    except ModelError:  # half precision, say, which ONNX Runtime has not for every operator
+        return
+    if expected.dtype.kind in "iu":  # codes
+        return
+    expected = expected.astype(np.float32)
+    if not float(np.linalg.norm(found - expected)) <= QUANTISED_TOLERANCE * float(np.linalg.norm(expected)):
+        raise ModelError(
+            f"{path} gives other scores in ONNX Runtime than its quantised operators read as those of real numbers do; "
+            "take the float32 model that it was made of"
+        )
+
+
+def _as_in_file(image: Image, images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 2, 3, 1) if image.channels_last else images
+
+
 def _node(proto: onnx.NodeProto, opset: int, batch: int | None) -> Node:
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}
     own = proto.domain in ("", "ai.onnx")
     operator = proto.op_type if own else f"{proto.domain}.{proto.op_type}"
     return Node(proto.name, operator, tuple(proto.input), tuple(proto.output), attributes, opset, batch)
-
-
-def _constant(node: Node) -> Array:
-    """The value of a Constant node, whichever of its attributes it stands in."""
-    ((_, value),) = node.attributes.items()
-    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.array(value)
 
 
 def _with_turned_weight(node: Node, constants: dict[str, Array]) -> Node:

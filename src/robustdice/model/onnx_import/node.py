@@ -42,7 +42,9 @@ class Node:
         """The error for a use of the operator that is not supported."""
         return ModelError(
             f"the ONNX node {self.name or self.outputs[0]} ({self.operator}) {why}; "
-            "export the model to a .pt2 file from where it was made"
+            "export the model to a .pt2 file from where it was made, or, where class scores are computed before this "
+            "node, take them out of the file: onnx.utils.extract_model('FILE.onnx', 'scores.onnx', ['IMAGE'], "
+            f"{[name for name in self.inputs if name][:1]})"
         )
 
 

@@ -213,11 +213,15 @@ def _slice(
     starts, ends = given(node, "starts", starts), given(node, "ends", ends)
     axes = given(node, "axes", axes) or list(range(len(starts)))
     steps = integers(steps) or [1] * len(starts)
-    if isinstance(x, torch.Tensor) and any(step < 1 for step in steps):
-        raise node.refuse("goes backwards, which is not supported")
     places = [slice(None)] * x.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        places[axis] = slice(start, end, step)
+        if step > 0 or not isinstance(x, torch.Tensor):
+            places[axis] = slice(start, end, step)
+        elif isinstance(x.shape[axis], int):
+            backwards = range(*slice(start, end, step).indices(x.shape[axis]))
+            x = x.index_select(axis, torch.tensor(backwards, dtype=torch.int64))
+        else:
+            raise node.refuse("turns the images of a batch around, which is not supported")
     return x[tuple(places)]
 
 
@@ -318,17 +322,21 @@ OPERATORS: dict[str, Operator] = {
     "Pow": _elementwise(torch.pow, np.power),
     "Range": _range,
     "Reciprocal": _unary(torch.reciprocal),
+    "ReduceL1": _reduce(lambda x, axes, keep: x.abs().sum(axes, keep)),
     "ReduceL2": _reduce(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
+    "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
     "Relu": _unary(functional.relu),
+    "Round": _unary(torch.round),
     "Reshape": _reshape,
     "Resize": spatial.resize,
     "Selu": _unary(functional.selu),
     "Shape": _shape,
     "Sigmoid": _unary(torch.sigmoid),
+    "Sign": _unary(torch.sign),
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
     "Softplus": _unary(functional.softplus),
@@ -341,6 +349,7 @@ OPERATORS: dict[str, Operator] = {
     "Sum": _many(operator.add),
     "Swish": lambda node, x: x * torch.sigmoid(node.get("alpha", 1.0) * x),
     "Tanh": _unary(torch.tanh),
+    "ThresholdedRelu": lambda node, x: torch.where(x > node.get("alpha", 1.0), x, 0.0),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Upsample": spatial.resize,
