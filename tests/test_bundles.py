@@ -16,10 +16,13 @@ from nets import (
     Floats,
     Plain,
     Residual,
+    labels_last,
     network_of,
+    one_answer,
     random_images,
     random_plan,
     relative_error,
+    scores_of,
     seeded,
 )
 from robustdice.bundle.manifest import Manifest
@@ -131,6 +134,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "two_heads": (TwoHeads, (3, 6, 6)),
     "flat": (flat, (1, 8, 8)),
     "signal": (signal, (2, 16)),
+    "one_answer": (one_answer, (1, 8, 8)),
+    "labels_last": (labels_last, (1, 8, 8)),
     "digits": (digits_cnn, (1, 32, 32)),
 }
 MADE: dict[str, tuple[nn.Module, Network, OnnxGraph]] = {}
@@ -194,8 +199,7 @@ def test_bundles_equal_the_network_in_every_failure_set(name: str, method: str, 
         plan = plan_of(network, method, devices)
         directories = write_bundles(network, plan, tmp_path / str(devices), spares, graph)
         bundles = [load_bundle(directory) for directory in directories]
-        with torch.no_grad():
-            intact = module(torch.from_numpy(images)).numpy()
+        intact = scores_of(module, images)
         assert relative_error(run_bundles(bundles, images), intact) < TOLERANCE
         assert np.abs(intact[0] - intact[1]).max() > 0.01 * np.abs(intact).max()
         for size in range(1, devices):
@@ -287,8 +291,7 @@ def test_any_batch_size_can_be_run(name: str, batch: int, tmp_path: Path) -> Non
     bundles = [
         load_bundle(d) for d in write_bundles(network, plan_of(network, "random", 3), tmp_path / "b", graph=graph)
     ]
-    with torch.no_grad():
-        assert relative_error(run_bundles(bundles, images), module(torch.from_numpy(images)).numpy()) < TOLERANCE
+    assert relative_error(run_bundles(bundles, images), scores_of(module, images)) < TOLERANCE
 
 
 def test_the_manifest_says_what_a_device_needs_to_know(tmp_path: Path) -> None:

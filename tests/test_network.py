@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nets import Branches, ChannelsLast, Plain, Residual, export, network_of, random_images, seeded, without
 from robustdice.errors import ModelError
-from robustdice.model.load import quiet
 from robustdice.model.network import Network, build_network
+from robustdice.model.tracing import quiet
 from robustdice.plan import Layer
 
 RESIDUAL = (
@@ -281,6 +281,10 @@ class Projection(nn.Module):
         return x @ self.matrix + self.bias
 
 
+ACTIVATIONS = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
+"""What makes probabilities of class scores."""
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -302,7 +306,7 @@ def test_class_scores_are_neurons_of_the_last_layer(head: list[nn.Module]) -> No
     last = network.layers[-1]
     assert (last.value, last.shape, last.fill) == (network.output, (3,), float("-inf"))
     images = torch.from_numpy(random_images(2, (1, 6, 6)))
-    expected = nn.Sequential(*list(module)[:-1])(images) if "Softmax" in type(head[-1]).__name__ else module(images)
+    expected = nn.Sequential(*list(module)[:-1])(images) if isinstance(head[-1], ACTIVATIONS) else module(images)
     torch.testing.assert_close(network.run(images), expected)
     mask = [torch.ones(4, dtype=torch.bool), torch.tensor([True, False, True])]
     expected[:, 1] = float("-inf")
@@ -418,8 +422,9 @@ class Wrong(nn.Module):
         (Wrong(lambda x: (x, x + 1)), "2 outputs; expected one tensor"),
         (Wrong(lambda x: {"scores": x, "again": x}), "2 outputs; expected one tensor"),
         (Wrong(lambda _: 3), "does not return a tensor"),
-        (Wrong(lambda x: x[:, None]), r"returns .* of shape .* expected float32 \[batch, classes\]: export a module"),
-        (Wrong(lambda x: x[:, :1]), "returns one score; robustdice needs one for every class"),
+        (Wrong(lambda x: x[:, None] * x[..., None]), r"of shape .* expected float32 \[batch, classes\] .*: export"),
+        (Wrong(lambda x: x[:, :1]), r'returns one score .* \{"activation": "sigmoid"\} in the sidecar'),
+        (Wrong(lambda x: x[:, :1].softmax(1)), "returns one score"),
         (Wrong(lambda x: x + torch.rand_like(x)), "node rand_like .*is random"),
         (Wrong(lambda x: x.argmax(1, keepdim=True)), r"returns torch\.int64 of shape .* expected float32"),
         (Wrong(lambda x: x * float("nan")), "not finite"),
@@ -521,3 +526,80 @@ def test_the_digest_names_the_model() -> None:
 
     assert digest(Plain, (1, 8, 8), 0) == digest(Plain, (1, 8, 8), 0)
     assert digest(Plain, (1, 8, 8), 0) != digest(Plain, (1, 8, 8), 1)
+
+
+@pytest.mark.parametrize("activation", [nn.Softmax, nn.LogSigmoid])
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x[:, :, None, None],
+        lambda x: x[:, None, None, :],
+        lambda x: x[:, None],
+        lambda x: x[:, None, :, None, None],
+    ],
+)
+def test_scores_may_have_further_axes_of_one_entry(
+    reshape: Callable[[Tensor], Tensor], activation: Callable[[int], nn.Module]
+) -> None:
+    softmax = activation is nn.Softmax
+
+    def scores(x: Tensor) -> Tensor:
+        shaped = reshape(x)
+        axis = next(axis for axis, size in enumerate(shaped.shape) if axis and size == 2)
+        return activation(axis)(shaped) if softmax else activation()(shaped)  # type: ignore[call-arg]
+
+    module = Wrong(scores)
+    network = network_of(module, 1, 4, 4)
+    images = torch.from_numpy(random_images(3, (1, 4, 4)))
+    plain = module.conv(images).mean((2, 3))
+    assert (network.outputs, network.activation) == (2, "softmax" if softmax else "sigmoid")
+    torch.testing.assert_close(network.run(images), plain)
+    lost = network.run(images, [torch.tensor([False, True])])
+    torch.testing.assert_close(lost, torch.stack([torch.full((3,), float("-inf")), plain[:, 1]], 1))
+
+
+@pytest.mark.parametrize(
+    "give", [lambda x: x[:, :1].sigmoid(), lambda x: x[:, 0].sigmoid(), lambda x: x[:, :1, None].sigmoid()]
+)
+def test_one_score_behind_a_sigmoid_is_two_classes(give: Callable[[Tensor], Tensor]) -> None:
+    module = Wrong(give)
+    network = network_of(module, 1, 4, 4)
+    images = torch.from_numpy(random_images(8, (1, 4, 4)))
+    yes = module(images).reshape(-1)  # type: ignore[operator]
+    probabilities = network.run(images).softmax(1)
+    assert (network.outputs, network.activation) == (2, "softmax")
+    torch.testing.assert_close(probabilities, torch.stack([1 - yes, yes], 1))
+    assert torch.equal(probabilities.argmax(1), (yes > 0.5).long())
+
+
+def test_the_only_score_is_one_neuron_and_without_it_there_is_no_answer() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 1), nn.Sigmoid())
+    network = network_of(module, 1, 4, 4)
+    last = network.layers[-1]
+    assert (last.layer.neurons, last.features, last.shape, last.fill) == (1, 2, (2,), float("-inf"))
+    images = torch.from_numpy(random_images(2, (1, 4, 4)))
+    masks = [torch.ones(4, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)]
+    assert bool(network.run(images, masks).isneginf().all())
+
+
+def test_what_scores_mean_can_be_said_where_the_graph_does_not() -> None:
+    images = torch.from_numpy(random_images(4, (1, 4, 4)))
+    declared = {"activation": "sigmoid"}
+    several = Wrong(lambda x: x)
+    network = build_network(export(several, 1, 4, 4), "test", declared)
+    assert (network.outputs, network.activation) == (2, "sigmoid")
+    torch.testing.assert_close(network.run(images), several(images))
+    one = Wrong(lambda x: x[:, :1])
+    network = build_network(export(one, 1, 4, 4), "test", declared)
+    assert (network.outputs, network.activation) == (2, "softmax")
+    torch.testing.assert_close(network.run(images), torch.cat([torch.zeros(4, 1), one(images)], 1))  # type: ignore[list-item]
+    exclusive = build_network(export(Wrong(torch.sigmoid), 1, 4, 4), "test", {"activation": "softmax"})
+    assert exclusive.activation == "softmax"
+    with pytest.raises(ModelError, match="ends in a softmax, but its activation is said to be a sigmoid"):
+        build_network(export(Wrong(lambda x: x.softmax(1)), 1, 4, 4), "test", declared)
+
+
+def test_several_labels_are_another_model_than_one_class() -> None:
+    program = export(seeded(lambda: Wrong(torch.sigmoid)), 1, 4, 4)
+    labels, classes = (build_network(program, "test", {"activation": end}) for end in ("sigmoid", "softmax"))
+    assert labels.reference.digest != classes.reference.digest

@@ -28,6 +28,7 @@ _CHOICES = {
     "interpolation": tuple(_FILTERS),
     "fit": ("squash", "cover", "contain"),
     "channels": ("RGB", "BGR"),
+    "activation": ("softmax", "sigmoid"),
 }
 _KEYS = {
     *("input_size", "resize", "mean", "std", "classes", "exif_orientation", "background", "border"),

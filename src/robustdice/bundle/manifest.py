@@ -83,7 +83,8 @@ class Manifest:
     ``input_shape`` is without the batch axis; ``classes`` names the outputs in order (may be empty);
     ``preprocessing`` is how an image becomes an input (docs/formats.md); ``weight_bytes`` is what the ONNX
     files and the weights hold of the model's parameters, equal to the plan's ``bytes_per_device[device]``;
-    ``calibrated`` are the failure sets that the weights have corrections for.
+    ``calibrated`` are the failure sets that the weights have corrections for; ``activation`` makes probabilities of the
+    outputs: ``softmax``, or ``sigmoid`` where each is a question of its own.
     """
 
     device: int
@@ -101,6 +102,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     weight_bytes: int
     calibrated: tuple[tuple[int, ...], ...] = ()
+    activation: str = "softmax"
 
     @property
     def parts(self) -> list[Part]:
@@ -163,6 +165,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         },
         weight_bytes=int(document["weight_bytes"]),
         calibrated=tuple(tuple(map(int, failed)) for failed in document["calibrated"]),
+        activation=str(document.get("activation", "softmax")),
     )
 
 
@@ -194,6 +197,7 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST_NAME} contradicts itself: {what}; build the bundle again")
 
     require(0 <= manifest.device < manifest.devices, "the device number")
+    require(manifest.activation in ("softmax", "sigmoid"), "what its outputs mean")
     seen: list[int] = []
     for stage in manifest.stages:
         seen.extend(stage.exchanges)

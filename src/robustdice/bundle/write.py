@@ -150,12 +150,15 @@ class _Device:
             output=network.output.name,
             outputs=network.outputs,
             classes=tuple(plan.model.preprocessing.get("classes", ())),
-            preprocessing={key: value for key, value in plan.model.preprocessing.items() if key != "classes"},
+            preprocessing={
+                key: value for key, value in plan.model.preprocessing.items() if key not in ("classes", "activation")
+            },
             exchanges=tuple(_exchange(self.models, index) for index in exchanged),
             stages=tuple(manifest_stages),
             files=self.files,
             weight_bytes=self.weight_bytes,
             calibrated=tuple(tuple(sorted(failed)) for failed in self.calibrated),
+            activation=network.activation,
         )
         (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
 

@@ -96,7 +96,7 @@ def infer(
     with rd.Client(directory / "cluster.toml", timeout_seconds=timeout) as client:
         model = client.model
         for answer in client.stream(arrays({"input_size": list(model.input_shape), **model.preprocessing})):
-            answers.append(tables.answer_json(read[len(answers)], answer, model.classes))
+            answers.append(tables.answer_json(read[len(answers)], answer, model.classes, model.activation))
             say(answers[-1])
     if answers and not as_json:
         out.print(tables.answers_table(answers))

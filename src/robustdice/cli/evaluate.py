@@ -14,6 +14,7 @@ from robustdice.cli.options import (
     Classes,
     Data,
     Json,
+    MovedModel,
     Plot,
     Samples,
     Scheduler,
@@ -49,6 +50,7 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="keep what is finished there; the same command goes on from it")
     ] = None,
+    model: MovedModel = None,
     scheduler: Scheduler = None,
     plot: Plot = None,
     samples: Samples = None,
@@ -74,7 +76,13 @@ def evaluate(
         if up is not None:
             for_each(each.devices, up)
     with waiting("loading the model"):
-        network = rd.reload_model(made[0].model)
+        network = rd.reload_model(made[0].model, model, plans[0].parent)
+    if network.activation == "sigmoid":
+        err.print(
+            "The model's outputs are labels of their own (a sigmoid): what is counted is how often the likeliest one "
+            "is the image's class.",
+            soft_wrap=True,
+        )
     dataset = load_data(data, network, samples, seed, skip_bad=skip_bad, classes=classes)
     with resumable(checkpoint), progress("evaluating") as advance:
         results = rd.evaluate_plans(

@@ -31,26 +31,22 @@ def check_types(module: fx.GraphModule, source: fx.Node) -> None:
 
 def run_beside(
     module: fx.GraphModule, program: ExportedProgram, example: torch.Tensor
-) -> tuple[torch.Tensor, Shapes, frozenset[fx.Node]]:
-    """Scores and shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
+) -> tuple[Shapes, frozenset[fx.Node]]:
+    """Shapes for ``example``, and the tensors whose first axis is the batch; ModelError when the
     rewritten graph does not give an image the original's scores, whatever the batch that it is in."""
     try:
         output, shapes = measure_shapes(module, example)
         with torch.no_grad():
             expected = _original(program, example)
+            expected = expected.reshape(len(example), -1) if expected.numel() == output.numel() else expected
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"the model does not run a batch of {len(example)} ({first_line(error)}); {_DYNAMIC_BATCH}"
         ) from None
     if output.ndim != 2 or output.dtype != torch.float32:
         raise ModelError(
-            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes]: "
-            "export a module that returns the class scores so"
-        )
-    if output.shape[1] < 2:
-        raise ModelError(
-            "the model returns one score; robustdice needs one for every class, for a yes and no question two: "
-            "export a module that returns torch.cat([-score, score], 1) / 2"
+            f"the model returns {output.dtype} of shape {tuple(output.shape)}; expected float32 [batch, classes] "
+            "(further axes may have one entry): export a module that returns the class scores so"
         )
     if not bool(expected.isfinite().all()):
         raise ModelError("the model's scores for random images are not finite; look for NaN or infinity in its weights")
@@ -79,7 +75,7 @@ def run_beside(
         for node, shape in shapes.items()
         if shape and shape[0] == len(example) and more_shapes[node] == (len(more), *shape[1:])
     )
-    return output, shapes, per_image
+    return shapes, per_image
 
 
 def _original(program: ExportedProgram, example: torch.Tensor) -> torch.Tensor:

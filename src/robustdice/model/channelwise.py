@@ -106,7 +106,10 @@ def _spatial(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | No
 
 def _pad(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | None:
     padded = len(arguments(node)[1]) // 2
-    return channels if len(shapes[node]) - padded > channels.axis else None
+    if len(shapes[node]) - padded > channels.axis:
+        return channels
+    # All that lies along its axis belongs to a layer's only neuron.
+    return replace(channels, features=shapes[node][channels.axis]) if channels.neurons == 1 else None
 
 
 def _slice(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | None:

@@ -32,11 +32,8 @@ from robustdice.model.canonical import (
     execute,
 )
 from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
+from robustdice.model.outputs import SOFTMAX, flatten_scores, read_output
 from robustdice.plan import Layer, ModelReference, Plan
-
-_SOFTMAXES = {aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default}
-_AFTER_SOFTMAX = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.log.default}
-"""What leaves the order of probabilities as it is, and may end a model."""
 
 _NOT_INVERTED = {aten.sub.Tensor, aten.div.Tensor}
 _AFFINE = {aten.batch_norm.default, aten.add.Tensor, aten.mul.Tensor, *_NOT_INVERTED}
@@ -137,8 +134,9 @@ class NetworkLayer:
 class Network:
     """A model in the workshop. Made by :func:`build_network`; ``rd.load_model`` makes one from a name or file.
 
-    ``shapes`` has the shape of every tensor of the graph, for some batch size; ``per_image`` are the tensors whose
-    first axis is the batch; ``shared_parameters`` names the parameters outside of all layers.
+    ``activation`` is what makes probabilities of the class scores: a softmax, or a sigmoid where each class is a
+    question of its own. ``shapes`` has the shape of every tensor of the graph, for some batch size; ``per_image`` are
+    the tensors whose first axis is the batch; ``shared_parameters`` names the parameters outside of all layers.
     """
 
     module: fx.GraphModule
@@ -147,6 +145,7 @@ class Network:
     output: fx.Node
     input_shape: tuple[int, ...]
     outputs: int
+    activation: str
     shapes: Mapping[fx.Node, tuple[int, ...]]
     per_image: frozenset[fx.Node]
     shared_parameters: tuple[str, ...]
@@ -213,7 +212,7 @@ class Network:
         return dict(self._constants[device])
 
     def run(self, images: torch.Tensor, survivors: Survivors | None = None) -> torch.Tensor:
-        """Class scores (before any softmax) [batch, outputs] of ``images`` [batch, channels, height, width].
+        """Class scores (before any softmax or sigmoid) [batch, outputs] of ``images`` [batch, channels, height, width].
 
         With ``survivors``, neurons that are not there are filled in at their layer's exchange.
         """
@@ -300,10 +299,12 @@ def build_network(
             "say the size with --size, as in --size 3,224,224, or in the sidecar"
         )
     check_types(module, source_node)
+    flatten_scores(module.graph)
     batch = exported[0] if isinstance(exported[0], int) else 2
     example = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    output, shapes, per_image = run_beside(module, program, example)
-    output_node = _strip_softmax(module)
+    shapes, per_image = run_beside(module, program, example)
+    output_node, outputs, activation = read_output(module, shapes, preprocessing or {})
+    shapes, per_image = {**shapes, output_node: (batch, outputs)}, per_image | {output_node}
     layers, shared = _find_layers(module, shapes, per_image)
     return Network(
         module=module,
@@ -311,35 +312,18 @@ def build_network(
         input=source_node,
         output=output_node,
         input_shape=input_shape,
-        outputs=output.shape[1],
+        outputs=outputs,
+        activation=activation,
         shapes=shapes,
         per_image=per_image,
         shared_parameters=shared,
-        reference=ModelReference(source, _digest(module), random_weights_seed, dict(preprocessing or {})),
+        reference=ModelReference(source, _digest(module, activation), random_weights_seed, dict(preprocessing or {})),
     )
 
 
-def _strip_softmax(module: fx.GraphModule) -> fx.Node:
-    """Make the class scores the output: softmax is taken of them wherever probabilities are wanted."""
-    end = module.graph.output_node()
-    output = softmax = end.args[0]
-    assert isinstance(output, fx.Node)
-    assert isinstance(softmax, fx.Node)
-    while softmax.target in _AFTER_SOFTMAX and isinstance(softmax.args[0], fx.Node):
-        softmax = softmax.args[0]
-    if softmax.target not in _SOFTMAXES or softmax.args[1] not in (1, -1):
-        return output
-    scores = softmax.args[0]
-    assert isinstance(scores, fx.Node)
-    end.args = (scores,)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return scores
-
-
-def _digest(module: fx.GraphModule) -> str:
-    """SHA-256 (hex) of the graph and all parameters."""
-    digest = hashlib.sha256()
+def _digest(module: fx.GraphModule, activation: str) -> str:
+    """SHA-256 (hex) of the graph, all parameters, and what the scores mean where they are not one question."""
+    digest = hashlib.sha256(b"" if activation == SOFTMAX else activation.encode())
     for node in module.graph.nodes:
         digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}\n".encode())
         if node.op == "get_attr":

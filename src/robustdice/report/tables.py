@@ -41,6 +41,7 @@ def network_json(network: Network) -> dict[str, Any]:
         "input_shape": list(network.input_shape),
         "outputs": network.outputs,
         "parameters": network.parameters,
+        "activation": network.activation,
         "shared_parameters": network.shared_weights,
         "layers": [
             {
@@ -66,6 +67,10 @@ def network_table(network: Network) -> Sheet:
         f"{exchanged:,} activations exchanged per image when every layer is, input {list(network.input_shape)}, "
         f"{network.outputs} outputs"
     )
+    if network.activation == "sigmoid":
+        caption += (
+            ", each a label of its own (a sigmoid, not a softmax): of several labels, plans are made for the highest"
+        )
     headings = ("layer", "neurons", "parameters", "multiply-adds", "exchange", "kB")
     table = Sheet(network.reference.source, *headings, caption=caption)
     for layer in network.layers:
@@ -305,10 +310,16 @@ def verdict(result: Verification) -> str:
     return f"The bundles {'agree' if result.agrees else 'do NOT agree'} with the model for {sets} ({error})."
 
 
-def answer_json(path: str, answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
-    """What ``infer --json`` prints for one image."""
+def answer_json(path: str, answer: Answer, classes: Sequence[str], activation: str = "softmax") -> dict[str, Any]:
+    """What ``infer --json`` prints for one image; with its ``labels``, the likeliest first, where outputs are such."""
     index = answer.class_index
+    labels: dict[str, Any] = {}
+    if activation == "sigmoid" and answer.probabilities is not None:
+        likely = [int(k) for k in np.argsort(-answer.probabilities) if answer.probabilities[k] >= 0.5]
+        names = [classes[k] if classes else str(k) for k in likely]
+        labels = {"labels": dict(zip(names, map(float, answer.probabilities[likely]), strict=True))}
     return {
+        **labels,
         "path": path,
         "class_index": index,
         "class_name": classes[index] if index is not None and classes else None,
@@ -331,7 +342,7 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> Sheet:
     for answer, path in zip(answers, paths, strict=True):
         index, probability, down = answer["class_index"], answer["probability"], answer["down"]
         sheet.add_row(
-            "no answer" if index is None else str(answer["class_name"] or index),
+            "no answer" if index is None else ", ".join(answer.get("labels", ())) or str(answer["class_name"] or index),
             "" if probability is None else f"{100 * probability:.1f}",
             "" if down is None else f"{100 * answer['coverage']:.1f}",
             "" if down is None else f"{100 * answer['from_spares']:.1f}",

@@ -40,10 +40,11 @@ class Answer:
     """What came back for one frame.
 
     ``outputs`` are the network's, float32 [outputs] (minus infinity for class scores that were lost), and
-    ``probabilities`` their softmax; both are None, and ``class_index`` too, when no answer came in time or nothing is
-    left to answer with. ``coverage`` is the least, over the exchanges, of the share of neurons that were present;
-    ``from_spares`` the largest of the share that came from a spare; ``down`` the devices that took no part. ``refused``
-    says why there is no answer, where that is known.
+    ``probabilities`` their softmax (or the sigmoid of each, where the model's outputs are several labels); both are
+    None, and ``class_index`` too, when no answer came in time or nothing is left to answer with. ``coverage`` is the
+    least, over the exchanges, of the share of neurons that were present; ``from_spares`` the largest of the share that
+    came from a spare; ``down`` the devices that took no part. ``refused`` says why there is no answer, where that is
+    known.
     """
 
     number: int
@@ -61,13 +62,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Model:
-    """What the devices serve: ``input_shape`` [C, H, W], class names (may be empty), how an image becomes an input, and
-    the number of exchanges (0: frames are computed by one device each)."""
+    """What the devices serve: ``input_shape`` [C, H, W], class names (may be empty), how an image becomes an input, the
+    ``activation`` that makes probabilities of the outputs (``softmax``, or ``sigmoid`` where each is a label of its
+    own), and the number of exchanges (0: frames are computed by one device each)."""
 
     input_shape: tuple[int, ...]
     outputs: int
     classes: tuple[str, ...]
     preprocessing: Mapping[str, Any]
+    activation: str
     exchanges: int
 
 
@@ -320,6 +323,7 @@ class Client:
                 int(model["outputs"]),
                 tuple(map(str, model["classes"])),
                 dict(model["preprocessing"]),
+                str(model.get("activation", "softmax")),
                 int(model["exchanges"]),
             )
         except (KeyError, TypeError, ValueError):
@@ -415,7 +419,7 @@ class Client:
             return
         best, at = max(pending.answers.values(), key=lambda entry: (entry[0].coverage, -entry[1]))
         outputs = np.array(best.outputs, np.float32)
-        probabilities = _softmax(outputs)
+        probabilities = probabilities_of(outputs, self.model.activation)
         self._done[pending.number] = Answer(
             number=pending.number,
             outputs=outputs,
@@ -454,11 +458,16 @@ class Client:
         return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"
 
 
-def _softmax(outputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    top = outputs.max()
+def probabilities_of(outputs: NDArray[np.float32], activation: str) -> NDArray[np.float32] | None:
+    """Class scores as probabilities, by ``softmax`` or by the ``sigmoid`` of each; None when every score was lost."""
+    top = float(outputs.max())
     if not np.isfinite(top):
         return None
-    powers = np.exp(outputs.astype(np.float64) - float(top))
+    scores = outputs.astype(np.float64)
+    if activation == "sigmoid":
+        small = np.exp(-np.abs(scores))  # which never overflows
+        return np.asarray(np.where(scores < 0, small, 1.0) / (1 + small), np.float32)
+    powers = np.exp(scores - top)
     return np.asarray(powers / powers.sum(), np.float32)
 
 

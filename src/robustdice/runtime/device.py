@@ -241,6 +241,7 @@ class Loop:
                 "outputs": manifest.outputs,
                 "classes": manifest.classes,
                 "preprocessing": dict(manifest.preprocessing),
+                "activation": manifest.activation,
                 "exchanges": len(manifest.exchanges),
             },
         }
