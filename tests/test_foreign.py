@@ -52,7 +52,7 @@ def save_tensors(module: nn.Module, path: Path) -> None:
 
 def save_script(module: nn.Module, path: Path) -> None:
     with quiet():
-        torch.jit.save(torch.jit.trace(module, torch.zeros(1, *SHAPE)), path)
+        torch.jit.save(torch.jit.trace(module, torch.zeros(1, *SHAPE)), path)  # type: ignore[no-untyped-call]
 
 
 def save_module(module: nn.Module, path: Path) -> None:

@@ -539,14 +539,14 @@ def test_the_digest_names_the_model() -> None:
     ],
 )
 def test_scores_may_have_further_axes_of_one_entry(
-    reshape: Callable[[Tensor], Tensor], activation: Callable[[int], nn.Module]
+    reshape: Callable[[Tensor], Tensor], activation: Callable[..., nn.Module]
 ) -> None:
     softmax = activation is nn.Softmax
 
-    def scores(x: Tensor) -> Tensor:
+    def scores(x: Tensor) -> object:
         shaped = reshape(x)
         axis = next(axis for axis, size in enumerate(shaped.shape) if axis and size == 2)
-        return activation(axis)(shaped) if softmax else activation()(shaped)  # type: ignore[call-arg]
+        return nn.Softmax(axis)(shaped) if softmax else activation()(shaped)
 
     module = Wrong(scores)
     network = network_of(module, 1, 4, 4)
@@ -565,7 +565,7 @@ def test_one_score_behind_a_sigmoid_is_two_classes(give: Callable[[Tensor], Tens
     module = Wrong(give)
     network = network_of(module, 1, 4, 4)
     images = torch.from_numpy(random_images(8, (1, 4, 4)))
-    yes = module(images).reshape(-1)  # type: ignore[operator]
+    yes = module(images).reshape(-1)
     probabilities = network.run(images).softmax(1)
     assert (network.outputs, network.activation) == (2, "softmax")
     torch.testing.assert_close(probabilities, torch.stack([1 - yes, yes], 1))
@@ -592,7 +592,7 @@ def test_what_scores_mean_can_be_said_where_the_graph_does_not() -> None:
     one = Wrong(lambda x: x[:, :1])
     network = build_network(export(one, 1, 4, 4), "test", declared)
     assert (network.outputs, network.activation) == (2, "softmax")
-    torch.testing.assert_close(network.run(images), torch.cat([torch.zeros(4, 1), one(images)], 1))  # type: ignore[list-item]
+    torch.testing.assert_close(network.run(images), torch.cat([torch.zeros(4, 1), one(images)], 1))
     exclusive = build_network(export(Wrong(torch.sigmoid), 1, 4, 4), "test", {"activation": "softmax"})
     assert exclusive.activation == "softmax"
     with pytest.raises(ModelError, match="ends in a softmax, but its activation is said to be a sigmoid"):

@@ -155,8 +155,8 @@ def test_weights_that_are_computed_from_constants_are_constants(name: str, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(TensorProto.FLOAT16, np.float16), (TensorProto.DOUBLE, np.float64)])
-def test_other_precisions_are_read_as_float32(kind: int, dtype: type, tmp_path: Path) -> None:
-    constants = {name: value.astype(dtype) for name, value in WEIGHTS.items()}
+def test_other_precisions_are_read_as_float32(kind: int, dtype: Any, tmp_path: Path) -> None:
+    constants: dict[str, Any] = {name: value.astype(dtype) for name, value in WEIGHTS.items()}
     network = load(model_of([CONV, RELU, *HEAD], constants, kind=kind), tmp_path / "net.onnx")
     tolerance = 1e-2 if dtype is np.float16 else 1e-5
     expected = scores_of_file(tmp_path / "net.onnx", IMAGES.astype(dtype))
@@ -326,7 +326,7 @@ def test_operators_of_early_opsets_are_brought_up_to_date(tmp_path: Path) -> Non
     network = load(model, tmp_path / "net.onnx")
     images, weights = torch.from_numpy(IMAGES), {k: torch.from_numpy(v) for k, v in {**WEIGHTS, **norm}.items()}
     x = torch.nn.functional.conv2d(images, weights["w"], weights["b"], padding=1)
-    x = torch.nn.functional.batch_norm(x, *(weights[name] for name in ("m", "v", "s", "t")))
+    x = torch.nn.functional.batch_norm(x, weights["m"], weights["v"], weights["s"], weights["t"])
     expected = torch.nn.functional.linear(x.mean((2, 3)), weights["head"], weights["offset"]).numpy()
     assert relative_error(scores(network), expected) < 1e-4
 

@@ -42,9 +42,10 @@ def normalise_program(program: ExportedProgram, declared: Mapping[str, Any], nam
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
     sides = _sides(inputs)
     is_open = any(isinstance(side, torch.SymInt) for side in sides)
-    if (is_open and size is None) or (not is_open and is_float32(program)):
+    shape = size if is_open else sides
+    if shape is None or (not is_open and is_float32(program)):
         return program
-    return export_module(module_in_float32(program), size if is_open else sides, name)
+    return export_module(module_in_float32(program), shape, name)
 
 
 def _sides(inputs: Sequence[torch.fx.Node]) -> Sequence[Any]:
