@@ -1,6 +1,7 @@
 """Corrections for failure sets: what they bring back, and where there are none."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import robustdice as rd
+from commands import run_json
 from nets import Branches, ChannelsLast, Residual, coarsened, network_of, random_images, random_plan, seeded
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate, fit
@@ -17,6 +19,8 @@ from robustdice.model.canonical import execute
 from robustdice.model.network import Network
 from robustdice.partitioning.allocation import Kept, Spread, shards_of
 from robustdice.plan import Holder, Plan, Shard, failure_sets
+
+DEMO = "robustdice.demo.network:digits_cnn"
 
 
 def behind_chains(network: Network, images: Tensor) -> list[Tensor]:
@@ -127,3 +131,21 @@ def test_a_plan_of_another_model_is_refused() -> None:
     plan = random_plan(network_of(seeded(Residual), 3, 8, 8), 3)
     with pytest.raises(PlanError, match="was made for"):
         calibrate(network_of(seeded(Residual, 1), 3, 8, 8), plan, np.zeros((2, 3, 8, 8), np.float32))
+
+
+def test_a_plan_is_calibrated_and_certified_from_the_command_line(tmp_path: Path) -> None:
+    path, calibrated = tmp_path / "plan.json", tmp_path / "calibrated.json"
+    run_json("plan", DEMO, "--devices", "3", "--method", "lop", "-o", path)
+    found = run_json("calibrate", path, "--data", "digits", "--samples", "40", "--max-failed", "1", "-o", calibrated)
+    assert found["output"] == str(calibrated)
+    bytes_with, bytes_without = (max(Plan.load(each).bytes_per_device) for each in (calibrated, path))
+    assert 0 < found["correction_bytes"] == bytes_with - bytes_without
+    measured = run_json("evaluate", calibrated, "--data", "digits", "--samples", "50")
+    plan = Plan.load(calibrated)
+    assert plan.certificate is not None
+    assert plan.certificate.samples == 50
+    assert plan.certificate.expected([1]) == measured["failures"]["1"]["sets"]["1"]
+    low, high = plan.certificate.interval([1]) or (1.0, 0.0)
+    assert low < plan.certificate.accuracy[frozenset({1})] < high
+    assert plan.digest == measured["plan_digest"]  # to be certified changes nothing
+    assert Plan.load(path).certificate is None

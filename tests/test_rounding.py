@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from nets import Branches, Chains, ChannelsLast, Residual, network_of, random_images, seeded
-from robustdice.demo.network import digits_cnn
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
 from robustdice.model.canonical import attribute, execute
-from robustdice.model.digits import digits
+from robustdice.model.data import load_data
+from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, code_offset, code_range
 from robustdice.rounding.affine import fold
@@ -149,10 +149,9 @@ def test_fine_copies_compute_nearly_what_the_network_does(name: str, kind: str) 
 
 @pytest.mark.parametrize(("kind", "group"), [("int3", None), ("int2", 16)])
 def test_fitting_to_images_keeps_more_than_rounding_to_nearest(kind: str, group: int | None) -> None:
-    network = network_of(digits_cnn(), 1, 8, 8)
-    pixels, _ = digits("train")
-    images = (pixels[:100] / np.float32(255)).astype(np.float32)
-    fresh = (pixels[100:200] / np.float32(255)).astype(np.float32)
+    network = load_model("robustdice.demo.network:digits_cnn")
+    data = load_data("digits", network.preprocessing, network.outputs, split="train")
+    images, fresh = data.images(0, 100), data.images(100, 200)
     wanted = {i: [Choice(kind, group)] for i in range(len(network.layers))}
     exact = scores(network, fresh, None, {})
     errors = [

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from robustdice.runtime.cluster import LocalCluster as LocalCluster
     from robustdice.runtime.device import run_device as run_device
     from robustdice.workshop import build as build
+    from robustdice.workshop import calibrate as calibrate
     from robustdice.workshop import partition as partition
     from robustdice.workshop import verify as verify
 
@@ -48,6 +49,7 @@ _LAZY = {
     "LocalCluster": "robustdice.runtime.cluster",
     "Network": "robustdice.model.network",
     "build": "robustdice.workshop",
+    "calibrate": "robustdice.workshop",
     "evaluate": "robustdice.failure.evaluate",
     "evaluate_plans": "robustdice.failure.evaluate",
     "expect": "robustdice.failure.availability",
@@ -79,6 +81,7 @@ __all__ = [
     "RobustdiceError",
     "Shard",
     "build",
+    "calibrate",
     "evaluate",
     "evaluate_plans",
     "expect",

@@ -25,6 +25,11 @@ BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2
 LOST = -1
 """In the place of a representation's position: nobody has the neuron."""
 
+ROUNDING_SAMPLES = 256
+"""Images that coarse weights are fitted to unless somebody says otherwise."""
+CALIBRATION_SAMPLES = 256
+"""Images that corrections are fitted to, likewise."""
+
 SCALE_BYTES = 2
 SHIFT_BYTES = 4
 TAIL_REPRESENTATION = "int8"

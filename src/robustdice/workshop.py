@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
+from robustdice.failure.calibrate import calibrate as fit_corrections
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
@@ -110,6 +111,20 @@ def with_precision(
             "rounding": "nearest" if images is None else f"gptq on {len(images)} images",
         },
     )
+
+
+def calibrate(
+    network: Network,
+    plan: Plan,
+    images: NDArray[np.float32],
+    *,
+    max_failed: int | None = None,
+    on_progress: Progress = silent,
+) -> Plan:
+    """The plan with corrections for every failure set of up to ``max_failed`` devices (all but one), fitted to
+    ``images`` as :func:`robustdice.failure.calibrate.calibrate` says; what was measured of it before holds no more."""
+    corrections = fit_corrections(network, plan, images, max_failed=max_failed, on_progress=on_progress)
+    return replace(plan, corrections=corrections, certificate=None)
 
 
 def build(

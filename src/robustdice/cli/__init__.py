@@ -8,6 +8,7 @@ import sys
 # --help lists the commands in this order.
 from robustdice.cli import model as _model  # isort: skip
 from robustdice.cli import plan as _plan  # isort: skip
+from robustdice.cli import calibrate as _calibrate  # isort: skip
 from robustdice.cli import evaluate as _evaluate  # isort: skip
 from robustdice.cli import build as _build  # isort: skip
 from robustdice.cli import reproduce as _reproduce  # isort: skip
@@ -19,7 +20,7 @@ from robustdice.terminal import err, log_to_stderr, print_error
 
 __all__ = ["app", "main"]
 
-_COMMANDS = (_model, _plan, _evaluate, _build, _reproduce, _cluster)
+_COMMANDS = (_model, _plan, _calibrate, _evaluate, _build, _reproduce, _cluster)
 """Modules whose import registers their commands."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +26,11 @@ from robustdice.cli.options import (
     resumable,
 )
 from robustdice.cli.usage import number
-from robustdice.errors import PlanError, RobustdiceError
+from robustdice.errors import OutputError, PlanError, RobustdiceError
 from robustdice.failure.availability import for_each
 from robustdice.failure.chance import doubt_about
 from robustdice.files import write_csv
-from robustdice.plan import check_max_failed
+from robustdice.plan import Certificate, check_max_failed
 from robustdice.report import plots, tables
 from robustdice.terminal import err, out, print_json, progress, waiting
 
@@ -62,7 +63,8 @@ def evaluate(
     """Accuracy for every set of failed devices, before anything is deployed.
 
     Where there are more than a few hundred sets, some are drawn, and the table says so. Several plans of one model are
-    evaluated on the same images, which costs less than one after the other.
+    evaluated on the same images, which costs less than one after the other. What was measured is written into each
+    plan: a cluster that is built from it says with every answer what accuracy to expect.
     """
     plots.check_name(plot)
     up = None if availability is None else numbers(availability, "--availability")
@@ -104,6 +106,8 @@ def evaluate(
         {"plan": str(path), "plan_digest": plan.digest, **tables.evaluation_json(result, expectation), **notes}
         for path, plan, result, expectation in zip(plans, made, results, expectations, strict=True)
     ]
+    for path, plan, result in zip(plans, made, results, strict=True):
+        _certify(path, plan, result, dataset.digest)
     if as_json:
         print_json(documents[0] if len(plans) == 1 else {"plans": documents})
     else:
@@ -115,6 +119,15 @@ def evaluate(
         write_csv(output, [{"plan": str(path), **row} for path, result in named for row in result.to_rows()])
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+def _certify(path: Path, plan: rd.Plan, result: rd.Evaluation, data_digest: str) -> None:
+    """Write into the plan what was measured of it: bundles built from it then say what accuracy to expect."""
+    certificate = Certificate(result.data, data_digest, result.samples, result.clean, dict(result.accuracy))
+    try:
+        replace(plan, certificate=certificate).save(path)
+    except OutputError as error:  # it is measured all the same
+        err.print(f"warning: the plan is not certified: {error}", soft_wrap=True)
 
 
 def _show(

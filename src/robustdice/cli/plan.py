@@ -36,8 +36,7 @@ from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
 from robustdice.partitioning import METHODS, WITHOUT_SCORES
 from robustdice.progress import silent
 from robustdice.report import plots, tables
-from robustdice.representation import REPRESENTATIONS
-from robustdice.rounding import ROUNDING_SAMPLES
+from robustdice.representation import REPRESENTATIONS, ROUNDING_SAMPLES
 from robustdice.terminal import out, print_json, progress, waiting
 
 
