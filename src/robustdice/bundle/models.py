@@ -40,9 +40,9 @@ from robustdice.model.canonical import arguments
 from robustdice.model.network import Network, NetworkLayer
 from robustdice.plan import Plan, Shard
 
-UNPACKED_WEIGHTS = 2**19
-"""So many weights are unpacked at a time, at most (or one neuron's): 2 MiB. Convolutions like it larger, linear layers
-smaller (benchmarks/bench_coarse.py)."""
+UNPACKED_WEIGHTS = 2**18
+"""So many weights are unpacked at a time, at most (or one neuron's): 1 MiB. Convolutions would like it larger, linear
+layers smaller (docs/results/representations.md)."""
 
 Neurons = NDArray[np.int64]
 

@@ -24,10 +24,13 @@ from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 
 @dataclass(frozen=True)
 class DeviceFigures:
-    """What one device took: bytes of weights (from its bundle) and its process's largest resident memory (measured)."""
+    """What one device took: bytes of weights (from its bundle) and resident memory of its process (measured): before
+    the bundle was loaded, after the frames, and the most that it ever was."""
 
     name: str
     weights_bytes: int
+    empty_rss_bytes: int
+    rss_bytes: int
     peak_rss_bytes: int
 
 
@@ -144,6 +147,9 @@ def _figures(cluster: LocalCluster) -> tuple[DeviceFigures, ...]:
     if missing := [entry.name for number, entry in enumerate(cluster.cluster.devices) if number not in found]:
         raise ClusterError(f"{missing[0]} does not answer after the measurement; run it again")
     return tuple(
-        DeviceFigures(entry.name, int(found[number]["weights_bytes"]), int(found[number]["peak_rss_bytes"]))
+        DeviceFigures(
+            entry.name,
+            *(int(found[number][key]) for key in ("weights_bytes", "empty_rss_bytes", "rss_bytes", "peak_rss_bytes")),
+        )
         for number, entry in enumerate(cluster.cluster.devices)
     )

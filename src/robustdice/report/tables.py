@@ -381,6 +381,12 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]],
             f"{said['frames_per_second']:.1f}",
             f"{said['weights_bytes'] / 1e6:.2f} MB",
         )
+        down = sorted(set(range(len(devices))) - set(said["up"]))
+        if down and said.get("corrected_for", down) != down:
+            applied = said["corrected_for"] and f"those for {','.join(map(str, said['corrected_for']))} are applied"
+            faults.append(
+                f"{name} has no corrections for {','.join(map(str, down))} down: {applied or 'none are applied'}."
+            )
         if fault := said["last_fault"]:
             ago = f"{fault['seconds_ago']:.0f} s ago"
             faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")
@@ -416,6 +422,8 @@ def bench_json(result: BenchResult) -> dict[str, Any]:
             {
                 "name": device.name,
                 "weights_bytes": device.weights_bytes,
+                "empty_rss_bytes": device.empty_rss_bytes,
+                "rss_bytes": device.rss_bytes,
                 "peak_rss_bytes": device.peak_rss_bytes,
                 "joules_per_image": None,
                 "energy_source": None,
@@ -441,7 +449,10 @@ def bench_table(result: BenchResult) -> Sheet:
             f"{len(result.ratios)} pairs)."
         )
     title = "Devices, one core each"
-    sheet = Sheet(title, "device", "weights", "peak memory", caption=f"{caption} Energy is not measured yet.")
+    caption += " Resident memory: what the bundle added to an empty process, and the most of all of it."
+    headings = ("device", "weights", "resident for it", "peak memory")
+    sheet = Sheet(title, *headings, caption=f"{caption} Energy is not measured yet.")
     for device in result.devices:
-        sheet.add_row(device.name, f"{device.weights_bytes / 1e6:.2f} MB", f"{device.peak_rss_bytes / 1e6:.1f} MB")
+        sizes = (device.weights_bytes, device.rss_bytes - device.empty_rss_bytes, device.peak_rss_bytes)
+        sheet.add_row(device.name, *(f"{size / 1e6:.2f} MB" for size in sizes))
     return sheet

@@ -20,6 +20,7 @@ from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.errors import BundleError, ClusterError, RobustdiceError
 from robustdice.runtime.executor import Executor, Values
 from robustdice.runtime.journal import say
+from robustdice.runtime.memory import peak_rss_bytes, rss_bytes
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
@@ -60,6 +61,7 @@ def run_device(
     bundle is damaged or of another plan than the cluster; ClusterError when the cluster file, the key or the port
     cannot be used.
     """
+    empty_rss_bytes = rss_bytes()
     bundle = load_bundle(bundle_directory)
     manifest = bundle.manifest
     cluster = Cluster.read(cluster_file or _find_cluster(bundle))
@@ -80,7 +82,7 @@ def run_device(
     try:
         if bound := transport.listen(stop):
             _introduce(manifest.device, bound, cluster, manifest.weight_bytes)
-            Loop(engine, transport, worker, entry.name).run(stop)
+            Loop(engine, transport, worker, entry.name, empty_rss_bytes).run(stop)
     finally:
         worker.stop()
         transport.close()
@@ -167,8 +169,12 @@ class Worker(threading.Thread):
 class Loop:
     """Carries events to the engine and its actions to where they belong; the one place with a clock."""
 
-    def __init__(self, engine: Engine, transport: Transport, worker: Worker, name: str) -> None:
-        """Everything is built and listens; nothing is read before :meth:`run`."""
+    def __init__(
+        self, engine: Engine, transport: Transport, worker: Worker, name: str, empty_rss_bytes: int | None = None
+    ) -> None:
+        """Everything is built and listens; nothing is read before :meth:`run`. ``empty_rss_bytes`` were resident before
+        the bundle was loaded."""
+        self._empty_rss_bytes = empty_rss_bytes
         self._engine, self._transport, self._worker, self._name = engine, transport, worker, name
         self._started = time.monotonic()
         self._unsent = 0
@@ -221,7 +227,7 @@ class Loop:
 
     def _status(self) -> Status:
         manifest, now = self._engine.manifest, time.monotonic()
-        document = {
+        document: dict[str, Any] = {
             "name": self._name,
             "device": manifest.device,
             "devices": manifest.devices,
@@ -231,6 +237,8 @@ class Loop:
             "process": os.getpid(),
             "uptime_seconds": now - self._started,
             "cpu_seconds": time.process_time(),
+            "empty_rss_bytes": self._empty_rss_bytes,
+            "rss_bytes": rss_bytes(),
             "peak_rss_bytes": peak_rss_bytes(),
             "dropped_messages": self._transport.dropped,
             "unsent_messages": self._unsent,
@@ -245,19 +253,10 @@ class Loop:
                 "exchanges": len(manifest.exchanges),
             },
         }
+        if manifest.calibrated:
+            which = manifest.calibrated_for(set(range(manifest.devices)) - set(document["up"]))
+            document["corrected_for"] = None if which is None else manifest.calibrated[which]
         return Status(manifest.device, document)
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process has had resident (Linux; None elsewhere).
-
-    Not ``getrusage``: its maximum starts with that of the process that started this one.
-    """
-    try:
-        with Path("/proc/self/status").open(encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _find_cluster(bundle: Bundle) -> Path:

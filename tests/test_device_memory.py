@@ -1,0 +1,86 @@
+"""What is resident on a device follows the bytes of its weights, and its status says so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from nets import Plain, network_of, random_coarse, random_images, random_plan, relative_error, seeded
+from robustdice.meter.throughput import DeviceFigures, _figures
+from robustdice.model.network import Network
+from robustdice.partitioning import partition
+from robustdice.plan import Holder, Plan
+from robustdice.report import tables
+from robustdice.representation import Correction
+from robustdice.runtime.cluster import LocalCluster
+from robustdice.workshop import build
+from test_coarse_bundles import predicted
+
+
+@pytest.fixture(scope="module")
+def wide() -> Network:
+    """8.4 million weights, nearly all in two linear layers: [2, 4, 4] -> 8."""
+    return network_of(
+        seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 2048), nn.Linear(2048, 4096), nn.Linear(4096, 8))),
+        2,
+        4,
+        4,
+    )
+
+
+def whole(network: Network, kind: str) -> Plan:
+    """Everything on both devices, in one representation."""
+    plan = partition(
+        network.plan_layers,
+        None,
+        devices=2,
+        method="full",
+        shared_weights=network.shared_weights,
+        model=network.reference,
+    )
+    shards = tuple(
+        tuple(replace(shard, holders=tuple(Holder(device, kind) for device in shard.devices)) for shard in of_layer)
+        for of_layer in plan.shards
+    )
+    kept = [] if kind == "float32" else network.layers
+    return replace(plan, shards=shards, coarse={(k, kind): random_coarse(layer, kind) for k, layer in enumerate(kept)})
+
+
+def test_resident_memory_follows_the_bytes(wide: Network, tmp_path: Path) -> None:
+    figures: dict[str, DeviceFigures] = {}
+    for kind in ("float32", "int3"):
+        plan = whole(wide, kind)
+        with LocalCluster(build(wide, plan, tmp_path / kind), timeout_seconds=30.0) as cluster:
+            image = random_images(1, wide.input_shape)
+            answers = list(cluster.client.stream(image[0] for _ in range(8)))
+            assert {answer.device for answer in answers} == {0, 1}  # each frame is computed by one of them
+            for answer in answers:
+                assert answer.outputs is not None
+                assert relative_error(answer.outputs[None], predicted(wide, plan, image, frozenset())) < 1e-4
+            figures[kind] = _figures(cluster)[0]
+        assert figures[kind].weights_bytes == plan.bytes_per_device[0]
+    taken = {kind: device.rss_bytes - device.empty_rss_bytes for kind, device in figures.items()}
+    saved = figures["float32"].weights_bytes - figures["int3"].weights_bytes
+    assert taken["float32"] - taken["int3"] > 0.75 * saved  # what is unpacked at a time costs a few megabytes
+    assert figures["float32"].peak_rss_bytes - figures["int3"].peak_rss_bytes > 0.75 * saved
+
+
+def test_status_says_whose_corrections_are_applied(tmp_path: Path) -> None:
+    network = network_of(seeded(Plain), 1, 8, 8)
+    plan = random_plan(network, 3, 1)
+    fixed = tuple(
+        Correction(np.ones(layer.neurons, np.float16), np.zeros(layer.neurons, np.float16)) for layer in plan.layers
+    )
+    plan = replace(plan, corrections={frozenset({1}): fixed})
+    with LocalCluster(build(network, plan, tmp_path / "build"), timeout_seconds=30.0) as cluster:
+        names = [device.name for device in cluster.cluster.devices]
+        for victim, expected in ((1, [1]), (0, [1])):
+            cluster.kill(victim)
+            cluster.client.infer(random_images(1, network.input_shape)[0])
+            found = cluster.client.status()
+            assert found[2]["corrected_for"] == expected
+            said = tables.status_table(names, found, {}).caption or ""
+            note = f"{names[2]} has no corrections for 0,1 down: those for 1 are applied."
+            assert (note in said) == (victim == 0)
