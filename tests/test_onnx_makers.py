@@ -158,9 +158,11 @@ def test_weights_that_are_computed_from_constants_are_constants(name: str, tmp_p
 def test_other_precisions_are_read_as_float32(kind: int, dtype: Any, tmp_path: Path) -> None:
     constants: dict[str, Any] = {name: value.astype(dtype) for name, value in WEIGHTS.items()}
     network = load(model_of([CONV, RELU, *HEAD], constants, kind=kind), tmp_path / "net.onnx")
-    tolerance = 1e-2 if dtype is np.float16 else 1e-5
-    expected = scores_of_file(tmp_path / "net.onnx", IMAGES.astype(dtype))
-    assert relative_error(scores(network), expected) < tolerance
+    if dtype is np.float16:
+        assert relative_error(scores(network), scores_of_file(tmp_path / "net.onnx", IMAGES.astype(dtype))) < 1e-2
+    else:  # ONNX Runtime has no convolution of doubles
+        onnx.save(model_of([CONV, RELU, *HEAD], WEIGHTS), tmp_path / "single.onnx")
+        assert relative_error(scores(network), scores_of_file(tmp_path / "single.onnx", IMAGES)) < 1e-5
 
 
 def of_uint8(scale: float, zero: int) -> dict[str, Any]:

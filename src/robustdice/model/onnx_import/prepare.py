@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, numpy_helper, shape_inference, version_converter
 
 from robustdice.errors import ModelError, first_line
 from robustdice.model.onnx_import.quantised import dequantise
@@ -21,6 +21,7 @@ OLDEST_OPSET = 7
 """Operators of earlier opsets mean other things: they broadcast along an axis that they name."""
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+_ONLY_BEFORE_7 = {"broadcast", "is_test", "consumed_inputs"}
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
 
 
@@ -40,12 +41,47 @@ def bring_up_to_date(model: onnx.ModelProto) -> onnx.ModelProto:
     if opset >= OLDEST_OPSET:
         return model
     try:
-        return version_converter.convert_version(model, OLDEST_OPSET)
-    except Exception as error:  # its own, RuntimeError and others
+        converted = version_converter.convert_version(model, OLDEST_OPSET - 1) if opset < OLDEST_OPSET - 1 else model
+        inferred = shape_inference.infer_shapes(converted)
+    except Exception as error:  # the converter's own, RuntimeError and others
         raise ModelError(
-            f"the ONNX model is of opset {opset}, and onnx.version_converter cannot bring it to opset {OLDEST_OPSET} "
+            f"the ONNX model is of opset {opset}, and onnx.version_converter cannot bring it to a later one "
             f"({first_line(error)}); replace what it names with onnx.helper, or export the model again"
         ) from None
+    return _with_numpys_broadcasting(inferred)
+
+
+def _with_numpys_broadcasting(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of opset 6, with its shapes, in opset 7, where the second input no longer names the axis that it starts
+    at. (onnx.version_converter counts the axes behind it wrongly.)"""
+    graph = model.graph
+    known = (*graph.input, *graph.output, *graph.value_info)
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+    ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        said = {attribute.name: attribute.i for attribute in node.attribute}
+        if said.get("broadcast") and "axis" in said:
+            first, second = node.input
+            if first not in ranks or second not in ranks:
+                raise ModelError(f"the ONNX node {node.name or node.output[0]} broadcasts a tensor of unknown shape")
+            behind = ranks[first] - said["axis"] % ranks[first] - ranks[second]
+            axes = list(range(ranks[second], ranks[second] + behind))
+            wide = f"{node.output[0]}/{second}"
+            if axes:
+                nodes.append(helper.make_node("Unsqueeze", [second], [wide], axes=axes))
+                node.input[1] = wide
+        dropped = _ONLY_BEFORE_7 | ({"axis"} if "broadcast" in said else set())
+        kept = [attribute for attribute in node.attribute if attribute.name not in dropped]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        nodes.append(node)
+    later = helper.make_graph(nodes, graph.name, graph.input, graph.output, graph.initializer)
+    opsets = [entry for entry in model.opset_import if entry.domain not in ("", "ai.onnx")]
+    opsets.append(helper.make_opsetid("", OLDEST_OPSET))
+    made = helper.make_model(later, opset_imports=opsets, ir_version=model.ir_version)
+    made.metadata_props.extend(model.metadata_props)
+    return made
 
 
 def simplify(model: onnx.ModelProto) -> bool:
