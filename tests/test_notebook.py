@@ -134,5 +134,7 @@ def test_progress_draws_a_bar(network: Network, plan: Plan, capsys: pytest.Captu
     for what in ("scoring", "evaluating"):
         assert f"\r{what} [{'#' * 40}] 100%" in said
     assert told[-1][0] == told[-1][1]
+    rd.score(network, images, columns=("s1",), progress=True)  # nothing that takes time
+    assert "] 100%" in capsys.readouterr().err
     rd.evaluate(network, plan, images, max_failed=0)
     assert capsys.readouterr().err == ""

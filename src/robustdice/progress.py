@@ -29,7 +29,7 @@ def shown(what: str, show: bool, also: Progress = silent) -> Iterator[Progress]:
 
     def tell(done: int, total: int) -> None:
         nonlocal last
-        share = done / max(1, total)
+        share = done / total if total else 1.0
         line = f"\r{what} [{'#' * round(BAR_WIDTH * share):<{BAR_WIDTH}}] {share:4.0%}"
         if line != last:
             print(line, end="", file=sys.stderr, flush=True)
