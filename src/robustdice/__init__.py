@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from robustdice.runtime.device import run_device as run_device
     from robustdice.workshop import build as build
     from robustdice.workshop import calibrate as calibrate
+    from robustdice.workshop import choose_plan as choose_plan
     from robustdice.workshop import partition as partition
     from robustdice.workshop import verify as verify
 
@@ -50,6 +51,7 @@ _LAZY = {
     "Network": "robustdice.model.network",
     "build": "robustdice.workshop",
     "calibrate": "robustdice.workshop",
+    "choose_plan": "robustdice.workshop",
     "evaluate": "robustdice.failure.evaluate",
     "evaluate_plans": "robustdice.failure.evaluate",
     "expect": "robustdice.failure.availability",
@@ -82,6 +84,7 @@ __all__ = [
     "Shard",
     "build",
     "calibrate",
+    "choose_plan",
     "evaluate",
     "evaluate_plans",
     "expect",

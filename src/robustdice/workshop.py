@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustdice.auto import TRIAL_IMAGES, Candidate, agreement, candidates
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
@@ -19,7 +20,8 @@ from robustdice.failure.calibrate import calibrate as fit_corrections
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
-from robustdice.importance.values import Importance
+from robustdice.importance.score import score
+from robustdice.importance.values import SCORING_SAMPLES, Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import Method
@@ -111,6 +113,43 @@ def with_precision(
             "rounding": "nearest" if images is None else f"gptq on {len(images)} images",
         },
     )
+
+
+def choose_plan(
+    network: Network,
+    images: NDArray[np.float32],
+    *,
+    devices: int,
+    memory: float | str,
+    survive: int | None = None,
+    on_progress: Progress = silent,
+) -> list[Candidate]:
+    """What was considered for ``devices`` devices that hold ``memory`` each (a share such as 0.1 of the model, or an
+    amount such as ``"8MB"``), the best first: see :func:`robustdice.auto.candidates`. ``survive`` is the number of
+    devices down at once that it is made for (all but one). The paper's method, in float32 and in 8 bits, and plain
+    slices are among them where they fit. PlanError when nothing does."""
+    total = 4 * (network.shared_weights + sum(each.neurons * each.neuron_weights for each in network.plan_layers))
+    budget = parse_memory(memory, total)
+    most = devices - 1 if survive is None else survive
+    found = candidates(network, images, devices=devices, budget=budget, survive=most, on_progress=on_progress)
+    importance = score(network, images[:SCORING_SAMPLES], s3="fisher")
+    for family, arguments in RIVALS.items():
+        try:
+            rival = partition(network, importance, devices=devices, images=images, **arguments(memory))
+        except PlanError:
+            continue  # it does not fit
+        if max(rival.bytes_per_device) <= budget:
+            found.append(Candidate(family, rival, agreement(network, rival, images[:TRIAL_IMAGES], most)))
+    return sorted(found, key=lambda candidate: -candidate.merit)
+
+
+RIVALS: dict[str, Callable[[float | str], dict[str, Any]]] = {
+    "the paper's method, float32": lambda memory: {"method": "robustdice", "memory": memory},
+    "the paper's method, int8": lambda memory: {"method": "robustdice", "memory": memory, "precision": "int8"},
+    "slices (LOP), float32": lambda _: {"method": "lop"},
+    "slices (LOP), int8": lambda _: {"method": "lop", "precision": "int8"},
+}
+"""What a plan is compared with, given the memory: the arguments of :func:`partition`."""
 
 
 def calibrate(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,6 +40,9 @@ from robustdice.report import plots, tables
 from robustdice.representation import REPRESENTATIONS, ROUNDING_SAMPLES
 from robustdice.terminal import out, print_json, progress, waiting
 
+if TYPE_CHECKING:
+    from robustdice.auto import Candidate
+
 
 @app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
 def plan(
@@ -48,13 +52,16 @@ def plan(
     method: Annotated[
         str,
         typer.Option(
-            help="robustdice, lop (slices), cdc (slices and their sum), full (replicas of everything), or your own, "
-            "package.module:function",
-            autocompletion=one_of(*METHODS),
+            help="robustdice, lop (slices), cdc (slices and their sum), full (replicas of everything), auto (what "
+            "keeps most of the accuracy within --memory), or your own, package.module:function",
+            autocompletion=one_of(*METHODS, "auto"),
         ),
     ] = "robustdice",
     memory: Annotated[
         str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
+    ] = None,
+    survive: Annotated[
+        int | None, number("--survive", "for auto: devices down at once that it is made for (all but one)", least=1)
     ] = None,
     threshold: Annotated[
         str | None,
@@ -103,7 +110,7 @@ def plan(
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
-    if method not in WITHOUT_SCORES:
+    if method not in WITHOUT_SCORES and method != "auto":
         columns = use.split(",")
         if scores is not None:
             importance = rd.Importance.load(scores)
@@ -112,6 +119,16 @@ def plan(
             importance = score_with(network, images, columns, s3, scheduler)
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
+    if method == "auto":
+        if data is None or memory is None:
+            raise RobustdiceError("auto needs --memory, what each device may hold, and unlabelled images: --data DATA")
+        images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
+        with progress("choosing") as advance:
+            considered = rd.choose_plan(
+                network, images.images(), devices=devices, memory=memory, survive=survive, on_progress=advance
+            )
+        _finish(considered[0].plan, output, plot, as_json, images, considered)
+        return
     coarse = {precision, spare_precision or precision} != {"float32"}
     seen = None
     if coarse and data is not None:
@@ -132,15 +149,30 @@ def plan(
             images=seen,
             on_progress=advance,
         )
+    _finish(made, output, plot, as_json, images)
+    if coarse and seen is None and not as_json:
+        out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
+
+
+def _finish(
+    made: rd.Plan,
+    output: Path,
+    plot: Path | None,
+    as_json: bool,
+    images: rd.Dataset | None,
+    considered: Sequence[Candidate] = (),
+) -> None:
     made.save(output)
     if plot is not None:
         plots.save(plots.holders(made), plot)
     if as_json:
         notes: dict[str, object] = {} if images is None else {"notes": images.notes.as_json()}
+        if considered:
+            notes["considered"] = tables.considered_json(considered)
         print_json({"output": str(output), **tables.plan_json(made), **notes})
-    else:
-        out.print(tables.plan_table(made))
-        out.print(tables.plan_summary(made))
-        if coarse and seen is None:
-            out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
-        out.print(f"The plan is in {output}.")
+        return
+    if considered:
+        out.print(tables.considered_table(considered))
+    out.print(tables.plan_table(made))
+    out.print(tables.plan_summary(made))
+    out.print(f"The plan is in {output}.")

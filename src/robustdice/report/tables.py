@@ -15,6 +15,7 @@ from robustdice.report.sheet import Sheet
 from robustdice.runtime.wire.line import Reach
 
 if TYPE_CHECKING:
+    from robustdice.auto import Candidate
     from robustdice.failure.availability import Expectation
     from robustdice.failure.evaluate import Evaluation
     from robustdice.meter.throughput import BenchResult
@@ -134,6 +135,39 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "settings": dict(plan.settings),
         "provenance": dict(plan.provenance),
     }
+
+
+def considered_json(considered: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Every plan that was considered, the best first."""
+    return [
+        {
+            "family": each.family,
+            "memory_share": each.plan.memory_share,
+            "healthy_compute_share": each.plan.healthy_compute_share,
+            "exchanged_activations": each.plan.exchanged_activations,
+            "agreement": {str(size): share for size, share in enumerate(each.agreement)},
+        }
+        for each in considered
+    ]
+
+
+def considered_table(considered: Sequence[Candidate]) -> Sheet:
+    """Every plan that was considered: what it keeps, and what it costs."""
+    sizes = range(len(considered[0].agreement))
+    table = Sheet(
+        "Answers like the intact network's, worst failure set (measured on images that the plans were made with)",
+        "considered",
+        *("all up" if not size else f"{size} down" for size in sizes),
+        "memory",
+        "compute",
+        "exchanged",
+    )
+    for each in considered:
+        exchanged = f"{each.plan.exchanged_activations:,}" if each.plan.exchanged_activations else "nothing"
+        shares = map(percent, each.agreement)
+        costs = (percent(each.plan.memory_share), percent(each.plan.healthy_compute_share), exchanged)
+        table.add_row(each.family, *shares, *costs)
+    return table
 
 
 def plan_table(plan: Plan) -> Sheet:
