@@ -63,12 +63,13 @@ def test_importance_is_sorted_and_scaled_in_each_layer() -> None:
 
 def test_figure_2_has_a_panel_for_each_model_and_scenario() -> None:
     methods = [evaluation("robustdice", 0.5), evaluation("full", 0.9)]
-    figure = plots.scenarios({"one": {4: methods, 3: methods}, "two": {4: methods, 3: methods}}, {4: "A", 3: "B"})
+    names = {4: "A, 4 devices", 3: "B, 3 devices"}
+    figure = plots.scenarios({"one": {4: methods, 3: methods}, "two": {4: methods, 3: methods}}, names)
     assert [axes.get_title() for axes in figure.axes] == [
-        "A: one, 4 devices",
-        "B: one, 3 devices",
-        "A: two, 4 devices",
-        "B: two, 3 devices",
+        "A, 4 devices: one",
+        "B, 3 devices: one",
+        "A, 4 devices: two",
+        "B, 3 devices: two",
     ]
     assert np.asarray(figure.axes[3].lines[0].get_ydata()) == pytest.approx([90, 60, 100 * (0.5 + 0.5 + 0.6) / 3])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["robustdice", "full", "the model alone"]
