@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import robustdice as rd
 from robustdice.model.network import Network, build_network
-from robustdice.plan import FailureSet
+from robustdice.plan import Certificate, FailureSet
 from robustdice.report.tables import verification_json
 
 
@@ -40,6 +41,8 @@ def test_answers_equal_the_evaluator_for_the_devices_that_are_down(tmp_path: Pat
     scores = rd.score(network, training.sample(10).images(), columns=["s1", "s2"])
     plan = rd.partition(network, scores, devices=3, memory=0.6)
     frames = rd.load_data("digits", network.preprocessing, network.outputs).images(0, 12)
+    measured: dict[FailureSet, float] = {frozenset(): 0.9, frozenset({2}): 0.7}  # and nothing for {0, 2}
+    plan = replace(plan, certificate=Certificate("some", "digest", 100, 0.95, measured))
     rd.build(network, plan, tmp_path / "build", spares=spares)
     with rd.LocalCluster(tmp_path / "build", timeout_seconds=10.0) as cluster:
         for down in (frozenset[int](), frozenset({2}), frozenset({0, 2})):
@@ -51,6 +54,9 @@ def test_answers_equal_the_evaluator_for_the_devices_that_are_down(tmp_path: Pat
             assert len(settled) >= len(frames) // 2
             for k in settled:
                 assert agree(answers[k], expected(network, plan, frames[k], down))
+            # What was measured is said of frames that were computed so from first to last, and of no others.
+            assert answers[-1].expected_accuracy == measured.get(down)
+            assert {answer.expected_accuracy for answer in answers} <= {None, *measured.values()}
 
 
 def test_shards_of_many_megabytes_travel(tmp_path: Path) -> None:

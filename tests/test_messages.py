@@ -51,6 +51,7 @@ TO_DEVICE: list[tuple[Message, int | None]] = [
 ]
 TO_CLIENT: list[tuple[Message, int]] = [
     (Answer(2, ID, ones(10) * -np.inf, 0.5, 0.25, ((0, 1, -1), (), (2,)), (1, 3), (3,), 0.125), 2),
+    (Answer(2, ID, ones(10), 1.0, 0.0, ((0, 1),), (), (), 0.125, 0.75), 2),
     (Refused(1, ID, "the window is full"), 1),
     (Status(0, {"a": [1, 2]}), 0),
 ]

@@ -16,12 +16,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from robustdice.bundle.parts import Part, Piece, extent, parse_part, parse_piece
 from robustdice.errors import BundleError
-from robustdice.plan import Shard, nearest_calibrated, parity_problem, shard_from_json, shard_to_json, shard_width
+from robustdice.plan import (
+    Certificate,
+    Shard,
+    nearest_calibrated,
+    parity_problem,
+    shard_from_json,
+    shard_to_json,
+    shard_width,
+)
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -103,6 +111,7 @@ class Manifest:
     weight_bytes: int
     calibrated: tuple[tuple[int, ...], ...] = ()
     activation: str = "softmax"
+    certificate: Certificate | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -118,10 +127,11 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as it stands in a bundle."""
-        document = asdict(self)
+        document = asdict(replace(self, certificate=None))
         for entry, exchange in zip(document["exchanges"], self.exchanges, strict=True):
             entry["shards"] = [shard_to_json(shard) for shard in exchange.shards]
             entry["fill"] = "-inf" if exchange.fill < 0 else "0"
+        document["certificate"] = self.certificate and self.certificate.to_json()
         header = {"format": "robustdice-bundle", "version": FORMAT_VERSION}
         return json.dumps({**header, **document}, indent=1).encode() + b"\n"
 
@@ -166,6 +176,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         weight_bytes=int(document["weight_bytes"]),
         calibrated=tuple(tuple(map(int, failed)) for failed in document["calibrated"]),
         activation=str(document.get("activation", "softmax")),
+        certificate=Certificate.from_json(document.get("certificate")),
     )
 
 

@@ -159,6 +159,7 @@ class _Device:
             weight_bytes=self.weight_bytes,
             calibrated=tuple(tuple(sorted(failed)) for failed in self.calibrated),
             activation=network.activation,
+            certificate=plan.certificate,
         )
         (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
 

@@ -363,6 +363,7 @@ def answer_json(path: str, answer: Answer, classes: Sequence[str], activation: s
         "down": None if answer.outputs is None else list(answer.down),
         "latency_ms": 1e3 * answer.latency_seconds,
         "reason": answer.refused,
+        "expected_accuracy": answer.expected_accuracy,
     }
 
 

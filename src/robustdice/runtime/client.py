@@ -44,7 +44,8 @@ class Answer:
     None, and ``class_index`` too, when no answer came in time or nothing is left to answer with. ``coverage`` is the
     least, over the exchanges, of the share of neurons that were present; ``from_spares`` the largest of the share that
     came from a spare; ``down`` the devices that took no part. ``refused`` says why there is no answer, where that is
-    known.
+    known. ``expected_accuracy`` is what ``evaluate`` measured of the plan for the devices that were down, if the plan
+    was certified when it was built and the frame was computed from first to last in that state.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Answer:
     device: int | None
     sources: tuple[tuple[int, ...], ...] = ()
     refused: str | None = None
+    expected_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -431,6 +433,7 @@ class Client:
             latency_seconds=at - pending.sent_at,
             device=best.sender,
             sources=best.sources,
+            expected_accuracy=best.expected,
         )
 
     def troubles(self) -> dict[int, str]:

@@ -144,7 +144,7 @@ class Engine:
             text = f"device {device} takes part from frame {number} on"
             self._out.add(Note(text, "admitted", peer=device, frame=number))
         deadline = now + message.timeout_seconds
-        frame = InFlight(message.frame, self.manifest, now, deadline, live, message.array)
+        frame = InFlight(message.frame, self.manifest, now, deadline, live, frozenset(live), message.array)
         early = self.frames.admit(frame)
         if early:
             self._deadlines.introductions.observe(now - early.since)
@@ -420,7 +420,10 @@ class Engine:
         coverage, from_spares, sources = frame.coverage()
         down = tuple(sorted(frame.down))
         late, seconds = tuple(sorted(frame.parted)), now - frame.admitted_at
-        answer = Answer(self.me, frame.id, outputs, coverage, from_spares, sources, down, late, seconds)
+        answer = Answer(
+            *(self.me, frame.id, outputs, coverage, from_spares, sources, down, late, seconds),
+            expected=frame.expected_accuracy(sources),
+        )
         self._out.send(frame.id.client, answer)
         self._record.answer(now)
         self._retire(frame, now)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.plan import publishers
 from robustdice.runtime.protocol.events import RunPieces, RunStage
 from robustdice.runtime.wire.messages import Array, FrameId, ShardId
 
@@ -30,6 +31,8 @@ class InFlight:
     deadline: float
     live: set[int]
     """The frame's view: the devices that it counts on. This device is always among them; it only shrinks."""
+    admitted_with: frozenset[int]
+    """The view when it was admitted."""
     array: Array | None
     """The input; None once stage 0 has been handed to the executor."""
     stage: int = 0
@@ -74,6 +77,19 @@ class InFlight:
     def down(self) -> frozenset[int]:
         """The devices that take no part, in the frame's view."""
         return frozenset(range(self.manifest.devices)) - self.live
+
+    def expected_accuracy(self, sources: tuple[tuple[int, ...], ...]) -> float | None:
+        """What was measured for the devices that are down, if the frame was computed from first to last as it was
+        measured: in one view, every shard from its publisher. None where nobody has measured it."""
+        certificate, view = self.manifest.certificate, frozenset(self.live)
+        if certificate is None or view != self.admitted_with:
+            return None
+        for exchange, found in zip(self.manifest.exchanges, sources, strict=True):
+            due = publishers(exchange.shards, self.down)
+            settled = [-1 if device is None else device for device in due]
+            if any(a != b for a, b, shard in zip(found, settled, exchange.shards, strict=True) if shard.neurons):
+                return None
+        return certificate.expected(self.down)
 
     def publisher(self, shard: ShardId) -> int | None:
         """The first holder in this frame's view; of a parity shard, only while one of its members has none."""

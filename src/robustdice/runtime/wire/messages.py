@@ -116,6 +116,7 @@ class Answer:
     ``from_spares`` are fractions of neurons (least and largest over the exchanges); ``down`` the devices that did
     not take part, and ``late`` those among them that are well, but were not waited for any longer. With no class score
     left every output is minus infinity. ``seconds`` passed between the frame's arrival and this answer.
+    ``expected`` is the accuracy that was measured of what is computed in this way, if it was.
     """
 
     sender: int
@@ -127,6 +128,7 @@ class Answer:
     down: tuple[int, ...]
     late: tuple[int, ...]
     seconds: float
+    expected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class Codec:
         elif isinstance(message, Answer):
             header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
             header.update(late=message.late, seconds=message.seconds)
+            if message.expected is not None:
+                header["expected"] = message.expected
             flat = [source for sources in message.sources for source in sources]
             counts = [len(sources) for sources in message.sources]
             body = [_raw(message.outputs), np.asarray(flat, "i1").tobytes(), np.asarray(counts, "<u4").tobytes()]
@@ -278,7 +282,11 @@ class Codec:
         if not (0 <= coverage <= 1 and 0 <= spares <= 1):
             raise MessageError(f"a coverage of {coverage}, expected 0 to 1")
         down, late, seconds = header.wholes("down", 64), header.wholes("late", 64), header.number("seconds")
-        return Answer(header.device(), header.frame(), outputs, coverage, spares, tuple(sources), down, late, seconds)
+        expected = header.number("expected") if header.has("expected") else None
+        if not (expected is None or 0 <= expected <= 1):
+            raise MessageError(f"an expected accuracy of {expected}, expected 0 to 1")
+        told = (outputs, coverage, spares, tuple(sources), down, late, seconds, expected)
+        return Answer(header.device(), header.frame(), *told)
 
     def _refused(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 0)
@@ -347,6 +355,9 @@ class _Header:
         if not isinstance(values, list) or len(values) > limit:
             raise MessageError(f"{key} is {_short(values)}, expected a list of at most {limit} numbers")
         return tuple(_whole(value, key) for value in values)
+
+    def has(self, key: str) -> bool:
+        return key in self._fields
 
     def number(self, key: str) -> float:
         value = self._fields.get(key)
