@@ -44,8 +44,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3x3 256 -> 256, 8x8": (lambda: pooled(nn.Conv2d(256, 256, 3, padding=1)), (256, 8, 8)),
     "3x3 512 -> 512, 14x14": (lambda: pooled(nn.Conv2d(512, 512, 3, padding=1)), (512, 14, 14)),
 }
-MODELS = ("resnet20_cifar10", "mobilenet_v2_imagenet", "alexnet_cifar10", "vgg16_bn_half_cifar10")
-MODELS += ("convnext_small_cifar10",)
+MODELS = (
+    "resnet20_cifar10",
+    "mobilenet_v2_imagenet",
+    "alexnet_cifar10",
+    "vgg16_bn_half_cifar10",
+    "convnext_small_cifar10",
+)
 
 
 def pooled(convolution: nn.Module) -> nn.Module:

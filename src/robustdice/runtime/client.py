@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildError
 from robustdice.runtime.choice import Choice, Pace
-from robustdice.runtime.protocol.deadlines import Estimate
-from robustdice.runtime.protocol.events import Settings
+from robustdice.runtime.turns import Turns
 from robustdice.runtime.wire import messages
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, read_secret
@@ -29,7 +28,6 @@ from robustdice.runtime.wire.messages import Codec, Frame, FrameId, Refused, Sta
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
-PATIENCE = Settings(initial_wait=0.5, minimum_wait=0.1, maximum_wait=5.0)
 REMEMBERED_FRAMES = 64
 """So many decided frames may still get answers that teach something."""
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
@@ -135,10 +133,7 @@ class Client:
         self._pending: dict[int, _Pending] = {}
         self._done: dict[int, Answer] = {}
         self._statuses: dict[int, Mapping[str, Any]] = {}
-        self._silent: set[int] = set()
-        """Devices that did not answer in time, until anything comes from them; for plans without an exchange."""
-        self._latency = [Estimate() for _ in self.cluster.devices]
-        """Per device, for plans without an exchange."""
+        self._turns = Turns(len(self.cluster.devices))
         self._choice = Choice(len(self.cluster.devices))
         self._pace = Pace(window, timeout_seconds, len(self.cluster.devices))
         self._decided: OrderedDict[int, _Pending] = OrderedDict()
@@ -250,19 +245,15 @@ class Client:
         return True
 
     def _pass_on(self, pending: _Pending) -> None:
-        """Without exchanges: to the device with the least to do that has not had this frame yet."""
-        load = {device: 0 for device in range(len(self._lines)) if device not in pending.asked}
-        for other in self._pending.values():
-            for device in other.asked:
-                load[device] = load.get(device, 0) + (device not in other.refusals)
-        turn = pending.number % len(self._lines)
-        candidates = sorted(
-            (d for d in range(len(self._lines)) if d not in pending.asked),
-            key=lambda d: (d in self._silent, load[d], (d - turn) % len(self._lines)),
-        )
-        for device in candidates:
+        """Without exchanges: to one more device."""
+        loads = {device: self._load(device) for device in self._lines}
+        for device in self._turns.order(pending.number, loads, pending.asked):
             if self._send(pending, device):
                 return
+
+    def _load(self, device: int) -> int:
+        """How many frames a device was given, and has not answered or refused."""
+        return sum(device in pending.waiting for pending in self._pending.values())
 
     def _connect(self, end: float) -> None:
         """Before the first frames: wait for a first connection until ``end``, and a little longer for the others."""
@@ -309,7 +300,7 @@ class Client:
                 if isinstance(error, OtherBuildError):
                     self._lines.meet_other_build(device, str(error), time.monotonic())
                 continue
-            self._silent.discard(device)
+            self._turns.heard(device)
             self._lines.meet_same_build(device)
             self._choice.heard(device)
             if isinstance(message, Status):
@@ -346,7 +337,7 @@ class Client:
         self._choice.answered(device, message.coverage, now - pending.first_at)
         if device in pending.asked:
             seconds = now - pending.asked[device]
-            self._latency[device].observe(seconds)
+            self._turns.answered(device, seconds)
             self._pace.answered(device, seconds - message.seconds)
         pending.answers[device] = message, now
 
@@ -369,8 +360,8 @@ class Client:
             if full or now >= pending.sent_at + self.timeout_seconds:
                 self._resolve(pending)
             elif parallel:
-                overdue = [d for d in waiting if now >= pending.asked[d] + self._patience(d)]
-                self._silent.update(overdue)
+                overdue = [d for d in waiting if now >= self._overdue_at(pending, d)]
+                self._turns.missed(overdue)
                 if len(overdue) == len(waiting):
                     self._pass_on(pending)
                 if len(pending.refusals) == len(self._lines):
@@ -380,10 +371,8 @@ class Client:
                     self._choice.expire(pending.coverages, waiting, pending.first_at, now)
                 self._resolve(pending)
 
-    def _patience(self, device: int) -> float:
-        load = sum(device in other.asked and not other.answers for other in self._pending.values())
-        mean = self._latency[device].mean or 0.0
-        return self._latency[device].deadline(PATIENCE) + load * mean
+    def _overdue_at(self, pending: _Pending, device: int) -> float:
+        return self._turns.overdue_at(device, pending.asked[device], self._load(device))
 
     def _next_due(self) -> float:
         times = []
@@ -393,7 +382,7 @@ class Client:
             if not pending.asked:
                 times.append(time.monotonic() + 0.02)
             elif parallel:
-                overdue = [at + self._patience(device) for device, at in pending.asked.items()]
+                overdue = [self._overdue_at(pending, device) for device in pending.asked]
                 times += [moment for moment in overdue if moment > time.monotonic()]
             else:
                 due = self._choice.due(pending.coverages, pending.waiting, pending.first_at)
