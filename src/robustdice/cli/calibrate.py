@@ -10,7 +10,7 @@ import typer
 
 import robustdice as rd
 from robustdice.cli.app import app
-from robustdice.cli.options import Data, Json, Samples, Seed, SkipBad, load_data
+from robustdice.cli.options import Data, Json, MovedModel, Samples, Seed, SkipBad, load_data
 from robustdice.cli.usage import number
 from robustdice.report import tables
 from robustdice.representation import CALIBRATION_SAMPLES
@@ -27,6 +27,7 @@ def calibrate(
     max_failed: Annotated[
         int | None, number("--max-failed", "most devices down at once (all but one)", least=1)
     ] = None,
+    model: MovedModel = None,
     samples: Samples = CALIBRATION_SAMPLES,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
@@ -41,7 +42,7 @@ def calibrate(
     """
     made = rd.Plan.load(plan)
     with waiting("loading the model"):
-        network = rd.reload_model(made.model)
+        network = rd.reload_model(made.model, model, plan.parent)
     images = load_data(data, network, samples, seed, "train", labelled=False, skip_bad=skip_bad).images()
     with progress("calibrating") as advance:
         calibrated = rd.calibrate(network, made, images, max_failed=max_failed, on_progress=advance)

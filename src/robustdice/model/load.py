@@ -72,8 +72,8 @@ def reload_model(
         if beside is None or not beside.is_file():
             copied = "" if beside is None else f", or copy it to {beside}"
             raise ModelError(
-                f"the plan's model is no longer at {place}; say where it is now with --model PATH (of evaluate, build "
-                f"and verify){copied}"
+                f"the plan's model is no longer at {place}; say where it is now with --model PATH (of calibrate, "
+                f"evaluate, build and verify){copied}"
             )
         place = str(beside)
     seed = reference.random_weights_seed
