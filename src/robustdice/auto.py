@@ -75,7 +75,7 @@ def candidates(
     units = _units(network, importance, images)
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
     rounded = round_network(network, every, images[:ROUNDING_IMAGES])
-    offered = _spreads(network, devices, budget)
+    offered = _spreads(network, devices, budget, survive)
     table = measure(network, rounded, units, offered, devices, survive, images[:TABLE_IMAGES], on_progress)
     whole = [spread for spread in offered if spread.holders == devices]
     families = {
@@ -157,14 +157,15 @@ def _units(network: Network, importance: Importance | None, images: NDArray[np.f
     return [normalise(scores).mean(1) for scores in importance.scores]
 
 
-def _spreads(network: Network, devices: int, budget: int) -> list[Spread]:
+def _spreads(network: Network, devices: int, budget: int, survive: int) -> list[Spread]:
     """What is worth considering: neurons on all devices, on three quarters or half of them, or the decisive on all;
     on one device alone where nothing else fits."""
     wide = [Spread(devices)] + [Spread(h) for h in sorted({math.ceil(0.75 * devices)} - {devices})]
     half = math.ceil(devices / 2)
     offered = [*wide, *(Spread(half, share) for share in (0.5, 0.25, 0.0) if half < devices)]
-    smallest = Kept(offered[-1], REPRESENTATIONS[-1])
-    if half > 1 and max(_held(network, [smallest] * len(network.layers), devices, CORRECTION_BYTES * 4)) > budget:
+    smallest = [Kept(offered[-1], REPRESENTATIONS[-1])] * len(network.layers)
+    corrections = CORRECTION_BYTES * _corrected_sets(offered, devices, survive)
+    if half > 1 and max(_held(network, smallest, devices, corrections)) + 4 * network.shared_weights > budget:
         offered += [Spread(1, 0.5), Spread(1, 0.25), Spread(1)]
     return offered
 
