@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from robustdice.rounding.scales import to_levels
@@ -20,13 +22,34 @@ def damped(moments: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-def gptq(weights: torch.Tensor, moments: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:
-    """Levels [neurons, K] for ``weights`` (float32 [neurons, K]) with little error in what they give for inputs of
-    second ``moments`` [K, K]. ``scales`` [neurons, K] are each weight's. Columns that carry most go first."""
-    order = moments.diagonal().argsort(descending=True)
-    matrix = damped(moments)[order][:, order]
-    inverse = torch.linalg.inv(matrix)
-    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).to(torch.float32)
+@dataclass(frozen=True)
+class Curvature:
+    """What second moments [K, K] say about rounding, worked out once for all representations: the ``order`` of columns,
+    those that carry most first, and how an error in one is best made up for by the later ones (``upper``, float32)."""
+
+    order: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: torch.Tensor) -> Curvature:
+        """Of second moments that have not been damped yet."""
+        order = moments.diagonal().argsort(descending=True)
+        lower = torch.linalg.cholesky(damped(moments)[order][:, order])
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return cls(order, lower, upper.to(torch.float32))
+
+    def solve(self, products: torch.Tensor) -> torch.Tensor:
+        """The filters [neurons, K] whose products with the damped moments are ``products``, float64."""
+        found = torch.empty_like(products)
+        found[:, self.order] = torch.cholesky_solve(products[:, self.order].T, self.lower).T
+        return found
+
+
+def gptq(weights: torch.Tensor, curvature: Curvature, scales: torch.Tensor, kind: str) -> torch.Tensor:
+    """Levels [neurons, K] for ``weights`` (float32 [neurons, K]) with little error in what they give for inputs of this
+    ``curvature``. ``scales`` [neurons, K] are each weight's."""
+    order, upper = curvature.order, curvature.upper
     left = weights[:, order].clone()
     steps = scales[:, order]
     levels = torch.empty_like(left)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from robustdice.model.canonical import CONVOLUTIONS, arguments
 from robustdice.model.network import NetworkLayer
 
-MAX_COLUMNS = 60_000
+MAX_COLUMNS = 20_000
 """So many inputs of a filter say enough; of more, some are taken at even distances."""
 
 

@@ -16,7 +16,7 @@ from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseLayer
 from robustdice.rounding.affine import can_shift, coarse_parameters, fold
 from robustdice.rounding.inputs import columns
-from robustdice.rounding.layer import Choice, Seen, coarse_layer
+from robustdice.rounding.layer import Choice, Seen, coarse_layer, target
 
 
 def round_network(
@@ -34,7 +34,7 @@ def round_network(
     found: dict[tuple[int, str], CoarseLayer] = {}
     if images is None:
         for done, (index, choices) in enumerate(wanted.items(), start=1):
-            found |= {(index, choice.representation): _coarse(network, index, choice, None) for choice in choices}
+            found |= _coarse(network, index, choices, None)
             on_progress(done, len(wanted))
         return found
     first = on_best_device(torch.from_numpy(images))
@@ -51,8 +51,7 @@ def round_network(
                 source = node.all_input_nodes[0]
                 inputs = [columns(layer, values[source].cpu(), size) for values in (own, intact)]
                 seen = None if inputs[0] is None or inputs[1] is None else Seen(inputs[0], inputs[1])
-                for choice in wanted[index]:
-                    found[index, choice.representation] = _coarse(network, index, choice, seen)
+                found |= _coarse(network, index, wanted[index], seen)
                 published = found[index, wanted[index][0].representation]
                 own |= {
                     parameters[name]: tensor.to(own[source].device)
@@ -69,7 +68,14 @@ def round_network(
     return found
 
 
-def _coarse(network: Network, index: int, choice: Choice, seen: Seen | None) -> CoarseLayer:
+def _coarse(
+    network: Network, index: int, choices: Sequence[Choice], seen: Seen | None
+) -> dict[tuple[int, str], CoarseLayer]:
     layer = network.layers[index]
     tail = {name: attribute(network.module, name).detach().cpu() for name in layer.tail_filters}
-    return coarse_layer(fold(network, layer), tail, choice, seen, can_shift(layer))
+    folded = fold(network, layer)
+    for_all = target(folded.filters, seen)
+    return {
+        (index, choice.representation): coarse_layer(folded, tail, choice, for_all, can_shift(layer))
+        for choice in choices
+    }

@@ -6,7 +6,7 @@ import torch
 
 from robustdice.representation import code_offset, code_range
 
-SHRINKS = 64
+SHRINKS = 32
 """How many scales are tried, from the one that clips nothing down to a fifth of it."""
 NORM = 2.4
 """The power of a weight's error that is summed up: between squares and the largest (BRECQ's choice)."""
@@ -24,11 +24,11 @@ def grouped(weights: torch.Tensor, group: int) -> torch.Tensor:
 def best_scales(weights: torch.Tensor, kind: str, group: int, importance: torch.Tensor | None = None) -> torch.Tensor:
     """The scales that leave the least error of ``weights`` [neurons, K] when each is rounded to the nearest level.
 
-    float16 values, as float32 [neurons, groups]; ``importance`` [K] weighs the errors of a filter's weights.
+    float16 values, as float32 [neurons, groups]; ``importance`` [K] or [neurons, K] weighs the errors of the weights.
     """
     _, high = code_range(kind)
     parts = grouped(weights, group)
-    weigh = torch.ones_like(parts) if importance is None else grouped(importance[None], group).expand_as(parts)
+    weigh = torch.ones_like(parts) if importance is None else grouped(importance.expand_as(weights), group)
     widest = parts.abs().amax(2, keepdim=True) / (high + code_offset(kind))
     best = torch.full(widest.shape, torch.inf)
     scales = widest.clone()
