@@ -29,7 +29,8 @@ import robustdice as rd
 from robustdice.bundle.onnx_graph import export_onnx
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
-from robustdice.model.network import Network, NetworkLayer, build_network
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network, build_network
 from robustdice.plan import Holder, Plan
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, CoarseLayer, code_range
 from robustdice.runtime.executor import Executor

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from robustdice.model.network import Network, NetworkLayer, build_network
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import quiet
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import BITS, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction, code_range

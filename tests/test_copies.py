@@ -31,7 +31,8 @@ from robustdice.failure.evaluate import evaluate, evaluate_plans
 from robustdice.failure.passes import run_under
 from robustdice.model.canonical import execute
 from robustdice.model.data import Dataset
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.plan import Certificate, Plan, failure_sets
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, neuron_bytes
 

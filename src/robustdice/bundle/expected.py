@@ -13,7 +13,8 @@ from torch import fx
 from robustdice.bundle.trial import stand_in
 from robustdice.failure.copies import Copies
 from robustdice.model.canonical import execute
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.plan import Plan
 from robustdice.representation import REPRESENTATIONS
 

@@ -37,7 +37,8 @@ from robustdice.bundle.stages import StageGraph
 from robustdice.bundle.trial import summary
 from robustdice.errors import PlanError
 from robustdice.model.canonical import arguments
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.plan import Plan, Shard
 
 UNPACKED_WEIGHTS = 2**18

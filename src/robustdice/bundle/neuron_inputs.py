@@ -13,7 +13,7 @@ from torch import fx
 from robustdice.bundle.onnx_graph import Array, OnnxGraph, array_name, cut
 from robustdice.model.canonical import arguments
 from robustdice.model.channelwise import parameter_name
-from robustdice.model.network import NetworkLayer
+from robustdice.model.layers import NetworkLayer
 
 
 def scale_name(layer: NetworkLayer) -> str:

@@ -15,7 +15,8 @@ from torch import fx
 
 from robustdice.errors import ModelError, first_line
 from robustdice.model.canonical import arguments, aten, attribute
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.model.tracing import quiet
 
 IR_VERSION = 9

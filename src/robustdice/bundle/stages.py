@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import fx
 from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.passes import correct, fill
 from robustdice.model.canonical import execute
-from robustdice.model.network import Network, NetworkLayer, check_plan_fits, on_best_device
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network, check_plan_fits, on_best_device
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.representation import LOST, Correction

@@ -14,7 +14,8 @@ from torch._ops import OpOverload
 
 from robustdice.failure.copies import Copies, State
 from robustdice.model.canonical import execute
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.representation import LOST, Correction
 
 

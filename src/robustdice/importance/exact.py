@@ -21,7 +21,8 @@ from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.importance.gradients import per_unit, units_of
 from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, execute
 from robustdice.model.channelwise import Channels, channelwise, parameter_name
-from robustdice.model.network import BATCH_ELEMENTS, Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import BATCH_ELEMENTS, Network
 from robustdice.progress import Progress, silent
 
 _BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}

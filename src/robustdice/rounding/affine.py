@@ -8,7 +8,8 @@ import torch
 
 from robustdice.model.canonical import aten, attribute
 from robustdice.model.channelwise import parameter_name
-from robustdice.model.network import Network, NetworkLayer
+from robustdice.model.layers import NetworkLayer
+from robustdice.model.network import Network
 from robustdice.representation import CoarseFilter, CoarseLayer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from robustdice.model.canonical import CONVOLUTIONS, arguments
-from robustdice.model.network import NetworkLayer
+from robustdice.model.layers import NetworkLayer
 
 MAX_COLUMNS = 20_000
 """So many inputs of a filter say enough; of more, some are taken at even distances."""
