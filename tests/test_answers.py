@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from robustdice.report.tables import answer_json, answers_table
-from robustdice.runtime.client import Answer, probabilities_of
+from robustdice.report.cluster_tables import answer_json, answers_table
+from robustdice.runtime.answer import Answer, probabilities_of
 
 SCORES = np.array([2.0, -1.0, 0.5, -np.inf], np.float32)
 

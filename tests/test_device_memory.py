@@ -12,7 +12,7 @@ from robustdice.meter.throughput import DeviceFigures, _figures
 from robustdice.model.network import Network
 from robustdice.partitioning import partition
 from robustdice.plan import Holder, Plan
-from robustdice.report import tables
+from robustdice.report import cluster_tables
 from robustdice.representation import Correction
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.workshop import build
@@ -81,6 +81,6 @@ def test_status_says_whose_corrections_are_applied(tmp_path: Path) -> None:
             cluster.client.infer(random_images(1, network.input_shape)[0])
             found = cluster.client.status()
             assert found[2]["corrected_for"] == expected
-            said = tables.status_table(names, found, {}).caption or ""
+            said = cluster_tables.status_table(names, found, {}).caption or ""
             note = f"{names[2]} has no corrections for 0,1 down: those for 1 are applied."
             assert (note in said) == (victim == 0)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.errors import MessageError
+from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.messages import (
     Answer,
-    Codec,
     Frame,
     FrameId,
     Hello,

@@ -20,7 +20,7 @@ import pytest
 
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
 from robustdice.errors import ClusterError
-from robustdice.report.tables import status_table
+from robustdice.report.cluster_tables import status_table
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.device import run_device

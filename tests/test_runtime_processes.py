@@ -20,7 +20,8 @@ import zmq
 
 from bundles import INPUT_SHAPE, Floats, Network, make_plan, write_bundles, write_whole_bundles
 from robustdice.errors import BundleError, ClusterError, DataError
-from robustdice.runtime.client import Answer, Client
+from robustdice.runtime.answer import Answer
+from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.device import run_device
 from robustdice.runtime.inprocess import InProcess

@@ -14,9 +14,9 @@ from bundles import Network, make_plan, write_bundles
 from commands import fails, run, without_workshop
 from robustdice import terminal
 from robustdice.failure.evaluate import Evaluation
-from robustdice.report import tables
+from robustdice.report import cluster_tables, tables
 from robustdice.report.sheet import Sheet
-from robustdice.runtime.client import Answer
+from robustdice.runtime.answer import Answer
 from robustdice.runtime.wire.founding import write_cluster
 
 NUMBERS = ["1,234,567,890", "0.123456, 0.789", "32x16x16", "98.7 %"]
@@ -149,11 +149,11 @@ def answer(index: int | None) -> Answer:
 
 def test_an_unanswered_frame_claims_nothing_about_devices_and_names_differ() -> None:
     prefix = "/data/some/very/long/folder/name/with/many/photographs/holiday"
-    documents = [tables.answer_json(f"{prefix}_{k}.jpg", answer(3 if k else None), []) for k in range(3)]
+    documents = [cluster_tables.answer_json(f"{prefix}_{k}.jpg", answer(3 if k else None), []) for k in range(3)]
     assert documents[0]["down"] is None
     assert documents[0]["reason"] == "time is up"
     assert documents[1]["down"] == []
-    lines = printed(tables.answers_table(documents), 80)
+    lines = printed(cluster_tables.answers_table(documents), 80)
     (unanswered,) = [line for line in lines if "no answer" in line]
     assert "none" not in unanswered
     for k in range(3):
@@ -164,7 +164,7 @@ def test_status_tells_a_fault_in_full() -> None:
     fault = {"device": 1, "seconds_ago": 3.2, "reason": "frame 12 waited 0.512 s for it in stage 3"}
     said = {"up": [0], "in_flight": 0, "frames_per_second": 1.0, "weights_bytes": 10**6, "last_fault": fault}
     said |= {"connections": {"1": "connected"}, "refused": []}
-    text = " ".join(printed(tables.status_table(["a", "b"], {0: said}, {}), 80))
+    text = " ".join(printed(cluster_tables.status_table(["a", "b"], {0: said}, {}), 80))
     assert "frame 12 waited 0.512 s for it in stage 3" in " ".join(text.split())
 
 

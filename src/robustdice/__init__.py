@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from robustdice.report.plots import plot_accuracy as plot_accuracy
     from robustdice.report.plots import plot_plan as plot_plan
     from robustdice.report.plots import plot_scores as plot_scores
-    from robustdice.runtime.client import Answer as Answer
+    from robustdice.runtime.answer import Answer as Answer
     from robustdice.runtime.client import Client as Client
     from robustdice.runtime.cluster import LocalCluster as LocalCluster
     from robustdice.runtime.device import run_device as run_device
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Answer": "robustdice.runtime.client",
+    "Answer": "robustdice.runtime.answer",
     "Client": "robustdice.runtime.client",
     "Dataset": "robustdice.model.data",
     "Evaluation": "robustdice.failure.evaluate",

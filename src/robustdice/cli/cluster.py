@@ -18,7 +18,7 @@ from robustdice.cli.usage import number
 from robustdice.errors import ClusterError, DataError, RobustdiceError
 from robustdice.images import read_image
 from robustdice.model.folders import find_images
-from robustdice.report import tables
+from robustdice.report import cluster_tables
 from robustdice.runtime.journal import JsonLines
 from robustdice.terminal import err, log_to_stderr, out, print_json, progress, stop_on_signals
 
@@ -96,10 +96,10 @@ def infer(
     with rd.Client(directory / "cluster.toml", timeout_seconds=timeout) as client:
         model = client.model
         for answer in client.stream(arrays({"input_size": list(model.input_shape), **model.preprocessing})):
-            answers.append(tables.answer_json(read[len(answers)], answer, model.classes, model.activation))
+            answers.append(cluster_tables.answer_json(read[len(answers)], answer, model.classes, model.activation))
             say(answers[-1])
     if answers and not as_json:
-        out.print(tables.answers_table(answers))
+        out.print(cluster_tables.answers_table(answers))
     unanswered = [answer["path"] for answer in answers if answer["class_index"] is None]
     if unanswered:
         bad.append(f"{len(unanswered)} of {len(answers)} images were not answered, such as {unanswered[0]}")
@@ -127,9 +127,9 @@ def status(
         devices = [entry.name for entry in client.cluster.devices]
         found, unreachable, troubles = client.status(), client.unreachable(), client.troubles()
     if as_json:
-        print_json(tables.status_json(devices, found, troubles))
+        print_json(cluster_tables.status_json(devices, found, troubles))
     else:
-        out.print(tables.status_table(devices, found, troubles))
+        out.print(cluster_tables.status_table(devices, found, troubles))
     if not found:
         raise ClusterError(unreachable)
 
@@ -152,6 +152,6 @@ def bench(
     with progress("measuring") as advance:
         result = bench_build(directory, seconds=seconds, rounds=rounds, window=window, seed=seed, on_progress=advance)
     if as_json:
-        print_json(tables.bench_json(result))
+        print_json(cluster_tables.bench_json(result))
     else:
-        out.print(tables.bench_table(result))
+        out.print(cluster_tables.bench_table(result))

@@ -20,7 +20,7 @@ from robustdice.failure.evaluate import Evaluation
 from robustdice.plan import publishers
 from robustdice.report.sheet import Sheet
 from robustdice.report.tables import percent, plan_summary, plan_table
-from robustdice.runtime.client import Answer
+from robustdice.runtime.answer import Answer
 from robustdice.runtime.cluster import LocalCluster
 
 DEVICES = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +11,12 @@ import numpy as np
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.report.sheet import Sheet
-from robustdice.runtime.wire.line import Reach
 
 if TYPE_CHECKING:
     from robustdice.auto import Candidate
     from robustdice.failure.availability import Expectation
     from robustdice.failure.evaluate import Evaluation
-    from robustdice.meter.throughput import BenchResult
     from robustdice.model.network import Network
-    from robustdice.runtime.client import Answer
     from robustdice.workshop import Verification
 
 
@@ -342,152 +338,3 @@ def verdict(result: Verification) -> str:
     )
     error = f"relative error at most {result.max_relative_error:.1e}, {result.allowed_relative_error:g} is allowed"
     return f"The bundles {'agree' if result.agrees else 'do NOT agree'} with the model for {sets} ({error})."
-
-
-def answer_json(path: str, answer: Answer, classes: Sequence[str], activation: str = "softmax") -> dict[str, Any]:
-    """What ``infer --json`` prints for one image; with its ``labels``, the likeliest first, where outputs are such."""
-    index = answer.class_index
-    labels: dict[str, Any] = {}
-    if activation == "sigmoid" and answer.probabilities is not None:
-        likely = [int(k) for k in np.argsort(-answer.probabilities) if answer.probabilities[k] >= 0.5]
-        names = [classes[k] if classes else str(k) for k in likely]
-        labels = {"labels": dict(zip(names, map(float, answer.probabilities[likely]), strict=True))}
-    return {
-        **labels,
-        "path": path,
-        "class_index": index,
-        "class_name": classes[index] if index is not None and classes else None,
-        "probability": None if answer.probabilities is None or index is None else float(answer.probabilities[index]),
-        "coverage": answer.coverage,
-        "from_spares": answer.from_spares,
-        "down": None if answer.outputs is None else list(answer.down),
-        "latency_ms": 1e3 * answer.latency_seconds,
-        "reason": answer.refused,
-        "expected_accuracy": answer.expected_accuracy,
-    }
-
-
-def answers_table(answers: Sequence[Mapping[str, Any]]) -> Sheet:
-    """What ``infer`` prints. Images are named from the folder on that they have in common."""
-    paths = [str(answer["path"]) for answer in answers]
-    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if len(paths) > 1 else ""  # noqa: PTH120
-    headings = ("class", "sure %", "coverage %", "spares %", "down", "ms", "image")
-    caption = f"Images in {folder}" if folder else None
-    sheet = Sheet("Answers", *headings, caption=caption, texts=["image"], folds=True)
-    for answer, path in zip(answers, paths, strict=True):
-        index, probability, down = answer["class_index"], answer["probability"], answer["down"]
-        sheet.add_row(
-            "no answer" if index is None else ", ".join(answer.get("labels", ())) or str(answer["class_name"] or index),
-            "" if probability is None else f"{100 * probability:.1f}",
-            "" if down is None else f"{100 * answer['coverage']:.1f}",
-            "" if down is None else f"{100 * answer['from_spares']:.1f}",
-            "" if down is None else ",".join(map(str, down)) or "none",
-            f"{answer['latency_ms']:.1f}",
-            os.path.relpath(path, folder) if folder else path,
-        )
-    return sheet
-
-
-def status_json(
-    devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]
-) -> dict[str, Any]:
-    """What ``status --json`` prints: for each device what it says about itself, or null; why some are silent."""
-    return {
-        "devices": {name: found.get(number) for number, name in enumerate(devices)},
-        "troubles": {devices[number]: trouble for number, trouble in troubles.items()},
-    }
-
-
-def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]) -> Sheet:
-    """What ``status`` prints: what each device says about itself, and below it what is the matter."""
-    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights")
-    faults = _status_troubles(devices, found, troubles)
-    sheet = Sheet("Devices, each in its own words", *headings)
-    for number, name in enumerate(devices):
-        said = found.get(number)
-        if said is None:
-            sheet.add_row(name, "silent")
-            continue
-        sheet.add_row(
-            name,
-            "up",
-            ", ".join(map(str, said["up"])) or "nobody",
-            str(said["in_flight"]),
-            f"{said['frames_per_second']:.1f}",
-            f"{said['weights_bytes'] / 1e6:.2f} MB",
-        )
-        down = sorted(set(range(len(devices))) - set(said["up"]))
-        if down and said.get("corrected_for", down) != down:
-            applied = said["corrected_for"] and f"those for {','.join(map(str, said['corrected_for']))} are applied"
-            faults.append(
-                f"{name} has no corrections for {','.join(map(str, down))} down: {applied or 'none are applied'}."
-            )
-        if fault := said["last_fault"]:
-            ago = f"{fault['seconds_ago']:.0f} s ago"
-            faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")
-    sheet.caption = "\n".join(faults) or None
-    return sheet
-
-
-def _status_troubles(
-    devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]
-) -> list[str]:
-    """Why devices are silent, who refuses whom, and who is of another build."""
-    lines = [f"{devices[number]} {trouble}." for number, trouble in troubles.items() if number not in found]
-    for number, said in found.items():
-        for peer, state in said["connections"].items():
-            if state not in {Reach.CONNECTED.value, Reach.NOBODY.value}:
-                lines.append(f"{devices[number]} says: {devices[int(peer)]} {state}.")
-        for entry in said["refused"]:
-            who = ", key ".join(filter(None, (entry["address"] or "somebody", entry["public_key"])))
-            often = f"{entry['count']} times, {entry['seconds_ago']:.0f} s ago"
-            lines.append(f"{devices[number]} has refused {who}: {entry['reason']} ({often}).")
-    return lines
-
-
-def bench_json(result: BenchResult) -> dict[str, Any]:
-    """What ``bench --json`` prints."""
-    return {
-        "frames_per_second": result.frames_per_second,
-        "single_frames_per_second": result.single_frames_per_second,
-        "ratio": result.ratio,
-        "ratios": list(result.ratios),
-        "latency_ms": {"p50": result.latency_p50_ms, "p99": result.latency_p99_ms},
-        "devices": [
-            {
-                "name": device.name,
-                "weights_bytes": device.weights_bytes,
-                "empty_rss_bytes": device.empty_rss_bytes,
-                "rss_bytes": device.rss_bytes,
-                "peak_rss_bytes": device.peak_rss_bytes,
-                "joules_per_image": None,
-                "energy_source": None,
-            }
-            for device in result.devices
-        ],
-        "not_compared": result.not_compared,
-    }
-
-
-def bench_table(result: BenchResult) -> Sheet:
-    """What ``bench`` prints."""
-    caption = (
-        f"Measured on this machine: {len(result.devices)} devices {result.frames_per_second:.1f} frames/s (median), "
-        f"latency {result.latency_p50_ms:.1f} ms (median), {result.latency_p99_ms:.1f} ms (99th percentile)."
-    )
-    if result.ratio is None:
-        caption += f" Not compared with the unpartitioned model: {result.not_compared}."
-    else:
-        caption += (
-            f" One process with the unpartitioned model {result.single_frames_per_second:.1f} frames/s, "
-            f"ratio {result.ratio:.2f} ({min(result.ratios):.2f} to {max(result.ratios):.2f} in "
-            f"{len(result.ratios)} pairs)."
-        )
-    title = "Devices, one core each"
-    caption += " Resident memory: what the bundle added to an empty process, and the most of all of it."
-    headings = ("device", "weights", "resident for it", "peak memory")
-    sheet = Sheet(title, *headings, caption=f"{caption} Energy is not measured yet.")
-    for device in result.devices:
-        sizes = (device.weights_bytes, device.rss_bytes - device.empty_rss_bytes, device.peak_rss_bytes)
-        sheet.add_row(device.name, *(f"{size / 1e6:.2f} MB" for size in sizes))
-    return sheet

@@ -17,61 +17,22 @@ import zmq
 from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildError
+from robustdice.runtime.answer import Answer, Model, probabilities_of
 from robustdice.runtime.choice import Choice, Pace
 from robustdice.runtime.turns import Turns
 from robustdice.runtime.wire import messages
+from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, read_secret
 from robustdice.runtime.wire.line import Reach
 from robustdice.runtime.wire.lines import Lines
-from robustdice.runtime.wire.messages import Codec, Frame, FrameId, Refused, Status, StatusRequest
+from robustdice.runtime.wire.messages import Frame, FrameId, Refused, Status, StatusRequest
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
 REMEMBERED_FRAMES = 64
 """So many decided frames may still get answers that teach something."""
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back for one frame.
-
-    ``outputs`` are the network's, float32 [outputs] (minus infinity for class scores that were lost), and
-    ``probabilities`` their softmax (or the sigmoid of each, where the model's outputs are several labels); both are
-    None, and ``class_index`` too, when no answer came in time or nothing is left to answer with. ``coverage`` is the
-    least, over the exchanges, of the share of neurons that were present; ``from_spares`` the largest of the share that
-    came from a spare; ``down`` the devices that took no part. ``refused`` says why there is no answer, where that is
-    known. ``expected_accuracy`` is what ``evaluate`` measured of the plan for the devices that were down, if the plan
-    was certified when it was built and the frame was computed from first to last in that state.
-    """
-
-    number: int
-    outputs: NDArray[np.float32] | None
-    probabilities: NDArray[np.float32] | None
-    class_index: int | None
-    coverage: float
-    from_spares: float
-    down: tuple[int, ...]
-    latency_seconds: float
-    device: int | None
-    sources: tuple[tuple[int, ...], ...] = ()
-    refused: str | None = None
-    expected_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the devices serve: ``input_shape`` [C, H, W], class names (may be empty), how an image becomes an input, the
-    ``activation`` that makes probabilities of the outputs (``softmax``, or ``sigmoid`` where each is a label of its
-    own), and the number of exchanges (0: frames are computed by one device each)."""
-
-    input_shape: tuple[int, ...]
-    outputs: int
-    classes: tuple[str, ...]
-    preprocessing: Mapping[str, Any]
-    activation: str
-    exchanges: int
 
 
 @dataclass
@@ -448,19 +409,6 @@ class Client:
         else:
             remedy = "copy all of one build to the devices and here, and restart them"
         return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"
-
-
-def probabilities_of(outputs: NDArray[np.float32], activation: str) -> NDArray[np.float32] | None:
-    """Class scores as probabilities, by ``softmax`` or by the ``sigmoid`` of each; None when every score was lost."""
-    top = float(outputs.max())
-    if not np.isfinite(top):
-        return None
-    scores = outputs.astype(np.float64)
-    if activation == "sigmoid":
-        small = np.exp(-np.abs(scores))  # which never overflows
-        return np.asarray(np.where(scores < 0, small, 1.0) / (1 + small), np.float32)
-    powers = np.exp(scores - top)
-    return np.asarray(powers / powers.sum(), np.float32)
 
 
 def _close(context: zmq.Context[Any], lines: Lines) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError
-from robustdice.runtime.client import Answer, Client
+from robustdice.runtime.answer import Answer
+from robustdice.runtime.client import Client
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.listen import is_here

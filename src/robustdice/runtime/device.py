@@ -35,9 +35,10 @@ from robustdice.runtime.protocol.events import (
     Tick,
 )
 from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.keys import SECRET_NAME, read_secret
-from robustdice.runtime.wire.messages import Codec, FrameId, ShardId, Status, StatusRequest
+from robustdice.runtime.wire.messages import FrameId, ShardId, Status, StatusRequest
 from robustdice.runtime.wire.transport import Transport
 from robustdice.runtime.wire.zeromq import ZeroMQTransport
 

@@ -25,11 +25,12 @@ from robustdice.errors import ClusterError, MessageError, OtherBuildError
 from robustdice.runtime.journal import say
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
 from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.line import set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
-from robustdice.runtime.wire.messages import Codec, Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
+from robustdice.runtime.wire.messages import Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
 from robustdice.runtime.wire.refusals import Refusals, Reminders
 
 log = logging.getLogger(__name__)

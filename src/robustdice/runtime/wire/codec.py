@@ -1,0 +1,338 @@
+"""Messages <-> frames of bytes.
+
+A message is a JSON header of at most 64 KiB followed by raw frames (float32, little-endian, C order). Every
+header carries the protocol version, the plan's digest and the kind. Decoding believes nothing: whatever is not
+exactly a message of this cluster raises :class:`MessageError` with the reason. docs/formats.md describes the bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from robustdice.bundle.manifest import Manifest
+from robustdice.errors import MessageError, OtherBuildError
+from robustdice.runtime.wire.messages import (
+    DOCUMENT_LIMIT,
+    HEADER_LIMIT,
+    MAX_TIMEOUT_SECONDS,
+    OUTPUTS_LIMIT,
+    PROTOCOL_VERSION,
+    Answer,
+    Array,
+    Frame,
+    FrameId,
+    Hello,
+    Message,
+    Pass,
+    Pulse,
+    Refused,
+    ShardId,
+    Shards,
+    Status,
+    StatusRequest,
+    Want,
+)
+
+
+class Codec:
+    """Messages of one plan <-> bytes. With a ``manifest`` (a device) shapes are checked against it; without one
+    (a client) only replies can be decoded."""
+
+    def __init__(self, plan_digest: str, manifest: Manifest | None = None) -> None:
+        """A codec for messages of the plan with this digest."""
+        self._plan = plan_digest
+        self._manifest = manifest
+        exchanges = manifest.exchanges if manifest else ()
+        self._shapes = [
+            [(1, *e.shape[: e.axis - 1], e.entries(number), *e.shape[e.axis :]) for number in range(len(e.shards))]
+            for e in exchanges
+        ]
+        sizes = [4 * math.prod(shape) for shapes in self._shapes for shape in shapes]
+        if manifest:
+            sizes.append(4 * math.prod(manifest.input_shape))
+        self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, *sizes])
+        """Bytes that no frame of a message of this plan exceeds."""
+
+    def encode(self, message: Message) -> list[Any]:
+        """The frames of ``message``: bytes-like objects, arrays not copied where they need not be."""
+        kind = type(message).__name__
+        header: dict[str, Any] = {"v": PROTOCOL_VERSION, "plan": self._plan, "kind": kind}
+        body: list[Any] = []
+        if not isinstance(message, Frame | StatusRequest):
+            header["from"] = message.sender
+        if isinstance(message, Frame | Shards | Want | Pass | Answer | Refused):
+            header["frame"] = [message.frame.client, message.frame.number]
+        if isinstance(message, Hello):
+            header.update(incarnation=message.incarnation, reply=int(message.reply))
+        elif isinstance(message, Pulse):
+            header.update(clock=message.clock, echo=message.echo, reply=int(message.reply))
+            header.update(sent=message.sent, got=message.got)
+            header["owes"] = [[frame.client, frame.number] for frame in message.owes]
+        elif isinstance(message, Frame):
+            header.update(oldest=message.oldest, timeout=message.timeout_seconds)
+            body = [_raw(message.array)]
+        elif isinstance(message, Shards | Want):
+            header["stage"] = message.stage
+            body = [np.asarray(message.shards, "<u4").tobytes()]
+            if isinstance(message, Shards):
+                header["serial"] = message.serial
+                body += map(_raw, message.arrays)
+        elif isinstance(message, Answer):
+            header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
+            header.update(late=message.late, seconds=message.seconds)
+            if message.expected is not None:
+                header["expected"] = message.expected
+            flat = [source for sources in message.sources for source in sources]
+            counts = [len(sources) for sources in message.sources]
+            body = [_raw(message.outputs), np.asarray(flat, "i1").tobytes(), np.asarray(counts, "<u4").tobytes()]
+        elif isinstance(message, Refused):
+            header["reason"] = message.reason[:500]
+        elif isinstance(message, StatusRequest):
+            header["client"] = message.client
+        elif isinstance(message, Status):
+            body = [json.dumps(message.document).encode()]
+        return [json.dumps(header, separators=(",", ":")).encode(), *body]
+
+    def decode(self, parts: Sequence[Any], source: int | None) -> Message:
+        """The message in ``parts`` (bytes-like); ``source`` is the authenticated device, or None for a client."""
+        if not parts:
+            raise MessageError("a message without a header")
+        header = _Header(parts[0], self._plan)
+        decoder = _DECODERS.get(header.text("kind", 20))
+        if decoder is None:
+            raise MessageError(f"a message of unknown kind {header.text('kind', 20)!r}")
+        message = decoder(self, header, parts[1:])
+        sender = None if isinstance(message, Frame | StatusRequest) else message.sender
+        if sender != source:
+            raise MessageError(f"{_who(source)} sent a {type(message).__name__} of {_who(sender)}")
+        return message
+
+    def _hello(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        return Hello(header.device(), header.text("incarnation", 64), header.whole("reply") > 0)
+
+    def _frame(self, header: _Header, body: Sequence[Any]) -> Message:
+        manifest = self._known()
+        _count(body, 1)
+        oldest, timeout = header.whole("oldest"), header.number("timeout")
+        if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+            raise MessageError(f"a timeout of {timeout} s, expected more than 0, at most {MAX_TIMEOUT_SECONDS} s")
+        return Frame(header.frame(), oldest, timeout, _array(body[0], (1, *manifest.input_shape)))
+
+    def _pulse(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        clock, echo = header.number("clock"), None if header.is_null("echo") else header.number("echo")
+        reply, sent, got = header.whole("reply") > 0, header.whole("sent"), header.whole("got")
+        return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64))
+
+    def _shards(self, header: _Header, body: Sequence[Any]) -> Message:
+        sender, stage, shards = self._positions(header, body, header.device())
+        _count(body, 1 + len(shards))
+        arrays = tuple(_array(raw, self._shapes[e][s]) for raw, (e, s) in zip(body[1:], shards, strict=True))
+        return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays)
+
+    def _want(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 1)
+        holder = self._known().device
+        sender, stage, shards = self._positions(header, body, holder)
+        return Want(sender, header.frame(), stage, shards)
+
+    def _pass(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        return Pass(header.device(), header.frame())
+
+    def _answer(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 3)
+        outputs = _array(body[0], None)
+        flat, counts = _integers(body[1], "i1"), _integers(body[2], "<u4")
+        if sum(counts) != len(flat) or any(source < -1 for source in flat):
+            raise MessageError("an answer whose sources contradict each other")
+        sources, start = [], 0
+        for count in counts:
+            sources.append(tuple(flat[start : start + count]))
+            start += count
+        coverage, spares = header.number("coverage"), header.number("spares")
+        if not (0 <= coverage <= 1 and 0 <= spares <= 1):
+            raise MessageError(f"a coverage of {coverage}, expected 0 to 1")
+        down, late, seconds = header.wholes("down", 64), header.wholes("late", 64), header.number("seconds")
+        expected = header.number("expected") if header.has("expected") else None
+        if not (expected is None or 0 <= expected <= 1):
+            raise MessageError(f"an expected accuracy of {expected}, expected 0 to 1")
+        told = (outputs, coverage, spares, tuple(sources), down, late, seconds, expected)
+        return Answer(header.device(), header.frame(), *told)
+
+    def _refused(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        return Refused(header.device(), header.frame(), header.text("reason", 500))
+
+    def _status_request(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        return StatusRequest(header.name("client"))
+
+    def _status(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 1)
+        return Status(header.device(), _json_object(body[0], DOCUMENT_LIMIT))
+
+    def _known(self) -> Manifest:
+        if self._manifest is None:
+            raise MessageError("a message for devices arrived at a client")
+        return self._manifest
+
+    def _positions(self, header: _Header, body: Sequence[Any], holder: int) -> tuple[int, int, tuple[ShardId, ...]]:
+        manifest, stage = self._known(), header.whole("stage")
+        if stage >= len(manifest.stages):
+            raise MessageError(f"stage {stage}, the plan has stages 0 to {len(manifest.stages) - 1}")
+        flat = _integers(body[0], "<u4") if body else []
+        shards = tuple(zip(flat[::2], flat[1::2], strict=False))
+        if not shards or len(flat) % 2 or any(a >= b for a, b in itertools.pairwise(shards)):
+            raise MessageError("shards must be listed once each, in order, at least one")
+        for exchange, shard in shards:
+            if exchange not in manifest.stages[stage].exchanges:
+                raise MessageError(f"exchange {exchange} is not of stage {stage}")
+            if shard >= len(manifest.exchanges[exchange].shards):
+                raise MessageError(f"exchange {exchange} has no shard {shard}")
+            if holder not in manifest.exchanges[exchange].shards[shard].devices:
+                raise MessageError(f"device {holder} does not hold shard {shard} of exchange {exchange}")
+        return header.device(), stage, shards
+
+
+_DECODERS = {
+    "Hello": Codec._hello,
+    "Pulse": Codec._pulse,
+    "Frame": Codec._frame,
+    "Shards": Codec._shards,
+    "Want": Codec._want,
+    "Pass": Codec._pass,
+    "Answer": Codec._answer,
+    "Refused": Codec._refused,
+    "StatusRequest": Codec._status_request,
+    "Status": Codec._status,
+}
+
+
+class _Header:
+    """A parsed header; every accessor raises MessageError when the field is not what it should be."""
+
+    def __init__(self, raw: Any, plan: str) -> None:
+        self._fields = _json_object(raw, HEADER_LIMIT)
+        if self._fields.get("v") != PROTOCOL_VERSION:
+            raise OtherBuildError(f"protocol version {_short(self._fields.get('v'))}, expected {PROTOCOL_VERSION}")
+        if self._fields.get("plan") != plan:
+            raise OtherBuildError(f"plan {str(self._fields.get('plan'))[:12]}, expected {plan[:12]}")
+
+    def whole(self, key: str) -> int:
+        return _whole(self._fields.get(key), key)
+
+    def wholes(self, key: str, limit: int) -> tuple[int, ...]:
+        values = self._fields.get(key)
+        if not isinstance(values, list) or len(values) > limit:
+            raise MessageError(f"{key} is {_short(values)}, expected a list of at most {limit} numbers")
+        return tuple(_whole(value, key) for value in values)
+
+    def has(self, key: str) -> bool:
+        return key in self._fields
+
+    def number(self, key: str) -> float:
+        value = self._fields.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
+            raise MessageError(f"{key} is {_short(value)}, expected a number")
+        return float(value)
+
+    def text(self, key: str, limit: int) -> str:
+        value = self._fields.get(key)
+        if not isinstance(value, str) or len(value) > limit:
+            raise MessageError(f"{key} is {_short(value)}, expected a text of at most {limit} characters")
+        return value
+
+    def name(self, key: str) -> str:
+        return _client(self._fields.get(key))
+
+    def device(self) -> int:
+        return self.whole("from")
+
+    def frame(self) -> FrameId:
+        return _frame_id(self._fields.get("frame"))
+
+    def frames(self, key: str, limit: int) -> tuple[FrameId, ...]:
+        values = self._fields.get(key)
+        if not isinstance(values, list) or len(values) > limit:
+            raise MessageError(f"{key} is {_short(values)}, expected a list of at most {limit} frames")
+        return tuple(map(_frame_id, values))
+
+    def is_null(self, key: str) -> bool:
+        return key in self._fields and self._fields[key] is None
+
+
+def _frame_id(value: object) -> FrameId:
+    if not isinstance(value, list) or len(value) != 2:
+        raise MessageError(f"frame is {_short(value)}, expected [client, number]")
+    return FrameId(_client(value[0]), _whole(value[1], "frame number"))
+
+
+def _client(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{1,32}", value):
+        raise MessageError(f"client is {_short(value)}, expected up to 32 hexadecimal digits")
+    return value
+
+
+def _whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise MessageError(f"{what} is {_short(value)}, expected a whole number")
+    return value
+
+
+def _json_object(raw: Any, limit: int) -> dict[str, Any]:
+    if len(raw) > limit:
+        raise MessageError(f"{len(raw)} bytes of JSON, at most {limit} are accepted")
+    try:
+        document = json.loads(bytes(raw))
+    except (ValueError, RecursionError):
+        raise MessageError("a header that is not JSON") from None
+    if not isinstance(document, dict):
+        raise MessageError("a header that is not a JSON object")
+    return document
+
+
+def _count(body: Sequence[Any], expected: int) -> None:
+    if len(body) != expected:
+        raise MessageError(f"{len(body)} frames after the header, expected {expected}")
+
+
+def _raw(array: Any) -> memoryview:
+    raw: Any = np.ascontiguousarray(array, "<f4")
+    return memoryview(raw).cast("B")
+
+
+def _array(raw: Any, shape: tuple[int, ...] | None) -> Array:
+    """``raw`` as float32 of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
+    size = len(raw)
+    if shape is None:
+        if size % 4 or not 0 < size <= 4 * OUTPUTS_LIMIT:
+            raise MessageError(f"an array of {size} bytes, expected 1 to {OUTPUTS_LIMIT} float32")
+        shape = (size // 4,)
+    elif size != 4 * math.prod(shape):
+        raise MessageError(f"an array of {size} bytes, expected {4 * math.prod(shape)} for shape {shape}")
+    array = np.frombuffer(raw, "<f4").reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def _integers(raw: Any, kind: str) -> list[int]:
+    if len(raw) % np.dtype(kind).itemsize or len(raw) > HEADER_LIMIT * 16:
+        raise MessageError(f"a list of numbers of {len(raw)} bytes")
+    return [int(value) for value in np.frombuffer(raw, kind)]
+
+
+def _who(device: int | None) -> str:
+    return "a client" if device is None else f"device {device}"
+
+
+def _short(value: object) -> str:
+    return repr(value)[:40]
