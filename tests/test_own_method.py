@@ -62,7 +62,7 @@ def test_the_readmes_example_runs_as_a_command(here: Path, scores: Importance) -
     document = run_json(*arguments, "--scores", "scores.npz")
     assert document["method"] == "mine:top_twice"
     plan = rd.Plan.load("plan.json")
-    assert plan.digest == document["digest"]
+    assert plan.digest == document["plan_digest"]
     assert "method mine:top_twice failed: AttributeError" in (said := fails(*arguments))
     assert "mine.py, line" in said
     assert "no scores were given: --scores FILE, or --data DATA" in said
