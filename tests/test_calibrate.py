@@ -16,7 +16,7 @@ from robustdice.failure.calibrate import calibrate, fit
 from robustdice.failure.copies import Copies, State, state_of
 from robustdice.failure.passes import run_under
 from robustdice.model.canonical import execute
-from robustdice.model.network import Network
+from robustdice.model.network import Network, together
 from robustdice.partitioning.allocation import Kept, Spread, shards_of
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 
@@ -149,3 +149,12 @@ def test_a_plan_is_calibrated_and_certified_from_the_command_line(tmp_path: Path
     assert low < plan.certificate.accuracy[frozenset({1})] < high
     assert plan.digest == measured["plan_digest"]  # to be certified changes nothing
     assert Plan.load(path).certificate is None
+
+
+def test_of_more_images_than_fit_into_memory_at_once_some_are_taken() -> None:
+    network = network_of(seeded(Branches), 2, 6, 6)
+    images = random_images(20, (2, 6, 6))
+    widest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
+    np.testing.assert_array_equal(together(network, images, 20 * widest).cpu().numpy(), images)
+    np.testing.assert_array_equal(together(network, images, 8 * widest).cpu().numpy(), images[::3])
+    np.testing.assert_array_equal(together(network, images, 1).cpu().numpy(), images[:1])

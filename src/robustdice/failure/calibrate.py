@@ -19,13 +19,11 @@ from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.passes import correct, fill
 from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
-from robustdice.model.network import Network, check_plan_fits, on_best_device
+from robustdice.model.network import Network, check_plan_fits, together
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.representation import LOST, Correction
 
-MAX_ELEMENTS = 200_000_000
-"""Numbers in one layer's values for all images: of more images, some are taken at even distances."""
 MAX_GAIN = 8.0
 """The largest scale, and the inverse of the smallest: a neuron of which next to nothing is left stays that way."""
 
@@ -74,12 +72,6 @@ def fit(
     with torch.no_grad():
         targets = dict(_Pass(network, copies, intact(network)).statistics(first))
         yield from _Pass(network, copies, base).branches(first, states, targets)
-
-
-def together(network: Network, images: NDArray[np.float32]) -> torch.Tensor:
-    """Those of ``images`` that can go through the network at once."""
-    widest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
-    return on_best_device(torch.from_numpy(images[:: -(-len(images) * widest // MAX_ELEMENTS)].copy()))
 
 
 Statistics = tuple[torch.Tensor, torch.Tensor]

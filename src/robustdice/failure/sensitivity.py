@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.failure.calibrate import fit, together
+from robustdice.failure.calibrate import fit
 from robustdice.failure.copies import Copies, State, intact
-from robustdice.model.network import Network
+from robustdice.model.network import Network, together
 from robustdice.partitioning.allocation import Kept, Spread, deal
 from robustdice.progress import Progress, silent
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer

@@ -6,13 +6,16 @@ This is the one place that reads a model's graph; nothing here knows any archite
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -30,6 +33,9 @@ from robustdice.plan import Layer, ModelReference, Plan
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
+
+MAX_ELEMENTS = 200_000_000
+"""Numbers in one layer's values for all images that go through a network at once."""
 
 Survivors = Sequence[torch.Tensor]
 """For every layer, which neurons are there: bool[neurons]."""
@@ -148,6 +154,14 @@ def on_best_device(images: torch.Tensor) -> torch.Tensor:
         return images
     # With one channel both layouts are the same bytes, and contiguous() would leave the strides that say which it is.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+
+
+def together(network: Network, images: NDArray[np.float32], elements: int = MAX_ELEMENTS) -> torch.Tensor:
+    """``images`` [n, channels, height, width] on the best device; where one layer's values for all of them would be
+    more than ``elements`` numbers, some at even distances."""
+    widest = max(math.prod(shape[1:]) for node, shape in network.shapes.items() if node.op == "call_function")
+    every = -(-len(images) * widest // elements)
+    return on_best_device(torch.from_numpy(images[::every].copy()))
 
 
 def check_plan_fits(network: Network, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from robustdice.model.canonical import attribute, execute
-from robustdice.model.network import Network, on_best_device
+from robustdice.model.network import Network, together
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseLayer
 from robustdice.rounding.affine import can_shift, coarse_parameters, fold
@@ -37,7 +37,7 @@ def round_network(
             found |= _coarse(network, index, choices, None)
             on_progress(done, len(wanted))
         return found
-    first = on_best_device(torch.from_numpy(images))
+    first = together(network, images)
     own: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
     intact = dict(own)
     layers = {layer.node: index for index, layer in enumerate(network.layers)}
