@@ -1,8 +1,9 @@
 """What coarse copies cost a device in time and resident memory, beside the same in float32.
 
-    python benchmarks/bench_coarse.py [--models DIR]
+    python benchmarks/bench_coarse.py [--models DIR] [NAME ...]
 
-Layers alone, and whole models (``DIR/NAME.pt2``, by default the shared ones; what is absent is left out). Codes are
+Layers alone, and whole models (``DIR/NAME.pt2``, by default the shared ones; what is absent is left out), or those of
+these names. Codes are
 random: neither time nor memory depends on them. Times are processor time of one thread, in pairs, which holds on a
 machine that does other things too; memory is what the bundle adds to an empty process after ten frames of batch 1.
 """
@@ -157,17 +158,24 @@ def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path(__file__).parents[2] / "shared" / "models")
+    parser.add_argument("names", nargs="*")
     options = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return not options.names or name in options.names
+
     print(record())
     print("\n| layer or model | representation | weights MB | resident MB | ms | time / float32 |")
     print("|---|---|---|---|---|---|")
     for name, (make, shape) in LAYERS.items():
+        if not wanted(name):
+            continue
         with torch.no_grad():
             dynamic = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(make().eval(), (torch.zeros(2, *shape),), dynamic_shapes=dynamic)
         compare(name, build_network(program, name))
     for name in MODELS:
-        if (path := options.models / f"{name}.pt2").exists():
+        if wanted(name) and (path := options.models / f"{name}.pt2").exists():
             compare(name, rd.load_model(str(path)))
 
 

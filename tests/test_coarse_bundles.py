@@ -24,6 +24,7 @@ from robustdice.bundle.write import write_bundles
 from robustdice.errors import BundleError
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.passes import run_under
+from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import REPRESENTATIONS
@@ -82,7 +83,7 @@ def check_every_failure_set(name: str, seed: int, devices: int, spares: str) -> 
 
 
 @pytest.mark.parametrize("name", ["residual", "plain", "channels_last"])
-@settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=1, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 10**6))
 def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, seed: int) -> None:
     check_every_failure_set(name, seed, 2, "standby")
@@ -94,6 +95,25 @@ def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, seed: int) 
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 3), spares=st.sampled_from(["standby", "hot"]))
 def test_bundles_of_any_network_equal_the_evaluator(name: str, seed: int, devices: int, spares: str) -> None:
     check_every_failure_set(name, seed, devices, spares)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet20_cifar10", "alexnet_cifar10", "vgg16_bn_half_cifar10", "convnext_small_cifar10"]
+)
+def test_bundles_of_trained_models_equal_the_evaluator(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "shared" / "models" / f"{name}.pt2"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in ../shared/models")
+    network = load_model(str(path))
+    plan = coarsened(network, random_plan(network, 2, 1, [2, 3]), 1)
+    images = random_images(1, network.input_shape)
+    bundles = [load_bundle(directory) for directory in write_bundles(network, plan, tmp_path / "build")]
+    for bundle in bundles:
+        Executor(bundle).try_out()
+    together = InProcess(bundles)
+    for failed in (frozenset[int](), frozenset({0}), frozenset({1})):
+        assert relative_error(together.run(images, failed), predicted(network, plan, images, failed)) < TOLERANCE
 
 
 def of_kind(kind: str, name: str = "plain", devices: int = 2, everywhere: bool = False) -> tuple[Network, Plan]:
