@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Executor:
         """Load every model of the bundle."""
         self.manifest = manifest = bundle.manifest
         self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
-        self._sessions = {part.file: _session(bundle, part.file, threads) for part in manifest.parts}
+        self._sessions = {part.file: _session(bundle, part, threads) for part in manifest.parts}
         self._places = [
             [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges
@@ -157,10 +158,12 @@ def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
     return (*exchange.shape[: exchange.axis - 1], exchange.entries(shard), *exchange.shape[exchange.axis :])
 
 
-def open_session(model: Path | bytes, threads: int) -> Any:
+def open_session(model: Path | bytes, threads: int, shares_arena: bool = False) -> Any:
     """An ONNX Runtime session on the CPU for a model file (or its content); idle threads sleep instead of spinning.
 
     From a file where memory counts: a session that is made from bytes keeps a second copy of the weights.
+    ``shares_arena``: what it computes with is in the same memory as that of all others that share, which pays where
+    there are many of them, without weights.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -168,15 +171,26 @@ def open_session(model: Path | bytes, threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    if shares_arena:
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return onnxruntime.InferenceSession(
         model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
     )
 
 
-def _session(bundle: Bundle, file: str, threads: int) -> Any:
-    path = bundle.path(file)
+@cache
+def _register_arena() -> None:
+    """For the whole process; it grows by what is asked for, not by doubling."""
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 1, -1, -1))
+
+
+def _session(bundle: Bundle, part: Part, threads: int) -> Any:
+    path = bundle.path(part.file)
     try:
-        return open_session(path, threads)
+        return open_session(path, threads, shares_arena=part.coarse is not None)
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
         raise BundleError(
             f"{path} cannot be loaded: {first_line(error)}; build the bundle again for this ONNX Runtime"
