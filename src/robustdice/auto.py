@@ -177,9 +177,12 @@ def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> in
 
 
 def _held(network: Network, kept: Sequence[Kept], devices: int, corrections: int) -> list[int]:
+    """Bytes on every device; layers up to the first of which something can be lost need no ``corrections``."""
     held = [0] * devices
+    corrected = False
     for index, (layer, of_layer) in enumerate(zip(network.plan_layers, kept, strict=True)):
-        each = neuron_bytes(layer, of_layer.representation) + corrections
+        each = neuron_bytes(layer, of_layer.representation) + (corrections if corrected else 0)
+        corrected = corrected or of_layer.spread.holders < devices
         for shard in shards_of(layer, [0.0] * (layer.neurons // layer.group), of_layer, devices, index):
             for device in shard.devices:
                 held[device] += len(shard.neurons) * each
