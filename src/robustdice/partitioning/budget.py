@@ -92,7 +92,7 @@ def solve_threshold(
     most, low = least, 0.0
     # Everything that can be held is a sum of units: what is left open is less than the smallest of them.
     smallest = min(layer.group * min(bytes_of(layer, of_layer)) for layer, of_layer in zip(layers, kinds, strict=True))
-    for _ in range(MAX_CLUSTERINGS - 1):
+    for _ in range(MAX_CLUSTERINGS - 2):  # two are done
         if budget - most < smallest or high - low < PRECISION * high:
             break
         middle = (low + high) / 2
