@@ -16,8 +16,8 @@ env: $(INSTALLED)  ## only create the environment
 demo: $(INSTALLED)  ## the whole story on this machine
 	@$(BIN)/robustdice demo
 
-test: $(INSTALLED)  ## the tests, without the slow ones
-	@$(BIN)/python -m pytest -m "not slow"
+test: $(INSTALLED)  ## the tests, without the slow ones, on two cores
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## what has to pass before a change goes in: style, types, all tests
 	@$(BIN)/ruff check

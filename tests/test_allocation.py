@@ -82,6 +82,7 @@ def test_shards_make_a_plan_whatever_the_groups() -> None:
     assert all(mask.all() for failed in failure_sets(4, 1) for mask in plan.surviving_neurons(failed))
 
 
+@pytest.mark.slow
 def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_nothing() -> None:
     network = rd.load_model("robustdice.demo.network:digits_cnn")
     images = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(48).images()

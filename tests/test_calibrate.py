@@ -112,6 +112,7 @@ def test_sets_that_change_nothing_and_the_intact_cluster_have_no_corrections() -
     assert calibrate(network, plan, random_images(16, (3, 8, 8)), max_failed=2) == {}
 
 
+@pytest.mark.slow
 def test_calibrating_on_trained_weights_brings_answers_back() -> None:
     network = rd.load_model("robustdice.demo.network:digits_cnn")
     train = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(128)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import robustdice as rd
@@ -11,6 +12,7 @@ from robustdice.model.data import load_data
 from robustdice.model.load import load_model
 
 
+@pytest.mark.slow
 def test_a_cluster_with_a_parity_device_outlives_any_one_device(tmp_path: Path) -> None:
     network = load_model("robustdice.demo.network:digits_cnn")
     images = load_data("digits", network.preprocessing, network.outputs).images(0, 20)

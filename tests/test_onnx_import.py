@@ -45,6 +45,7 @@ def write_fixed(module: nn.Module, path: Path, *shape: int) -> None:
         torch.onnx.export(module, (torch.zeros(1, *shape),), str(path), dynamo=False, opset_version=11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "shape", "write"),
     [

@@ -40,6 +40,7 @@ def subject(name: str = "digits_cnn", samples: int = 40) -> Subject:
     return Subject(name, network, scoring, dataset)
 
 
+@pytest.mark.slow
 def test_what_is_as_in_the_paper_gets_its_memory_and_stands_beside_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +230,7 @@ def test_memory_for_each_number_of_devices_is_said_in_one_word() -> None:
             amounts(wrong)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = reproduce([subject()], tmp_path / "whole")
 
