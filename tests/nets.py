@@ -1,8 +1,10 @@
 """Small networks that say in a few lines what architectures are made of, and how to make a Network of them."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -188,6 +190,15 @@ def export(module: nn.Module, *shape: int, batch: int | None = None) -> Exported
     dynamic = None if batch else ({0: Dim("batch")},)
     with quiet():
         return torch.export.export(module, (torch.zeros(batch or 2, *shape),), dynamic_shapes=dynamic)
+
+
+def save(module: nn.Module, path: Path, *shape: int, sidecar: object = None) -> str:
+    """Write a module as a .pt2 file, and what its sidecar is to hold; the file's path."""
+    with quiet():
+        torch.export.save(export(module, *shape), path)
+    if sidecar is not None:
+        path.with_suffix(".json").write_text(sidecar if isinstance(sidecar, str) else json.dumps(sidecar))
+    return str(path)
 
 
 def network_of(module: nn.Module, *shape: int) -> Network:

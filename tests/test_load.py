@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import json
 import os
 import pickle
 import subprocess
@@ -18,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from nets import Plain, Residual, export, random_images, seeded
+from nets import Plain, Residual, random_images, save, seeded
 from robustdice.cli.build import build as build_command
 from robustdice.cli.build import verify as verify_command
 from robustdice.cli.calibrate import calibrate as calibrate_command
+from robustdice.cli.cluster import bench as bench_command
 from robustdice.cli.evaluate import evaluate as evaluate_command
 from robustdice.demo.network import digits_cnn
 from robustdice.errors import DataError, ModelError
@@ -38,14 +38,6 @@ SIDECAR = {
     "std": [0.25, 0.25, 0.25],
     "classes": ["a", "b", "c", "d", "e"],
 }
-
-
-def save(module: nn.Module, path: Path, *shape: int, sidecar: object = None) -> str:
-    with quiet():
-        torch.export.save(export(module, *shape), path)
-    if sidecar is not None:
-        path.with_suffix(".json").write_text(sidecar if isinstance(sidecar, str) else json.dumps(sidecar))
-    return str(path)
 
 
 def test_a_pt2_file_comes_back_with_its_sidecar(tmp_path: Path) -> None:
@@ -216,7 +208,7 @@ def test_a_moved_model_is_found_beside_its_plan_or_where_it_is_said_to_be(tmp_pa
         reload_model(network.reference, other)
 
 
-@pytest.mark.parametrize("command", [build_command, calibrate_command, evaluate_command, verify_command])
+@pytest.mark.parametrize("command", [bench_command, build_command, calibrate_command, evaluate_command, verify_command])
 def test_commands_that_need_a_plans_model_take_its_place(command: Callable[..., None]) -> None:
     assert "model" in inspect.signature(command).parameters
 

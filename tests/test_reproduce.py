@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from commands import fails, run, run_json
 from robustdice.cli.reproduce import amounts
@@ -18,6 +20,7 @@ from robustdice.errors import ModelError, OutputError, PlanError
 from robustdice.failure.evaluate import Evaluation
 from robustdice.importance.values import Importance
 from robustdice.model.data import load_data
+from robustdice.model.digits import digits
 from robustdice.model.load import load_model
 from robustdice.plan import ModelReference, failure_sets
 from robustdice.plan.certificate import wilson
@@ -96,6 +99,36 @@ def random_net(random_weights=False):
     assert "nothing to claim" in page
 
 
+def test_a_network_near_chance_is_warned_about_and_so_is_a_reader_of_its_page(tmp_path: Path) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join("1234567890"))  # the first output is the digit 0
+    folder = tmp_path / "digits"
+    pixels, labels = digits("test")
+    for index in range(60):
+        (folder / str(labels[index])).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index, 0]).save(folder / str(labels[index]) / f"{index}.png")
+    arguments = (
+        "reproduce",
+        "--models",
+        MODEL,
+        "--data",
+        folder,
+        "--methods",
+        "lop",
+        "--devices",
+        "2",
+        "--s3",
+        "fisher",
+    )
+    said = run(*arguments, "--classes", classes, "-o", tmp_path / "wrong", "--json")
+    (warning,) = (line for line in said.stderr.splitlines() if line.startswith("warning: "))
+    assert "digits_cnn: the unpartitioned network answers" in warning
+    assert "classes are in another order" in warning
+    (doubt,) = json.loads(said.stdout)["notes"]["doubts"].values()
+    assert doubt in warning
+    assert "Warning, digits_cnn: the unpartitioned network answers" in (tmp_path / "wrong" / "report.html").read_text()
+
+
 def test_what_was_said_wrong_does_not_stand_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="s3 is computed as auto, exact, fisher, not 'nonsense'"):
         reproduce([subject(samples=10)], tmp_path, Choices(s3="nonsense"))
@@ -165,6 +198,7 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
     assert f"{100 * float(figure2[0]['worst']):.1f} % [{100 * low:.1f} to {100 * high:.1f}]" in page
     assert all(cell.strip() for cell in re.findall(r"<td>(.*?)</td>", page))
     assert {verdict["model"] for verdict in document["trends"]} == {"digits_cnn"}
+    assert document["notes"]["doubts"] == {}
     assert "holds results of other settings" in fails("reproduce", *arguments, "50")
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import robustdice as rd
 from bundles import Network, make_plan, write_bundles
-from commands import fails, run, without_workshop
+from commands import fails, run, run_json, without_workshop
+from nets import Plain, save, seeded
 from robustdice import terminal
 from robustdice.failure.evaluate import Evaluation
 from robustdice.report import cluster_tables, tables
@@ -140,6 +142,22 @@ def test_bench_measures_devices_without_the_workshop(tmp_path: Path) -> None:
     for device in document["devices"]:  # what 'plan' and 'build' say a process will need is what it needs
         least, most = tables.process_bytes(device["weights_bytes"])
         assert 0.6 * least < device["peak_rss_bytes"] < 1.4 * most
+
+
+@pytest.mark.slow
+def test_bench_finds_the_model_that_has_moved_and_measures_devices_without_it(tmp_path: Path) -> None:
+    models = [
+        save(seeded(Plain, seed=seed), tmp_path / name, 1, 8, 8) for seed, name in enumerate(("net.pt2", "other.pt2"))
+    ]
+    network = rd.load_model(models[0])
+    build = rd.build(network, rd.partition(network, devices=2, method="full"), tmp_path / "build")
+    moved = (tmp_path / "net.pt2").rename(tmp_path / "moved.pt2")
+    arguments = ("bench", build, "--seconds", "0.1", "--rounds", "1")
+    alone = run_json(*arguments)
+    assert alone["ratio"] is None
+    assert "net.pt2; say where it is now with --model PATH" in alone["not_compared"]
+    assert "other.pt2 is not the model that the plan was made of" in fails(*arguments, "--model", models[1])
+    assert run_json(*arguments, "--model", moved)["ratio"] > 0
 
 
 def answer(index: int | None) -> Answer:

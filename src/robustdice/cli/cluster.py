@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import robustdice as rd
 from robustdice.cli.app import app
-from robustdice.cli.options import BuildDirectory, Json, Seed
+from robustdice.cli.options import BuildDirectory, Json, MovedModel, Seed
 from robustdice.cli.usage import number
 from robustdice.errors import ClusterError, DataError, RobustdiceError
 from robustdice.images import read_image
@@ -140,17 +140,20 @@ def bench(
     seconds: Annotated[float, number("--seconds", "length of each measurement", float, least=0.1)] = 3.0,
     rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
     window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
+    model: MovedModel = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Frames per second of the devices (one core each), beside the unpartitioned model in one process on one core.
 
-    The unpartitioned model needs the workshop; without it the devices are measured alone.
+    That needs the workshop and the plan's model; without them the devices are measured alone.
     """
     from robustdice.meter.throughput import bench_build  # noqa: PLC0415 -- ONNX Runtime takes its time
 
     with progress("measuring") as advance:
-        result = bench_build(directory, seconds=seconds, rounds=rounds, window=window, seed=seed, on_progress=advance)
+        result = bench_build(
+            directory, seconds=seconds, rounds=rounds, window=window, seed=seed, model=model, on_progress=advance
+        )
     if as_json:
         print_json(cluster_tables.bench_json(result))
     else:

@@ -35,7 +35,7 @@ from robustdice.importance.values import SCORING_SAMPLES
 from robustdice.model.folders import archive_above
 from robustdice.provenance import commit, processor, versions
 from robustdice.report import tables
-from robustdice.terminal import interrupt_on_sigterm, out, print_json, progress
+from robustdice.terminal import err, interrupt_on_sigterm, out, print_json, progress
 
 
 @app.command(
@@ -125,8 +125,12 @@ def reproduce(
     with resumable(output / "work"), progress("reproducing") as advance:
         results = run(subjects, output, choices, scheduler=scheduler, about=_about(), on_progress=advance)
     verdicts = trends(results)
+    doubts = {result.name: result.doubt for result in results if result.doubt is not None}
+    for name, doubt in doubts.items():
+        err.print(f"warning: {name}: {doubt}", soft_wrap=True)
     if as_json:
-        print_json({"output": str(output), "trends": verdicts, "notes": subjects[0].dataset.notes.as_json()})
+        notes = {**subjects[0].dataset.notes.as_json(), "doubts": doubts}
+        print_json({"output": str(output), "trends": verdicts, "notes": notes})
     else:
         out.print(tables.trends_table(verdicts))
         out.print(f"The report is {output / 'report.html'}.", soft_wrap=True)

@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.errors import ClusterError, workshop_missing
+from robustdice.errors import ClusterError, ModelError, workshop_missing
 from robustdice.progress import Progress, silent
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
@@ -38,7 +38,8 @@ class DeviceFigures:
 class BenchResult:
     """Medians over pairs of measurements; ``ratios`` are the pairs' own.
 
-    Where the workshop is not installed there is no unpartitioned model to measure: None, no ratios, and the reason.
+    Where the workshop or the model is not there, there is no unpartitioned model to measure: None, no ratios, and the
+    reason.
     """
 
     frames_per_second: float
@@ -62,24 +63,26 @@ def bench_build(
     rounds: int,
     window: int,
     seed: int = 0,
+    model: str | None = None,
     on_progress: Progress = silent,
 ) -> BenchResult:
     """Measure the build in ``directory`` with random images, device k on core k (modulo the number of cores).
 
     In every round the single process and the devices are measured one after the other, so that
-    their ratio holds when the machine's speed drifts. ClusterError when frames stay unanswered.
+    their ratio holds when the machine's speed drifts. ``model`` says where the plan's model is now, when it has moved.
+    ClusterError when frames stay unanswered, ModelError when ``model`` is not the plan's.
     """
     root = Path(directory)
     available = sorted(os.sched_getaffinity(0))
     devices = len(Cluster.read(root / CLUSTER_NAME).devices)
     cores = [[available[device % len(available)]] for device in range(devices)]
-    whole, not_compared = _whole_model(root)
+    whole, not_compared = _whole_model(root, model)
     together: list[float] = []
     alone: list[float] = []
     latencies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
-        model = Path(temporary) / "model.onnx"
-        model.write_bytes(whole)
+        alone_model = Path(temporary) / "model.onnx"
+        alone_model.write_bytes(whole)
         with LocalCluster(root, cores=cores, timeout_seconds=30.0, window=window) as cluster:
             shape = cluster.client.model.input_shape
             frame = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
@@ -87,7 +90,7 @@ def bench_build(
             for done in range(rounds):
                 for who in ("alone", "together") if done % 2 == 0 else ("together", "alone"):
                     if who == "alone" and whole:
-                        alone.extend(measure_whole(model, shape, seconds, available[:1]))
+                        alone.extend(measure_whole(alone_model, shape, seconds, available[:1]))
                     elif who == "together":
                         rate, times = _stream(cluster, frame, seconds)
                         together.append(rate)
@@ -105,15 +108,20 @@ def bench_build(
     )
 
 
-def _whole_model(build: Path) -> tuple[bytes, str | None]:
-    """The unpartitioned model as ONNX, or nothing and the reason."""
+def _whole_model(build: Path, model: str | None) -> tuple[bytes, str | None]:
+    """The unpartitioned model as ONNX, or nothing and the reason: devices can be measured where it is not."""
     try:
         from robustdice.meter.whole import whole_model_of  # noqa: PLC0415 -- the one part that needs the workshop
     except ModuleNotFoundError as error:
         if (missing := workshop_missing(error)) is None:
             raise
         return b"", str(missing)
-    return whole_model_of(build), None
+    try:
+        return whole_model_of(build, model), None
+    except ModelError as error:
+        if model is not None:
+            raise
+        return b"", str(error)
 
 
 def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]) -> list[float]:

@@ -17,6 +17,7 @@ def whole_model(network: Network) -> bytes:
     return make_model([cut(graph, [source], [result])], [source], [result], graph.opset)
 
 
-def whole_model_of(build: Path) -> bytes:
-    """The model that the build in a directory was made from; ModelError when it is no longer there."""
-    return whole_model(reload_model(Plan.load(build / PLAN_NAME).model, near=build))
+def whole_model_of(build: Path, model: str | None = None) -> bytes:
+    """The model that the build in a directory was made from, which is now at ``model`` when it has moved; ModelError
+    when it is not there."""
+    return whole_model(reload_model(Plan.load(build / PLAN_NAME).model, model, build))

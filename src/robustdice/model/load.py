@@ -71,10 +71,7 @@ def reload_model(
         beside = near / Path(place).name if near is not None else None
         if beside is None or not beside.is_file():
             copied = "" if beside is None else f", or copy it to {beside}"
-            raise ModelError(
-                f"the plan's model is no longer at {place}; say where it is now with --model PATH (of calibrate, "
-                f"evaluate, build and verify){copied}"
-            )
+            raise ModelError(f"the plan's model is no longer at {place}; say where it is now with --model PATH{copied}")
         place = str(beside)
     seed = reference.random_weights_seed
     network = load_model(

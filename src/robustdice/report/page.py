@@ -33,6 +33,7 @@ def render(
         "worst, in brackets the 95 % confidence interval (Wilson) that so many images give, and mean and best below. "
         "The best worst case of a row is bold, full replication aside.",
         *(f"{model.name}: {_described(model)}." for model in results),
+        *(f"Warning, {model.name}: {model.doubt}." for model in results if model.doubt is not None),
         "CDC with one device down is exact by construction: what it repairs counts as there. That the sums do give the "
         "slices, to rounding, is what 'robustdice verify' shows of a build.",
     ]

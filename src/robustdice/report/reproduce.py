@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from robustdice.errors import ModelError, OutputError
+from robustdice.failure.chance import doubt_about
 from robustdice.failure.evaluate import Evaluation, evaluate_plans
 from robustdice.files import write_atomically, write_csv
 from robustdice.importance.score import score
@@ -129,6 +130,9 @@ def _run(
         as_in_paper=subject.as_in_paper and network.reference.random_weights_seed is None,
         scored_with=subject.scoring.name,
         scored_apart=subject.scored_apart,
+        doubt=doubt_about(
+            next(iter(figure2.values()))[0], network.outputs, network.reference.random_weights_seed is not None
+        ),
         scores=scores,
         figure2=figure2,
         table1=dict(zip(table, found, strict=True)),

@@ -17,7 +17,7 @@ class ModelResults:
     """Figure 2's evaluations by number of devices, one per method; Table I's by scores and what was kept the same.
 
     ``source`` is the model's; ``as_in_paper`` when the paper has numbers for it. Table I is of the largest number of
-    devices, and empty where RobustDiCE was not compared.
+    devices, and empty where RobustDiCE was not compared. ``doubt`` is why the accuracies may say little.
     """
 
     name: str
@@ -28,6 +28,7 @@ class ModelResults:
     figure2: dict[int, list[Evaluation]]
     table1: dict[tuple[str, str], Evaluation]
     scored_apart: bool = False
+    doubt: str | None = None
 
     @property
     def trained(self) -> bool:
