@@ -154,32 +154,38 @@ class World:
         if node.frozen_since is not None:
             node.inbox.append(event)
             return
-        known = {frame.id for frame in node.engine.frames}
+        new = event.message if isinstance(event, Received) and isinstance(event.message, Frame) else None
+        known = new is not None and new.frame in node.engine.frames
         for action in node.engine.handle(event, self.now):
             self._act(node, action)
-        if isinstance(event, Received) and isinstance(event.message, Frame):
-            for frame in {frame.id for frame in node.engine.frames} - known:
-                deadline = self.now + event.message.timeout_seconds
-                self.admissions[device, frame] = Admission(device, incarnation, self.now, deadline)
-        shards = sum(len(e.shards) for e in self.manifests[0].exchanges)
-        assert node.engine.frames.buffered <= 4 * self.settings.window * 2 * shards, f"seed {self.seed}: memory"
+        if new is not None and not known and new.frame in node.engine.frames:
+            deadline = self.now + new.timeout_seconds
+            self.admissions[device, new.frame] = Admission(device, incarnation, self.now, deadline)
+        most = 4 * self.settings.window * 2 * len(self._sizes)
+        assert node.engine.frames.buffered <= most, f"seed {self.seed}: memory"
         assert len(node.values) <= 2 * self.settings.window + 1, f"seed {self.seed}: values"
-        due = node.engine.next_due()
-        if due is not None and (node.tick_at is None or due < node.tick_at or node.tick_at <= self.now):
-            node.tick_at = max(due, self.now)
-            self.at(node.tick_at, self._tick, device, incarnation)
+        self._set_timer(node)
 
-    def _tick(self, device: int, incarnation: int) -> None:
+    def _set_timer(self, node: Node) -> None:
+        """Let the engine's timer go off when it is due; one that is set to go off earlier will look again."""
+        assert node.engine is not None
+        due = node.engine.next_due()
+        if due is not None and (node.tick_at is None or due < node.tick_at):
+            node.tick_at = max(due, self.now)
+            self.at(node.tick_at, self._tick, node.device, node.incarnation, node.tick_at)
+
+    def _tick(self, device: int, incarnation: int, set_for: float) -> None:
         node = self.nodes[device]
         if node.engine is None or node.incarnation != incarnation or node.frozen_since is not None:
             return
+        if node.tick_at != set_for:
+            return  # an earlier one took its place
         node.tick_at = None
         due = node.engine.next_due()
         if due is not None and due <= self.now:
             self._deliver(device, incarnation, Tick(due))
-        elif due is not None:
-            node.tick_at = due
-            self.at(due, self._tick, device, incarnation)
+        else:
+            self._set_timer(node)
 
     def _act(self, node: Node, action: Any) -> None:
         if isinstance(action, Send):
@@ -319,12 +325,8 @@ class World:
         inbox, node.inbox = node.inbox, []
         for event in inbox:
             self._deliver(device, node.incarnation, event)
-        node.tick_at = None
-        due = node.engine.next_due()
-        if due is not None and due <= self.now:
-            self._deliver(device, node.incarnation, Tick(due))
-        elif due is not None:
-            self.at(due, self._tick, device, node.incarnation)
+        node.tick_at = self.now
+        self._tick(device, node.incarnation, self.now)
 
     def partition(self, a: int, b: int) -> None:
         pair = frozenset((a, b))

@@ -199,25 +199,30 @@ def test_a_frame_beyond_the_window_is_refused_and_nobody_waits_for_it() -> None:
     assert not [text for _, _, text in world.notes if "suspect" in text]
 
 
-def test_a_lost_message_is_asked_for_before_anybody_is_suspected() -> None:
-    world = World(make_plan(3), 3)
+@pytest.mark.parametrize(("losses", "seconds"), [(1, 0.3), (3, 1.0)])
+def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, seconds: float) -> None:
+    """Also when what is sent again gets lost again, and nothing else is under way that would tell."""
+    world = World(make_plan(3), 3, window=1)
     lost: list[Shards] = []
     transmit = world._transmit
 
-    def lose_one(source: int, target: int, event: Received) -> None:
+    def lose_some(source: int, target: int, event: Received) -> None:
         message = event.message
-        if not lost and isinstance(message, Shards) and message.frame.number == 20 and message.stage == 1:
+        wanted = isinstance(message, Shards) and (message.frame.number, message.stage, target) == (20, 1, 2)
+        if wanted and source == 0 and len(lost) < losses:
+            assert isinstance(message, Shards)
             lost.append(message)
         else:
             transmit(source, target, event)
 
-    world._transmit = lose_one  # type: ignore[method-assign]
+    world._transmit = lose_some  # type: ignore[method-assign]
     world.start_client(0.2, 2.0)
     world.run(5.0)
     world.check()
-    assert lost
-    assert 1 <= world.wants <= 3  # the others may ask the one that is held up
+    assert len(lost) == losses
+    assert losses <= world.wants <= 6 * losses  # the others may ask the one that is held up
     assert set(world.coverage()) == {1.0}
+    assert max(at for at, _ in world.answers[20]) - world.sent[20] < seconds
     assert not [text for _, _, text in world.notes if "suspect" in text]
 
 

@@ -230,7 +230,9 @@ class Engine:
         for frame in self.frames:
             if len(self._tasks) == QUEUED_TASKS:
                 return
-            if frame.id not in self.frames or any(task.frame == frame.id for task in self._tasks):
+            if not (frame.owes or frame.phase is Phase.READY) or frame.id not in self.frames:
+                continue
+            if any(task.frame == frame.id for task in self._tasks):
                 continue
             if frame.owes and (task := frame.owed(self.me)):
                 self._run(task, now)
@@ -364,8 +366,8 @@ class Engine:
             self._deadlines.arm(frame, now, factor=EXTENSION)
             frame.extended = True
         else:
-            for device in sorted(verdict.stalled - frame.asked_again):
-                frame.asked_again.add(device)
+            for device in sorted(verdict.stalled):
+                frame.asked_again[device] = now
                 self._out.want(frame, device)
             self._deadlines.arm(frame, now)
 

@@ -60,8 +60,8 @@ class InFlight:
     """While WAITING: when the publishers of what is missing were asked how they are."""
     patient_until: float = 0.0
     """While WAITING: when to go on without what is merely on the way."""
-    asked_again: set[int] = field(default_factory=set)
-    """In this stage, devices that were asked to send again what may only be on the way."""
+    asked_again: dict[int, float] = field(default_factory=dict)
+    """In this stage, devices that were asked to send again what may only be on the way: when they were asked last."""
     parted: set[int] = field(default_factory=set)
     """Devices that this frame goes on without though they are well: nothing more is sent to them."""
     rearmed: bool = False
