@@ -1,10 +1,12 @@
 """Small networks that say in a few lines what architectures are made of, and how to make a Network of them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import quiet
@@ -204,6 +207,26 @@ def save(module: nn.Module, path: Path, *shape: int, sidecar: object = None) -> 
 def network_of(module: nn.Module, *shape: int) -> Network:
     """The network of a module that takes inputs of ``shape`` (without the batch)."""
     return build_network(export(module, *shape), "test")
+
+
+@cache
+def _shared(make: Hashable, *shape: int) -> Network:
+    return network_of(seeded(cast("Callable[[], nn.Module]", make)), *shape)
+
+
+def shared_network(make: Callable[[], nn.Module], *shape: int) -> Network:
+    """The network of ``seeded(make)``, exported once for all tests that look at it: nobody changes a network."""
+    return _shared(make, *shape)
+
+
+@cache
+def _shared_graph(make: Hashable, *shape: int) -> OnnxGraph:
+    return export_onnx(_shared(make, *shape))
+
+
+def shared_graph(make: Callable[[], nn.Module], *shape: int) -> OnnxGraph:
+    """What ``write_bundles`` makes its files from, exported once: most of the time that it takes."""
+    return _shared_graph(make, *shape)
 
 
 def random_images(count: int, shape: Sequence[int], seed: int = 0) -> Floats:

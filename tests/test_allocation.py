@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import robustdice as rd
-from nets import Residual, network_of, random_images, seeded
+from nets import Residual, random_images, shared_network
 from robustdice.errors import PlanError
 from robustdice.failure.sensitivity import measure
 from robustdice.partitioning.allocation import Kept, Spread, allocate, deal, held_bytes, shards_of
@@ -61,7 +61,7 @@ def test_what_matters_most_is_everywhere_and_the_rest_is_lost_evenly(
 
 
 def test_devices_hold_as_much_as_was_counted_on() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     for layer in network.plan_layers:
         units = [float(unit) for unit in range(layer.neurons // layer.group)]
         for kept in [Kept(Spread(holders, share), "float32") for holders in (1, 2, 3, 4) for share in (0.0, 0.5)]:
@@ -73,7 +73,7 @@ def test_devices_hold_as_much_as_was_counted_on() -> None:
 
 
 def test_shards_make_a_plan_whatever_the_groups() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     shards = tuple(
         shards_of(layer, [1.0] * (layer.neurons // layer.group), Kept(Spread(2, 0.25), "float32"), 4, i)
         for i, layer in enumerate(network.plan_layers)
@@ -103,7 +103,7 @@ def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_not
 
 
 def test_images_need_no_labels_and_may_be_few() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     importance = [np.ones(layer.neurons // layer.group) for layer in network.plan_layers]
     table = measure(network, {}, importance, [Spread(1)], 2, 1, random_images(2, (3, 8, 8)))
     assert all(np.isfinite(cost) for cost in table.lost.values())

@@ -3,7 +3,7 @@
 import pytest
 
 import robustdice as rd
-from nets import Plain, Residual, network_of, random_images, seeded
+from nets import Plain, Residual, random_images, shared_network
 from robustdice.auto import candidates
 from robustdice.errors import PlanError
 from robustdice.model.network import Network
@@ -15,7 +15,7 @@ def total_bytes(network: Network) -> int:
 
 @pytest.mark.parametrize("share", [0.3, 0.2])
 def test_a_budget_is_kept_to_and_the_best_plan_comes_first(share: float) -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)
+    network = shared_network(Plain, 1, 8, 8)
     budget = int(share * total_bytes(network))
     found = candidates(network, random_images(24, (1, 8, 8)), devices=4, budget=budget, survive=3)
     held = [max(candidate.plan.bytes_per_device) for candidate in found]
@@ -28,7 +28,7 @@ def test_a_budget_is_kept_to_and_the_best_plan_comes_first(share: float) -> None
 
 
 def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     images = random_images(24, (3, 8, 8))
     found = candidates(network, images, devices=3, budget=int(0.6 * total_bytes(network)), survive=2)
     plan = found[0].plan
@@ -37,7 +37,7 @@ def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)
+    network = shared_network(Plain, 1, 8, 8)
     with pytest.raises(PlanError, match=r"need .* bytes per device, 40 are allowed"):
         candidates(network, random_images(8, (1, 8, 8)), devices=4, budget=40, survive=3)
 

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 import robustdice as rd
 from commands import run_json
-from nets import Branches, ChannelsLast, Residual, coarsened, network_of, random_images, random_plan, seeded
+from nets import (
+    Branches,
+    ChannelsLast,
+    Residual,
+    coarsened,
+    network_of,
+    random_images,
+    random_plan,
+    seeded,
+    shared_network,
+)
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate, fit
 from robustdice.failure.copies import Copies, State, state_of
@@ -35,7 +45,7 @@ def behind_chains(network: Network, images: Tensor) -> list[Tensor]:
 def test_the_evaluator_computes_under_each_set_what_the_corrections_were_fitted_to(
     make: type[nn.Module], shape: tuple[int, ...]
 ) -> None:
-    network = network_of(seeded(make), *shape)
+    network = shared_network(make, *shape)
     plan = replace(coarsened(network, random_plan(network, 3)), corrections={})
     images = random_images(24, shape)
     states = [State(plan.copies(failed)) for size in (1, 2) for failed in failure_sets(3, size)]
@@ -58,7 +68,7 @@ def test_every_layers_means_and_spreads_are_again_those_of_the_intact_network() 
             result: Tensor = self.third(torch.relu(self.second(torch.relu(self.first(x)))))
             return result
 
-    network = network_of(seeded(Chain), 6)
+    network = shared_network(Chain, 6)
     everywhere = [Kept(Spread(2), "float32"), Kept(Spread(2), "float32"), Kept(Spread(4), "float32")]
     shards = tuple(
         shards_of(layer, [0.0] * layer.neurons, kept, 4, i)
@@ -100,7 +110,7 @@ def test_a_lost_neuron_that_never_changes_is_made_up_for_exactly() -> None:
 
 
 def test_sets_that_change_nothing_and_the_intact_cluster_have_no_corrections() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     kept = Kept(Spread(3), "float32")
     shards = tuple(
         shards_of(layer, [0.0] * (layer.neurons // layer.group), kept, 4, i)
@@ -129,7 +139,7 @@ def test_calibrating_on_trained_weights_brings_answers_back() -> None:
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
-    plan = random_plan(network_of(seeded(Residual), 3, 8, 8), 3)
+    plan = random_plan(shared_network(Residual, 3, 8, 8), 3)
     with pytest.raises(PlanError, match="was made for"):
         calibrate(network_of(seeded(Residual, 1), 3, 8, 8), plan, np.zeros((2, 3, 8, 8), np.float32))
 
@@ -153,7 +163,7 @@ def test_a_plan_is_calibrated_and_certified_from_the_command_line(tmp_path: Path
 
 
 def test_of_more_images_than_fit_into_memory_at_once_some_are_taken() -> None:
-    network = network_of(seeded(Branches), 2, 6, 6)
+    network = shared_network(Branches, 2, 6, 6)
     images = random_images(20, (2, 6, 6))
     widest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
     np.testing.assert_array_equal(together(network, images, 20 * widest).cpu().numpy(), images)

@@ -12,10 +12,10 @@ from nets import (
     ChannelsLast,
     Plain,
     Residual,
-    network_of,
     random_images,
     relative_error,
-    seeded,
+    shared_graph,
+    shared_network,
 )
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
@@ -45,9 +45,9 @@ def cdc(network: Network, devices: int) -> Plan:
 def test_bundles_give_the_evaluators_scores_for_every_failure_set(
     make: type[nn.Module], shape: tuple[int, ...], devices: int, spares: str, tmp_path: Path
 ) -> None:
-    network, images = network_of(seeded(make), *shape), random_images(3, shape)
+    network, images = shared_network(make, *shape), random_images(3, shape)
     plan = cdc(network, devices)
-    directories = write_bundles(network, plan, tmp_path / "build", spares)
+    directories = write_bundles(network, plan, tmp_path / "build", spares, shared_graph(make, *shape))
     cluster = InProcess([load_bundle(directory) for directory in directories])
     with torch.no_grad():
         intact = network.run(torch.from_numpy(images)).numpy()
@@ -63,7 +63,7 @@ def test_bundles_give_the_evaluators_scores_for_every_failure_set(
 
 @pytest.mark.parametrize("devices", [3, 4, 5])
 def test_survivors_are_all_with_one_down_and_the_slices_of_lop_beyond(devices: int) -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     plan = cdc(network, devices)
     for size in range(1, devices):
         for failed in failure_sets(devices, size):
@@ -80,7 +80,7 @@ def test_survivors_are_all_with_one_down_and_the_slices_of_lop_beyond(devices: i
 
 
 def test_what_a_device_holds_and_exchanges() -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)  # conv 6, pooled and flattened; linear 7; linear 4
+    network = shared_network(Plain, 1, 8, 8)  # conv 6, pooled and flattened; linear 7; linear 4
     plan = cdc(network, 4)
     assert [[len(shard.neurons) for shard in shards] for shards in plan.shards] == [
         [2, 2, 2, 0],
@@ -95,7 +95,7 @@ def test_what_a_device_holds_and_exchanges() -> None:
 
 
 def test_a_tail_is_everywhere_and_a_grouped_layers_parity_holds_all_filters() -> None:
-    network = network_of(seeded(Residual), 3, 8, 8)
+    network = shared_network(Residual, 3, 8, 8)
     plan = cdc(network, 3)
     bare = {"conv1": 27, "conv2": 55, "expand": 7, "grouped": 19, "head": 13}
     tails = 6 * 4 + 8 * 10  # batch norm after conv1, the depthwise convolution after expand
@@ -105,7 +105,7 @@ def test_a_tail_is_everywhere_and_a_grouped_layers_parity_holds_all_filters() ->
 
 
 def test_a_budget_is_refused() -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)
+    network = shared_network(Plain, 1, 8, 8)
     with pytest.raises(PlanError, match="method cdc takes no memory"):
         partition(
             network.plan_layers, None, devices=3, method="cdc", memory=0.5, shared_weights=0, model=network.reference
@@ -123,7 +123,7 @@ def test_a_budget_is_refused() -> None:
     ],
 )
 def test_a_wrong_parity_shard_is_refused(last: Shard, message: str) -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)
+    network = shared_network(Plain, 1, 8, 8)
     plan = cdc(network, 3)
     shards = ((*plan.shards[0][:-1], last), *plan.shards[1:])
     with pytest.raises(PlanError, match=message):
@@ -131,6 +131,6 @@ def test_a_wrong_parity_shard_is_refused(last: Shard, message: str) -> None:
 
 
 def test_a_plan_with_parity_is_read_as_it_was_written(tmp_path: Path) -> None:
-    plan = cdc(network_of(seeded(Residual), 3, 8, 8), 4)
+    plan = cdc(shared_network(Residual, 3, 8, 8), 4)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan

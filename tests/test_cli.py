@@ -309,6 +309,7 @@ def test_nobody_to_ask(work: Path, image: Path) -> None:
     assert "none of 3 devices can be reached" in result.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "slow_net.py").write_text(
         """

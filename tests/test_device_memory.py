@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from nets import Plain, network_of, random_coarse, random_images, random_plan, relative_error, seeded
+from nets import Plain, network_of, random_coarse, random_images, random_plan, relative_error, seeded, shared_network
 from robustdice.meter.throughput import DeviceFigures, _figures
 from robustdice.model.network import Network
 from robustdice.partitioning import partition
@@ -68,7 +68,7 @@ def test_resident_memory_follows_the_bytes(wide: Network, tmp_path: Path) -> Non
 
 
 def test_status_says_whose_corrections_are_applied(tmp_path: Path) -> None:
-    network = network_of(seeded(Plain), 1, 8, 8)
+    network = shared_network(Plain, 1, 8, 8)
     plan = random_plan(network, 3, 1)
     fixed = tuple(
         Correction(np.ones(layer.neurons, np.float16), np.zeros(layer.neurons, np.float16)) for layer in plan.layers

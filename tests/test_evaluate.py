@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from nets import ChannelsLast, Residual, network_of, random_images, random_plan, relative_error, seeded, without
+from nets import (
+    ChannelsLast,
+    Residual,
+    network_of,
+    random_images,
+    random_plan,
+    relative_error,
+    seeded,
+    shared_network,
+    without,
+)
 from robustdice.errors import DataError, OutputError, PlanError
 from robustdice.failure.availability import expect
 from robustdice.failure.chance import doubt_about
@@ -148,13 +158,10 @@ class Views(nn.Module):
         return result
 
 
-SHARING = {make.__name__: network_of(seeded(make), 3, 8, 8) for make in (Residual, ChannelsLast, Views)}
-
-
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("make", [Residual, ChannelsLast, Views])
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 4))
-def test_shared_passes_give_what_separate_ones_give(name: str, seed: int, devices: int) -> None:
-    network = SHARING[name]
+def test_shared_passes_give_what_separate_ones_give(make: type[nn.Module], seed: int, devices: int) -> None:
+    network = shared_network(make, 3, 8, 8)
     random = np.random.default_rng(seed)
     layers = len(network.layers)
     everywhere = random.choice(layers, int(random.integers(0, layers)), replace=False).tolist()
@@ -180,7 +187,7 @@ class Sliced(nn.Module):
 
 
 def test_scores_that_are_a_view_of_a_layers_value_stay_apart() -> None:
-    network = network_of(seeded(Sliced), *SHAPE)
+    network = shared_network(Sliced, *SHAPE)
     images = torch.from_numpy(IMAGES[:3])
     whole = [np.ones(layer.neurons, np.bool_) for layer in network.plan_layers]
     lost = [[*whole[:1], np.arange(6) != neuron] for neuron in (2, 3)]

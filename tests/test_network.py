@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nets import Branches, ChannelsLast, Plain, Residual, export, network_of, random_images, seeded, without
+from nets import (
+    Branches,
+    ChannelsLast,
+    Plain,
+    Residual,
+    export,
+    network_of,
+    random_images,
+    seeded,
+    shared_network,
+    without,
+)
 from robustdice.errors import ModelError
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import quiet
@@ -160,13 +171,13 @@ def test_layers_are_counted_as_by_hand(
 
 
 def test_parameters_outside_of_layers_are_shared() -> None:
-    network = network_of(seeded(ChannelsLast), 3, 8, 8)
+    network = shared_network(ChannelsLast, 3, 8, 8)
     assert network.shared_parameters == ("stem_norm.weight", "stem_norm.bias", "norm.weight", "norm.bias")
     assert network.shared_weights == 24
 
 
 def test_the_exchanged_value_is_where_the_neurons_lie() -> None:
-    residual = network_of(seeded(Residual), 3, 8, 8)
+    residual = shared_network(Residual, 3, 8, 8)
     assert [(layer.shape, layer.axis, layer.features) for layer in residual.layers] == [
         ((6, 4, 4), 1, 1),
         ((6, 4, 4), 1, 1),
@@ -174,13 +185,13 @@ def test_the_exchanged_value_is_where_the_neurons_lie() -> None:
         ((12, 4, 4), 1, 1),
         ((5,), 1, 1),
     ]
-    plain = network_of(seeded(Plain), 1, 8, 8)
+    plain = shared_network(Plain, 1, 8, 8)
     assert [(layer.shape, layer.axis, layer.features) for layer in plain.layers] == [
         ((96,), 1, 16),
         ((7,), 1, 1),
         ((4,), 1, 1),
     ]
-    last = network_of(seeded(ChannelsLast), 3, 8, 8)
+    last = shared_network(ChannelsLast, 3, 8, 8)
     assert [(layer.shape, layer.axis) for layer in last.layers] == [
         ((4, 4, 6), 3),
         ((4, 4, 6), 3),
@@ -192,19 +203,19 @@ def test_the_exchanged_value_is_where_the_neurons_lie() -> None:
 
 def test_only_lost_class_scores_are_minus_infinity() -> None:
     for make, shape, _ in NETS:
-        fills = [layer.fill for layer in network_of(seeded(make), *shape).layers]
+        fills = [layer.fill for layer in shared_network(make, *shape).layers]
         assert fills == [0.0] * (len(fills) - 1) + [float("-inf")]
 
 
 def test_grouped_convolutions_read_the_channels_of_their_group() -> None:
-    residual = network_of(seeded(Residual), 3, 8, 8)
+    residual = shared_network(Residual, 3, 8, 8)
     assert [layer.input_channels for layer in residual.layers] == [0, 0, 0, 2, 0]
-    last = network_of(seeded(ChannelsLast), 3, 8, 8)
+    last = shared_network(ChannelsLast, 3, 8, 8)
     assert [layer.input_channels for layer in last.layers] == [0, 1, 0, 0, 0]
 
 
 def test_filters_are_the_weights_and_biases_that_scores_count() -> None:
-    residual = network_of(seeded(Residual), 3, 8, 8)
+    residual = shared_network(Residual, 3, 8, 8)
     assert residual.layers[0].filters == ("conv1.weight",)
     assert residual.layers[2].filters == ("expand.weight", "expand.bias", "depthwise.weight", "depthwise.bias")
     assert [p.name for p in residual.layers[0].parameters] == [

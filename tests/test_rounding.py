@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from nets import Branches, Chains, ChannelsLast, Residual, network_of, random_images, seeded
+from nets import Branches, Chains, ChannelsLast, Residual, random_images, shared_network
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
@@ -24,7 +25,7 @@ from robustdice.rounding.gptq import Curvature, damped, gptq
 from robustdice.rounding.inputs import columns
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
-from robustdice.rounding.scales import best_scales, to_levels
+from robustdice.rounding.scales import as_float16, best_scales, to_levels
 from robustdice.workshop import partition
 
 CODED = ["int8", "int4", "int3", "int2"]
@@ -87,17 +88,17 @@ def test_the_scales_beat_the_widest_one(kind: str, weights: int, group: int, see
     _, high = code_range(kind)
     for start in range(0, weights, group):
         part = filters[:, start : start + group]
-        widest = part.abs().amax(1, keepdim=True) / (high + code_offset(kind))
+        widest = as_float16(part.abs().amax(1, keepdim=True) / (high + code_offset(kind)))
         naive = (to_levels(part, widest, kind) * widest - part).abs().pow(2.4).sum()
         ours = np.abs(kept[:, start : start + group] - part.numpy()) ** 2.4
-        assert ours.sum() <= float(naive) * 1.01 + 1e-6
+        assert ours.sum() <= float(naive) * 1.0001 + 1e-9
 
 
 NETWORKS = {
-    "residual": network_of(seeded(Residual), 3, 8, 8),
-    "branches": network_of(seeded(Branches), 2, 6, 6),
-    "channels_last": network_of(seeded(ChannelsLast), 3, 8, 8),
-    "chains": network_of(seeded(Chains), 2, 8, 8),
+    "residual": partial(shared_network, Residual, 3, 8, 8),
+    "branches": partial(shared_network, Branches, 2, 6, 6),
+    "channels_last": partial(shared_network, ChannelsLast, 3, 8, 8),
+    "chains": partial(shared_network, Chains, 2, 8, 8),
 }
 
 
@@ -123,7 +124,7 @@ def values_of(network: Network, images: torch.Tensor) -> dict[fx.Node, torch.Ten
 
 @pytest.mark.parametrize("name", [*NETWORKS, "sliding"])
 def test_folded_filters_times_what_they_see_are_the_values_behind_the_affine_chain(name: str) -> None:
-    network = NETWORKS[name] if name in NETWORKS else network_of(seeded(Sliding), 4, 30)
+    network = NETWORKS[name]() if name in NETWORKS else shared_network(Sliding, 4, 30)
     values = values_of(network, torch.from_numpy(random_images(3, network.input_shape)))
     for layer in network.layers:
         folded = fold(network, layer)
@@ -141,7 +142,7 @@ def test_folded_filters_times_what_they_see_are_the_values_behind_the_affine_cha
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_fine_copies_compute_nearly_what_the_network_does(name: str, kind: str) -> None:
-    network = NETWORKS[name]
+    network = NETWORKS[name]()
     images = random_images(32, network.input_shape)
     coarse = round_network(network, {i: [Choice(kind)] for i in range(len(network.layers))}, images)
     exact, found = scores(network, images, None, {}), scores(network, images, kind, coarse)
@@ -179,7 +180,7 @@ def scores(network: Network, images: np.ndarray, kind: str | None, coarse: objec
 def test_a_budget_is_for_the_bytes_of_the_copies_as_they_are_kept(
     primary: str, spare: str, memory: float, seed: int
 ) -> None:
-    network = NETWORKS["residual"]
+    network = NETWORKS["residual"]()
     random = np.random.default_rng(seed)
     importance = Importance(
         names=tuple(layer.name for layer in network.plan_layers),

@@ -28,7 +28,8 @@ def best_scales(weights: torch.Tensor, kind: str, group: int, importance: torch.
     """
     _, high = code_range(kind)
     parts = grouped(weights, group)
-    weigh = torch.ones_like(parts) if importance is None else grouped(importance.expand_as(weights), group)
+    # What the last group is filled up with weighs nothing: of 2 bits no level is zero.
+    weigh = grouped(torch.ones_like(weights) if importance is None else importance.expand_as(weights), group)
     widest = parts.abs().amax(2, keepdim=True) / (high + code_offset(kind))
     best = torch.full(widest.shape, torch.inf)
     scales = widest.clone()
