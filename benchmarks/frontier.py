@@ -1,0 +1,188 @@
+"""The accuracy that a byte buys under failures: `plan --method auto` beside everything that it has to beat.
+
+    python benchmarks/frontier.py [NAME ...] [--only METHOD ...] [--images N] [--out DIR]
+
+For each of the shared models (those of these names), at each budget, the accuracy of the worst failure set of every size.
+What is finished is kept in ``DIR/points.csv``, and the same command goes on from there; when all is measured, or with
+``--draw`` at once, it draws a picture for each model and number of failures and writes the tables beside it.
+
+Plans are made from images of the training data alone, through the functions that the commands call, with the images that
+the commands take; accuracies are of images that nothing else has seen. The ImageNet sample is no training data: one half of
+its images is for making plans, the other for measuring them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from frontier_competitors import Competitors, Entry
+from frontier_report import write_report
+
+import robustdice as rd
+from robustdice.errors import PlanError
+from robustdice.files import write_csv
+from robustdice.model.network import Network
+from robustdice.plan import Plan
+from robustdice.plan.certificate import wilson
+from robustdice.provenance import commit
+from robustdice.representation import ROUNDING_SAMPLES
+
+SHARED = Path(__file__).parents[2] / "shared"
+DEVICES = 4
+BUDGETS = (
+    *(0.03, 0.035, 0.04, 0.045, 0.05, 0.055, 0.06, 0.065, 0.07, 0.08),
+    *(0.09, 0.1, 0.11, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its data: ``train`` to make plans from, ``test`` to measure them on."""
+
+    name: str
+    train: Path
+    test: Path
+
+
+def subjects(names: list[str], shared: Path, work: Path) -> Iterator[Subject]:
+    """Those of the shared models that are asked for, or all."""
+    for model in ("resnet20", "alexnet", "convnext_small", "vgg16_bn_half"):
+        if not names or f"{model}_cifar10" in names:
+            yield Subject(f"{model}_cifar10", *(shared / "data" / f"cifar10-{of}.zip" for of in ("train", "test")))
+    if not names or "mobilenet_v2_imagenet" in names:
+        halves = work / "imagenet-a.zip", work / "imagenet-b.zip"
+        divide(shared / "data" / "imagenet-sample.zip", halves)
+        yield Subject("mobilenet_v2_imagenet", *halves)
+
+
+def divide(source: Path, halves: tuple[Path, Path]) -> None:
+    """Every other image of a zip file into each of two."""
+    with zipfile.ZipFile(source) as archive:
+        images = sorted(name for name in archive.namelist() if not name.endswith("/"))
+        for number, half in enumerate(halves):
+            with zipfile.ZipFile(half, "w") as written:
+                for name in images[number::2]:
+                    written.writestr(zipfile.ZipInfo(name), archive.read(name))
+
+
+class Points:
+    """What is measured, a row for each plan and number of failures, in a CSV file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def has(self, model: str, entry: Entry) -> bool:
+        """Whether an entry's plan is measured."""
+        wanted = (model, entry.method, entry.variant, _text(entry.budget))
+        return any((r["model"], r["method"], r["variant"], r["budget"]) == wanted for r in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep more of them."""
+        self.rows += rows
+        write_csv(self._path, self.rows)
+
+
+def _text(budget: float | None) -> str:
+    return "" if budget is None else str(budget)
+
+
+def autos(network: Network, images: Any, budgets: tuple[float, ...]) -> Iterator[Entry]:
+    """The plans that ``plan --method auto`` answers with."""
+    for budget in budgets:
+        yield Entry(
+            "auto",
+            "",
+            budget,
+            lambda budget=budget: rd.choose_plan(network, images, devices=DEVICES, memory=budget)[0].plan,
+        )
+
+
+def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry, keep: Path) -> list[dict[str, Any]]:
+    """An entry's rows; its plan is kept in a directory."""
+    start = time.process_time()
+    plan: Plan = entry.make()
+    taken = time.process_time() - start
+    plan.save(keep / f"{subject.name} {entry.method} {entry.variant} {_text(entry.budget)}.json")
+    result = rd.evaluate(network, plan, test)
+    rows = []
+    for failed, summary in result.by_size.items():
+        low, high = wilson(summary.worst, result.samples)
+        rows.append(
+            {
+                "model": subject.name,
+                "method": entry.method,
+                "variant": entry.variant,
+                "budget": _text(entry.budget),
+                "share": round(plan.memory_share, 5),
+                "device_bytes": max(plan.bytes_per_device),
+                "down": failed,
+                "worst": round(summary.worst, 5),
+                "low": round(low, 5),
+                "high": round(high, 5),
+                "mean": round(summary.mean, 5),
+                "clean": round(result.clean, 5),
+                "images": result.samples,
+                "plan_cpu_seconds": round(taken, 1),
+                "commit": commit(),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure what is not measured yet, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models (all five)")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these methods' points alone")
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the float32 bytes")
+    parser.add_argument("--images", type=int, default=500, help="images to measure accuracies on")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="where models/ and data/ are")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/frontier"), help="where plans are kept")  # noqa: S108
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "frontier")
+    parser.add_argument("--draw", action="store_true", help="measure nothing: draw what there is")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    points = Points(options.out / "points.csv")
+    budgets = tuple(options.budgets)
+    for subject in () if options.draw else subjects(options.names, options.shared, options.work):
+        network = rd.load_model(str(options.shared / "models" / f"{subject.name}.pt2"))
+        train = rd.load_data(
+            str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
+        ).sample(ROUNDING_SAMPLES)
+        test = rd.load_data(str(subject.test), network.preprocessing, network.outputs).sample(options.images)
+        images = train.images()
+        entries = [*autos(network, images, budgets), *Competitors(network, images, DEVICES, budgets).entries()]
+        for entry in entries:
+            if points.has(subject.name, entry) or (options.only and entry.method not in options.only):
+                continue
+            try:
+                rows = measured(subject, network, test, entry, options.work)
+            except PlanError as error:
+                print(f"{subject.name}, {entry.method}, {entry.budget}: {error}", file=sys.stderr, flush=True)
+                continue
+            points.add(rows)
+            figures = " / ".join(f"{100 * row['worst']:.1f}" for row in rows)
+            print(
+                f"{subject.name}, {entry.method} {entry.variant} {_text(entry.budget)}: "
+                f"{100 * rows[0]['share']:.2f} % hold, {figures}; {rows[0]['plan_cpu_seconds']} s for the plan",
+                flush=True,
+            )
+    write_report(points.rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
