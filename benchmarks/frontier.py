@@ -2,13 +2,14 @@
 
     python benchmarks/frontier.py [NAME ...] [--only METHOD ...] [--images N] [--out DIR]
 
-For each of the shared models (those of these names), at each budget, the accuracy of the worst failure set of every size.
-What is finished is kept in ``DIR/points.csv``, and the same command goes on from there; when all is measured, or with
-``--draw`` at once, it draws a picture for each model and number of failures and writes the tables beside it.
+For each of the shared models (those of these names), at each budget, the accuracy of the worst failure set of every
+size. What is finished is kept in ``DIR/points.csv``, and the same command goes on from there; when all is measured, or
+with ``--draw`` at once, it draws a picture for each model and number of failures and writes the tables beside it.
+``--resident`` measures what memory the processes of a device take, of plans that are made.
 
-Plans are made from images of the training data alone, through the functions that the commands call, with the images that
-the commands take; accuracies are of images that nothing else has seen. The ImageNet sample is no training data: one half of
-its images is for making plans, the other for measuring them.
+Plans are made from images of the training data alone, through the functions that the commands call, with the images
+that the commands take; accuracies are of images that nothing else has seen. The ImageNet sample is no training data:
+one half of its images is for making plans, the other for measuring them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from frontier_competitors import Competitors, Entry
 from frontier_report import write_report
+from numpy.typing import NDArray
 
 import robustdice as rd
 from robustdice.errors import PlanError
@@ -38,6 +43,8 @@ from robustdice.representation import ROUNDING_SAMPLES
 
 SHARED = Path(__file__).parents[2] / "shared"
 DEVICES = 4
+RESIDENT_AT = (0.06, 0.1, 0.25)
+"""Budgets at which device processes are measured."""
 BUDGETS = (
     *(0.03, 0.035, 0.04, 0.045, 0.05, 0.055, 0.06, 0.065, 0.07, 0.08),
     *(0.09, 0.1, 0.11, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
@@ -78,11 +85,9 @@ class Points:
     """What is measured, a row for each plan and number of failures, in a CSV file."""
 
     def __init__(self, path: Path) -> None:
+        """Those that are in the file already."""
         self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.rows = read_csv(path)
 
     def has(self, model: str, entry: Entry) -> bool:
         """Whether an entry's plan is measured."""
@@ -95,19 +100,26 @@ class Points:
         write_csv(self._path, self.rows)
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file, none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _text(budget: float | None) -> str:
     return "" if budget is None else str(budget)
 
 
-def autos(network: Network, images: Any, budgets: tuple[float, ...]) -> Iterator[Entry]:
+def autos(network: Network, images: NDArray[np.float32], budgets: tuple[float, ...]) -> Iterator[Entry]:
     """The plans that ``plan --method auto`` answers with."""
+
+    def answer(budget: float) -> Plan:
+        return rd.choose_plan(network, images, devices=DEVICES, memory=budget)[0].plan
+
     for budget in budgets:
-        yield Entry(
-            "auto",
-            "",
-            budget,
-            lambda budget=budget: rd.choose_plan(network, images, devices=DEVICES, memory=budget)[0].plan,
-        )
+        yield Entry("auto", "", budget, partial(answer, budget))
 
 
 def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry, keep: Path) -> list[dict[str, Any]]:
@@ -115,7 +127,7 @@ def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry,
     start = time.process_time()
     plan: Plan = entry.make()
     taken = time.process_time() - start
-    plan.save(keep / f"{subject.name} {entry.method} {entry.variant} {_text(entry.budget)}.json")
+    plan.save(kept_plan(keep, subject.name, entry.method, entry.variant, entry.budget))
     result = rd.evaluate(network, plan, test)
     rows = []
     for failed, summary in result.by_size.items():
@@ -142,6 +154,45 @@ def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry,
     return rows
 
 
+def resident(network: Network, plan: Plan) -> tuple[int, int]:
+    """What the device process that takes most has resident after ten frames, and had at most, beyond what it had
+    before it read its bundle."""
+    frame = np.zeros(network.input_shape, np.float32)
+    with tempfile.TemporaryDirectory() as directory:
+        build = rd.build(network, plan, Path(directory) / "build")
+        with rd.LocalCluster(build, timeout_seconds=10) as cluster:
+            for _ in range(10):
+                cluster.infer(frame)
+            statuses = cluster.client.status().values()
+    now, most = (
+        max(each[key] - each["empty_rss_bytes"] for each in statuses) for key in ("rss_bytes", "peak_rss_bytes")
+    )
+    return int(now), int(most)
+
+
+def residents(subject: Subject, network: Network, work: Path) -> Iterator[dict[str, Any]]:
+    """A row for the whole network, and for each of ``auto``'s plans at some budgets that is made."""
+    plans = {"whole, float32": rd.partition(network, devices=DEVICES, method="full")}
+    for budget in RESIDENT_AT:
+        path = kept_plan(work, subject.name, "auto", "", budget)
+        if path.exists():
+            plans[f"auto at {100 * budget:g} %"] = Plan.load(path)
+    for name, plan in plans.items():
+        now, most = resident(network, plan)
+        yield {
+            "model": subject.name,
+            "plan": name,
+            "device_bytes": max(plan.bytes_per_device),
+            "resident_bytes": now,
+            "peak_bytes": most,
+        }
+
+
+def kept_plan(work: Path, model: str, method: str, variant: str, budget: float | None) -> Path:
+    """Where a plan is kept."""
+    return work / (" ".join(filter(None, (model, method, variant, _text(budget)))).replace(" ", "-") + ".json")
+
+
 def main() -> None:
     """Measure what is not measured yet, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,14 +203,21 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="where models/ and data/ are")
     parser.add_argument("--work", type=Path, default=Path("/tmp/frontier"), help="where plans are kept")  # noqa: S108
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "frontier")
+    parser.add_argument("--resident", action="store_true", help="measure device processes, of plans that are made")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw what there is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     points = Points(options.out / "points.csv")
     budgets = tuple(options.budgets)
+    memory = read_csv(options.out / "resident.csv")
     for subject in () if options.draw else subjects(options.names, options.shared, options.work):
         network = rd.load_model(str(options.shared / "models" / f"{subject.name}.pt2"))
+        if options.resident:
+            memory = [row for row in memory if row["model"] != subject.name]
+            memory += residents(subject, network, options.work)
+            write_csv(options.out / "resident.csv", memory)
+            continue
         train = rd.load_data(
             str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
         ).sample(ROUNDING_SAMPLES)
@@ -181,7 +239,7 @@ def main() -> None:
                 f"{100 * rows[0]['share']:.2f} % hold, {figures}; {rows[0]['plan_cpu_seconds']} s for the plan",
                 flush=True,
             )
-    write_report(points.rows, options.out)
+    write_report(points.rows, memory, options.out)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Competitors:
     """The competitors of one network; ``images`` are unlabelled, [n, channels, height, width]."""
 
     def __init__(self, network: Network, images: NDArray[np.float32], devices: int, budgets: Sequence[float]) -> None:
+        """Nothing is made yet."""
         self._network, self._images, self._devices, self._budgets = network, images, devices, budgets
         # Images come sorted by class: some at even distances are of all classes.
         self._some = images[:: max(1, len(images) // SCORED_BY)][:SCORED_BY]

@@ -1,2 +1,255 @@
-def write_report(rows, out):
-    pass
+"""What `frontier.py` has measured, as pictures and tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustdice.provenance import processor
+from robustdice.report.picture import Picture
+from robustdice.report.plots import COLOURS, save
+
+GOALS = {
+    0.25: (99.9, 99.9, 99.9),
+    0.125: (99.7, 99.7, 99.7),
+    0.1: (99.3, 99.3, 99.3),
+    0.08: (99, 98, 96),
+    0.06: (98, 95, 88),
+    0.05: (97, 90, 75),
+    0.04: (95, 80, 50),
+    0.03: (90, 65, 35),
+}
+"""By budget, what share of the clean accuracy (per cent) is to be kept with one, two and three of four devices down."""
+SIZES = (1, 2, 3)
+STYLES: dict[str, dict[str, Any]] = {
+    "whole, nearest": {"color": COLOURS[5], "marker": "v", "linestyle": ":"},
+    "whole, GPTQ": {"color": COLOURS[0], "marker": "o", "linestyle": "--"},
+    "whole, mixed by sensitivity": {"color": COLOURS[2], "marker": "s", "linestyle": "--"},
+    "the paper's method, float32": {"color": COLOURS[1], "marker": "^", "linestyle": "-"},
+    "the paper's method, int8": {"color": COLOURS[1], "marker": "x", "linestyle": "--"},
+    "LOP": {"color": COLOURS[3], "marker": "D", "linestyle": ""},
+    "CDC": {"color": COLOURS[4], "marker": "P", "linestyle": ""},
+}
+"""Of the competitors."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan's accuracy (fractions) with ``down`` devices down, in the worst failure set, and its 95 % interval."""
+
+    model: str
+    method: str
+    variant: str
+    budget: float | None
+    share: float
+    device_bytes: int
+    down: int
+    worst: float
+    low: float
+    high: float
+    clean: float
+    images: int
+    commit: str
+
+    @property
+    def name(self) -> str:
+        """The method, and in which variant."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+
+def point(row: dict[str, Any]) -> Point:
+    """A row of ``points.csv``."""
+    return Point(
+        model=row["model"],
+        method=row["method"],
+        variant=row["variant"],
+        budget=float(row["budget"]) if row["budget"] else None,
+        share=float(row["share"]),
+        device_bytes=int(row["device_bytes"]),
+        down=int(row["down"]),
+        worst=float(row["worst"]),
+        low=float(row["low"]),
+        high=float(row["high"]),
+        clean=float(row["clean"]),
+        images=int(row["images"]),
+        commit=row["commit"],
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The plan that ``auto`` makes for a budget, and a competitor's best that fits it, with as many devices down."""
+
+    auto: Point
+    rival: Point
+
+    @property
+    def gap(self) -> float:
+        """By how much the rival is better."""
+        return self.rival.worst - self.auto.worst
+
+    @property
+    def certain(self) -> bool:
+        """Whether the rival is better beyond sampling error: by the 95 % interval of the difference of two shares
+        (Newcombe 1998, of Wilson's intervals; that both see the same images would make it narrower)."""
+        return self.gap > math.hypot(self.rival.worst - self.rival.low, self.auto.high - self.auto.worst)
+
+
+def comparisons(points: Sequence[Point]) -> Iterator[Comparison]:
+    """Every budget and number of failures, each with every competitor of which something fits."""
+    for auto in points:
+        if auto.method != "auto" or auto.budget is None:
+            continue
+        for method in STYLES:
+            fitting = [
+                each
+                for each in points
+                if (each.model, each.method, each.down) == (auto.model, method, auto.down)
+                and each.share <= auto.budget
+                and each.images == auto.images
+            ]
+            if fitting:
+                yield Comparison(auto, max(fitting, key=lambda each: each.worst))
+
+
+def write_report(rows: Sequence[dict[str, Any]], residents: Sequence[dict[str, Any]], out: Path) -> None:
+    """Pictures and ``tables.md`` into a directory; ``residents`` are the rows of ``resident.csv``."""
+    points = [point(row) for row in rows]
+    models = list(dict.fromkeys(each.model for each in points))
+    sections = [_measured_on(points)]
+    for model in models:
+        of_model = [each for each in points if each.model == model]
+        for down in SIZES:
+            save(picture([each for each in of_model if each.down == down]), out / f"{model}-{down}-down.png")
+        sections += [f"## {model}", goals_table(of_model), comparison_table(of_model)]
+    if residents:
+        sections += ["## Resident memory", resident_table(residents)]
+    (out / "tables.md").write_text("\n\n".join(["# Tables", *sections]) + "\n", encoding="utf-8")
+
+
+def picture(points: Sequence[Point]) -> Picture:
+    """Accuracy in the worst failure set of one size against the largest device's share of the float32 bytes."""
+    figure = Picture(figsize=(7.0, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    first = points[0]
+    axes.axhline(100 * first.clean, color="black", linewidth=0.8, linestyle=":", label="the model alone")
+    goals = [(100 * budget, first.clean * kept[first.down - 1]) for budget, kept in sorted(GOALS.items())]
+    axes.plot(*zip(*goals, strict=True), color="grey", linewidth=0.8, marker="_", label="goal")
+    for method, style in STYLES.items():
+        found = sorted((100 * each.share, 100 * each.worst) for each in points if each.method == method)
+        if found:
+            axes.plot(*zip(*found, strict=True), label=method, markersize=4, linewidth=1, **style)
+    auto = sorted((each for each in points if each.method == "auto"), key=lambda each: each.share)
+    if auto:
+        shares = [100 * each.share for each in auto]
+        axes.fill_between(
+            shares,
+            [100 * each.low for each in auto],
+            [100 * each.high for each in auto],
+            color="black",
+            alpha=0.12,
+            linewidth=0,
+        )
+        axes.plot(shares, [100 * each.worst for each in auto], "ko-", markersize=4, label="auto, and its 95 % interval")
+    axes.set_xscale("log")
+    ticks = (3, 4, 5, 6, 8, 10, 12.5, 16, 25, 33, 50)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(2.8, 53)
+    axes.set_ylim(0, 100 * min(1.0, first.clean + 0.08))
+    axes.set_xlabel("bytes of the largest device over the model's float32 bytes, %")
+    axes.set_ylabel("top-1 accuracy in the worst case, %")
+    axes.set_title(f"{first.model}, {first.down} of 4 devices down, {first.images} images", fontsize=9, loc="left")
+    figure.legend(fontsize=8, frameon=False, ncols=3, loc="outside lower center")
+    return figure
+
+
+def goals_table(points: Sequence[Point]) -> str:
+    """What share of the clean accuracy is kept, beside the goals: bold where these are met, with the goal in brackets
+    where they are not, and with ~ where that is within the sampling error."""
+    lines = [
+        f"The model alone: {100 * points[0].clean:.1f} % of {points[0].images} images. Kept of that, per cent:",
+        "",
+        "| budget | held | accuracy, none down | one down | two down | three down |",
+        "|---|---|---|---|---|---|",
+    ]
+    for budget, goals in GOALS.items():
+        by_size = {each.down: each for each in points if each.method == "auto" and each.budget == budget}
+        if not by_size:
+            lines.append(f"| {100 * budget:g} | not measured | | | | |")
+            continue
+        kept = [_kept(by_size[down], goal) for down, goal in zip(SIZES, goals, strict=True)]
+        held = f"{100 * by_size[0].share:.2f} | {100 * by_size[0].worst:.1f}"
+        lines.append(f"| {100 * budget:g} | {held} | {' | '.join(kept)} |")
+    return "\n".join(lines)
+
+
+def _kept(found: Point, goal: float) -> str:
+    kept = f"{100 * found.worst / found.clean:.1f}"
+    if 100 * found.worst >= goal * found.clean:
+        return f"**{kept}**"
+    return f"{kept} ({goal:g}){' ~' if 100 * found.high >= goal * found.clean else ''}"
+
+
+def comparison_table(points: Sequence[Point]) -> str:
+    """Where ``auto`` is below a competitor that fits the same budget."""
+    found = list(comparisons(points))
+    below = [each for each in found if each.gap > 0]
+    certain = [each for each in below if each.certain]
+    missing = [method for method in STYLES if not any(each.method == method for each in points)]
+    budgets = len({each.auto.budget for each in found})
+    lines = [
+        f"{len(found)} comparisons with competitors at {budgets} budgets and 0 to 3 devices down: `auto` is below in "
+        f"{len(below)}, in {len(certain)} of them beyond the sampling error"
+        + (f" (largest gap {100 * max(each.gap for each in below):.1f} points" if below else "")
+        + (f", median {100 * statistics.median(each.gap for each in below):.1f})." if below else ".")
+        + (f" Not measured: {', '.join(missing)}." if missing else "")
+    ]
+    if certain:
+        lines += [
+            "",
+            "| budget, % | down | auto, % | competitor | its share, % | its accuracy, % |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {100 * (each.auto.budget or 0):g} | {each.auto.down} | {100 * each.auto.worst:.1f} | {each.rival.name} "
+            f"| {100 * each.rival.share:.2f} | {100 * each.rival.worst:.1f} |"
+            for each in certain
+        ]
+    return "\n".join(lines)
+
+
+def resident_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What device processes take beside what a plan says."""
+    lines = ["| model | plan | bytes of the largest device, MB | resident, MB | at most, MB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['model']} | {row['plan']} | "
+        + " | ".join(f"{int(row[key]) / 1e6:.2f}" for key in ("device_bytes", "resident_bytes", "peak_bytes"))
+        + " |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _measured_on(points: Sequence[Point]) -> str:
+    commits = ", ".join(dict.fromkeys(each.commit for each in points))
+    return (
+        f"Commits: {commits}; processor: {processor()} ({', '.join(_instructions())}); "
+        f"{torch.get_num_threads()} thread; PyTorch {torch.__version__}."
+    )
+
+
+def _instructions() -> list[str]:
+    """Which of the processor's vector instructions matter for matrix products."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return ["instructions unknown"]
+    known = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp")
+    return [flag for flag in known if flag in flags]
