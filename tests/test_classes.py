@@ -19,7 +19,7 @@ def classes_in(content: str | bytes, tmp_path: Path) -> list[str]:
     return read_classes(path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_line_is_a_name_whatever_its_file_looks_like(encoding: str, end: str, tmp_path: Path) -> None:
     lines = ["great white shark", "", "tiger shark ", "cafe\u0301", "  ", "3 of clubs"]
@@ -55,7 +55,12 @@ def test_numbers_before_all_names_are_places_when_they_count(
 
 
 def test_files_that_name_no_classes_are_refused(tmp_path: Path) -> None:
-    for content, said in ((b"\n \n", "names no classes"), (b"\xff\x00", "not UTF-8 text"), (b"", "names no classes")):
+    for content, said in (
+        (b"\n \n", "names no classes"),
+        (b"\xff\x00", "not UTF-8 text"),
+        (b"a\0\n\0", "zero bytes"),
+        (b"", "names no classes"),
+    ):
         with pytest.raises(DataError, match=said):
             classes_in(content, tmp_path)
     with pytest.raises(DataError, match=r"cannot read .*missing"):
@@ -102,8 +107,23 @@ def test_folders_that_are_called_by_numbers_are_in_their_order(count: int, width
     assert ("alphabetical order" in said) == (sorted(folders) != folders)
 
 
+def test_numbers_below_zero_and_with_a_sign_are_numbers_and_very_long_ones_are_names() -> None:
+    assert labels(["-1", "-10", "0", "1"], 4).indices == {"-10": 0, "-1": 1, "0": 2, "1": 3}
+    assert labels(["+1", "+10", "+2"], 3).indices == {"+1": 0, "+2": 1, "+10": 2}
+    assert labels(["1", "2", "9" * 5000], 3).indices == {"1": 0, "2": 1, "9" * 5000: 2}
+
+
+@pytest.mark.parametrize("form", ["class{}", "class_{}", "{}_cat", "{}.0", "{} of 12", "fold 1 class {}"])
+def test_where_names_hold_numbers_both_orders_are_said(form: str) -> None:
+    folders = [form.format(number) for number in range(12)]
+    (said,) = labels(folders, 12).inferred
+    assert f"alphabetical order ({', '.join(sorted(folders)[:4])}" in said
+    assert f"in the order of their numbers ({', '.join(folders[:4])}, ..., {folders[-1]}) needs --classes FILE" in said
+    assert "needs" not in labels(folders[:10], 10).inferred[0]
+
+
 def test_as_many_classes_as_outputs_are_to_be_named() -> None:
-    with pytest.raises(DataError, match="the model has 3 outputs, but 2 classes are named"):
+    with pytest.raises(DataError, match=r"the model has 3 outputs, but 2 classes are named \(cat, dog\)"):
         labels(["cat"], 3, ["cat", "dog"])
 
 

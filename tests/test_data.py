@@ -133,6 +133,7 @@ def put(root: Path, *names: str, content: bytes = b"") -> Path:
     ("names", "sides", "way_out"),
     [
         (("train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png"), "'train' and 'val'", "val"),
+        (("train_set/cat/1.png", "val_set/cat/2.png"), "'train_set' and 'val_set'", "val_set"),
         (("Training/cat/1.png", "Testing/dog/2.png"), "'Testing' and 'Training'", "Testing"),
         (("in/train/cat/1.png", "in/train/dog/2.png", "in/val/3.png"), "'in/train' and 'in/val'", "in/train"),
         (("a/cat/1.png", "a/dog/1.png", "b/x/cat/1.png"), "'a' and 'b/x'", "a"),

@@ -50,13 +50,14 @@ def test_everything_else_is_counted_and_named(tmp_path: Path) -> None:
         found = find_images(tmp_path)
     assert names(found) == ["a/1.png"]
     assert left_out(found) == {
+        "empty": (1, ("a/folder.jpg",)),
         "hidden or left behind by archivers": (4, ("@eaDir", "__MACOSX", "a/.hidden.png")),
         "of a special kind (device, pipe, socket)": (2, ("a/pipe.jpg", "a/s.jpg")),
         "of the kind .heic": (1, ("x.HEIC",)),
         "of the kind .txt": (5, ("notes0.txt", "notes1.txt", "notes2.txt")),
         "without a suffix": (1, ("raw",)),
     }
-    assert str(found.left_out[3]) == "5 of the kind .txt (notes0.txt, notes1.txt, notes2.txt, ...)"
+    assert str(found.left_out[4]) == "5 of the kind .txt (notes0.txt, notes1.txt, notes2.txt, ...)"
 
 
 def test_images_in_a_folder_that_is_called_like_one_are_found(tmp_path: Path) -> None:
@@ -152,8 +153,16 @@ def test_encrypted_images_are_found_and_refused_with_the_way_out(tmp_path: Path)
 def test_a_folder_of_a_zip_file_can_be_named(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"top/val/cat/1.png": 0, "top/train/cat/2.png": 0})
     assert names(find_images(path / "top" / "val")) == ["cat/1.png"]
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match=r"a\.zip has no folder top/test"):
         find_images(path / "top" / "test")
+
+
+def test_an_empty_folder_of_a_zip_file_is_named_and_one_that_holds_something_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("top/", "top/cat/", "top/cat/1.png", "top/dog/", "top/deep/er/1.png"):
+            archive.writestr(name, b"" if name.endswith("/") else IMAGE)
+    assert left_out(find_images(path)) == {"empty": (1, ("top/dog",))}
 
 
 TEXT = st.text(st.characters(exclude_characters='/\\:<>|"?*', categories=("L", "M", "N", "P", "S", "Z")), max_size=8)
@@ -195,7 +204,7 @@ def test_where_there_are_no_images_what_there_is_is_named(tmp_path: Path) -> Non
         DataError, match=r"holds no images .*; it has 2 of the kind \.heic \(a/1\.heic, a/2\.heic\), 1 of"
     ):
         find_images(tmp_path)
-    with pytest.raises(DataError, match=r"cannot read .*list\.txt as a zip file"):
+    with pytest.raises(DataError, match=r"list\.txt is no zip file, or a damaged one, .*: unpack archives"):
         find_images(tmp_path / "list.txt")
 
 

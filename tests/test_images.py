@@ -55,15 +55,16 @@ def pgm(levels: np.ndarray, largest: int, ascii_digits: bool = False) -> bytes:
     return head + (" ".join(map(str, levels.ravel())).encode() if ascii_digits else levels.astype(">u2").tobytes())
 
 
-def tiff(levels: np.ndarray, bits: int, photometric: int, mark: str = "<") -> bytes:
+def tiff(levels: np.ndarray, bits: int, photometric: int, mark: str = "<", sample_format: int = 1) -> bytes:
     """A grey TIFF file as other programs write them; of 12 bits, two numbers in three bytes."""
-    data = levels.astype(f"{mark}u2").tobytes()
+    data = levels.astype(f"{mark}u{1 if bits == 8 else 2}").tobytes()
     if bits == 12:
         pairs = levels.reshape(-1, 2).astype(np.uint32)
         packed = pairs[:, 0] << 12 | pairs[:, 1]
         data = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
     height, width = levels.shape
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    tags[339] = sample_format
     entries = b"".join(struct.pack(f"{mark}HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = struct.pack(f"{mark}2sHI", b"II" if mark == "<" else b"MM", 42, 8 + len(data))
     return head + data + struct.pack(f"{mark}H", len(tags)) + entries + b"\0" * 4
@@ -101,6 +102,10 @@ def test_images_whose_white_nobody_knows_are_refused(kind: str) -> None:
             refuses(floats, GREY, "scan")
         with pytest.raises(DataError, match="scan has pixels of 32 bits, or below zero"):
             refuses(encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), GREY, "scan")
+        for bits in (8, 16):
+            signed = tiff(RAMP >> (17 - bits), bits, 1, sample_format=2)
+            with pytest.raises(DataError, match="scan has pixels of 32 bits, or below zero"):
+                refuses(signed, GREY, "scan")
 
 
 def test_every_mode_of_pillow_is_shown_or_refused() -> None:

@@ -31,7 +31,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000
 WEAKLY_MARKED = ("SGI", "TGA")
 """Formats of few or no magic bytes, which are tried last. Pillow knows more, some of which start other programs."""
 
-_WHITE_IS_ZERO, _BITS, _PHOTOMETRIC = 0, 258, 262  # of TIFF
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # of TIFF, in the tags of these numbers:
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -118,7 +119,7 @@ def _what_else(source: Path | bytes) -> str:
     if source.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS; 'git lfs pull' fetches the file"
     if source[4:8] == b"ftyp":
-        return "HEIC, AVIF or a film, which this build of Pillow does not read; save it as JPEG or PNG"
+        return "HEIC or a film, or AVIF that is damaged or not read by this build of Pillow; save it as JPEG or PNG"
     return "damaged, or of a format or kind of pixels that is not read; save it as JPEG or PNG"
 
 
@@ -146,7 +147,8 @@ def _check_depth(opened: Image.Image, name: str) -> None:
             f"the image {name} has floating-point pixels, and nothing in it says which number is white; "
             "save it with 8 or 16 bits a channel"
         )
-    if opened.mode == "I" and opened.format not in ("PNG", "PPM"):  # those have no more than 16 bits
+    signed = _SIGNED in getattr(opened, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+    if signed or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):  # those have no more than 16 bits
         raise DataError(
             f"the image {name} has pixels of 32 bits, or below zero, and nothing in it says which number is white; "
             "save it with 8 or 16 bits a channel"

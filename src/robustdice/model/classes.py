@@ -16,8 +16,16 @@ from robustdice.errors import DataError, ModelError
 
 _WNID = re.compile(r"(n[0-9]{8})(?:[\s,:;]+(.*))?")
 _NUMBERED = re.compile(r"([0-9]{1,9})[\s:.,;)-]+(\S.*)")
-_NUMBER = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_DIGITS = re.compile(r"([0-9]{1,18})")
 _IMAGENET_CLASSES = 1000
+_WIDE = {
+    codecs.BOM_UTF32_LE: "utf-32",  # begins as the next one
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF32_BE: "utf-32",
+}
+"""Encodings by the byte-order marks that tell them apart."""
 
 
 def read_classes(path: Path) -> list[str]:
@@ -28,8 +36,9 @@ def read_classes(path: Path) -> list[str]:
     """
     try:
         content = path.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if wide else "utf-8-sig")
+        text = content.decode(next((name for mark, name in _WIDE.items() if content.startswith(mark)), "utf-8-sig"))
+        if "\0" in text:
+            raise DataError(f"{path} is not UTF-8 text (it has zero bytes); --classes takes a class a line")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -73,7 +82,10 @@ def label_folders(preprocessing: Mapping[str, Any], folders: Sequence[str], outp
         found = {folder: _index(folder, known, classes, source) for folder in folders}
         return Labels(found, ("the folders are WNIDs: the outputs are taken for ImageNet's 1,000 classes",))
     if classes and len(classes) != outputs:
-        raise DataError(f"the model has {outputs} outputs, but {len(classes)} classes are named; correct --classes")
+        raise DataError(
+            f"the model has {outputs} outputs, but {len(classes)} classes are named ({some(classes)}); "
+            "correct --classes"
+        )
     if classes:
         return Labels({folder: _index(folder, known, classes, source) for folder in folders})
     if all(map(_NUMBER.fullmatch, folders)):
@@ -84,7 +96,10 @@ def label_folders(preprocessing: Mapping[str, Any], folders: Sequence[str], outp
             "name the classes in the order of the outputs with --classes FILE (a class a line)"
         )
     ordered = sorted(folders)
-    said = f"the outputs are taken for the folders in alphabetical order ({_some(ordered)})"
+    said = f"the outputs are taken for the folders in alphabetical order ({some(ordered)})"
+    by_number = sorted(folders, key=_by_numbers_inside)
+    if by_number != ordered:
+        said += f"; a model trained on them in the order of their numbers ({some(by_number)}) needs --classes FILE"
     return Labels({folder: index for index, folder in enumerate(ordered)}, (said,))
 
 
@@ -94,13 +109,13 @@ def _by_number(folders: Sequence[str], outputs: int, source: str) -> Labels:
     way_out = "name the classes in the order of the outputs with --classes FILE (a class a line)"
     if len(set(numbers)) < len(numbers):
         twice = [folder for folder in ordered if numbers.count(int(folder)) > 1]
-        raise DataError(f"{source} has two folders for one number ({_some(twice)}); rename one, or {way_out}")
+        raise DataError(f"{source} has two folders for one number ({some(twice)}); rename one, or {way_out}")
     by_text = sorted(folders)
     if numbers[0] == 0 and numbers[-1] < outputs:
-        said = f"the folders' numbers are taken for the numbers of the outputs ({_some(ordered)})"
+        said = f"the folders' numbers are taken for the numbers of the outputs ({some(ordered)})"
         indices = dict(zip(ordered, numbers, strict=True))
     elif len(folders) == outputs:
-        said = f"the outputs are taken for the folders in the order of their numbers ({_some(ordered)})"
+        said = f"the outputs are taken for the folders in the order of their numbers ({some(ordered)})"
         indices = {folder: index for index, folder in enumerate(ordered)}
     else:
         raise DataError(
@@ -108,8 +123,14 @@ def _by_number(folders: Sequence[str], outputs: int, source: str) -> Labels:
             f"outputs, and nothing says whether these count from 0 or 1; {way_out}"
         )
     if by_text != ordered:
-        said += f"; a model trained on them in alphabetical order ({_some(by_text)}) needs --classes FILE"
+        said += f"; a model trained on them in alphabetical order ({some(by_text)}) needs --classes FILE"
     return Labels(indices, (said,))
+
+
+def _by_numbers_inside(folder: str) -> tuple[str | int, ...]:
+    """What brings class2 before class10."""
+    parts = _DIGITS.split(folder)
+    return tuple(int(part) if odd else part for part, odd in zip(parts, [False, True] * len(parts), strict=False))
 
 
 def _indices(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -138,8 +159,8 @@ def _index(folder: str, known: Mapping[str, tuple[int, ...]], classes: Sequence[
     return found[0]
 
 
-def _some(names: Sequence[str]) -> str:
-    """Names, as many as make an order plain."""
+def some(names: Sequence[str]) -> str:
+    """Names, as many as make an order plain, with commas between them."""
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])}, ..., {names[-1]}"
 
 

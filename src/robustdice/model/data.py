@@ -232,7 +232,7 @@ def _has_folders(found: Found, side: str) -> bool:
 
 
 def _is_training(side: str) -> bool:
-    return side.lower().endswith(("train", "training"))
+    return "train" in side.rpartition("/")[2].lower()
 
 
 def _listed(sentences: Sequence[str]) -> str:

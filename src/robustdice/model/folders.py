@@ -123,6 +123,8 @@ def _in_folder(root: Path) -> Iterator[Entry]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             children = sorted(os.scandir(folder), key=lambda child: child.name)
+            if not children and folder != root:
+                yield prefix.rstrip("/"), "empty"
         except OSError as error:
             if folder == root:
                 raise DataError(f"cannot read {root}: {error.strerror}") from None
@@ -160,14 +162,26 @@ def archive_above(path: Path) -> tuple[Path, tuple[str, ...]] | None:
 
 def _in_zip(path: Path, inside: tuple[str, ...]) -> Iterator[Entry]:
     """Everything in a zip file, below the folders ``inside``. An entry that is there twice counts as it is last."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(
+            f"{path} is no zip file, or a damaged one, and no image by its name; DATA is a folder, a zip file or an "
+            "image: unpack archives of other kinds"
+        )
     try:
         archive = zipfile.ZipFile(path)
         entries = {_name_of(entry): entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"cannot read {path} as a zip file: {error}") from None
     prefix = "".join(f"{_readable(part)}/" for part in inside)
+    if not any(whole.startswith(prefix) for whole in entries):
+        raise DataError(f"{path} has no folder {prefix.rstrip('/')}")
+    filled = {whole.rstrip("/").rpartition("/")[0] for whole in entries}
     for whole, entry in entries.items():
-        if not whole.startswith(prefix) or whole.endswith("/") or entry.external_attr & 0x10:  # MS-DOS: a directory
+        if not whole.startswith(prefix) or whole == prefix:
+            continue
+        if whole.endswith("/") or entry.external_attr & 0x10:  # MS-DOS: a directory
+            if whole.rstrip("/") not in filled:
+                yield whole[len(prefix) :].rstrip("/"), "empty"
             continue
         name, kind = whole[len(prefix) :], stat.S_IFMT(entry.external_attr >> 16)
         if kind == stat.S_IFLNK:

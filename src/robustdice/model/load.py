@@ -10,6 +10,7 @@ from typing import Any
 from robustdice.errors import ModelError
 from robustdice.images import check_preprocessing
 from robustdice.model.builders import load_factory, load_timm, load_torchvision
+from robustdice.model.classes import some
 from robustdice.model.files import load_file
 from robustdice.model.foreign import FILE_SUFFIXES, about_folder
 from robustdice.model.network import Network, build_network
@@ -107,6 +108,6 @@ def _check_preprocessing_fits(network: Network) -> None:
     classes = declared.get("classes")
     if classes and len(classes) != network.outputs:
         raise ModelError(
-            f"the model has {network.outputs} outputs, but {len(classes)} classes are named; "
+            f"the model has {network.outputs} outputs, but {len(classes)} classes are named ({some(classes)}); "
             "correct --classes or the sidecar"
         )
