@@ -67,7 +67,7 @@ def test_a_pt2_file_needs_no_sidecar(tmp_path: Path) -> None:
         ("{", r"net\.json is not JSON"),
         ("[1]", r"net\.json is not a JSON object; see docs/formats\.md"),
         ({"input_size": [3, 9, 8]}, r"inputs of shape \[3, 8, 8\], but input_size says \[3, 9, 8\]; correct --size"),
-        ({"classes": ["a"]}, "5 outputs, but 1 classes are named; correct --classes"),
+        ({"classes": ["a"]}, r"5 outputs, but 1 classes are named \(a\); correct --classes"),
     ],
 )
 def test_a_sidecar_that_does_not_fit_is_refused(tmp_path: Path, sidecar: object, message: str) -> None:
