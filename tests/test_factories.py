@@ -205,6 +205,25 @@ def test_a_model_on_a_gpu_is_moved(factories: Path) -> None:
     assert load_model("on_gpu:net").reference.digest == load_model("factories:trained").reference.digest
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("7", "the preprocessing of said:net is a int; expected a dictionary"),
+        ("[3, 4, 4]", "the preprocessing of said:net is a list; expected a dictionary"),
+        ("{'size': [1, 4, 4]}", "unknown preprocessing key 'size'; known: .*input_size"),
+    ],
+)
+def test_what_a_module_says_about_images_wrongly_is_named(
+    said: str, message: str, factories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (factories / "said.py").write_text(
+        f"import factories\ndef net():\n    model = factories.net()\n    model.preprocessing = {said}\n    return model\n"
+    )
+    monkeypatch.delitem(sys.modules, "said", raising=False)
+    with pytest.raises((DataError, ModelError), match=message):
+        load_model("said:net")
+
+
 @pytest.mark.usefixtures("factories")
 def test_random_weights_of_a_factory_that_knows_none_are_refused() -> None:
     with pytest.raises(ModelError, match="factories:net takes no argument random_weights"):

@@ -22,8 +22,12 @@ SHAPE = (1, 8, 8)
 
 
 def say(path: Path) -> str:
+    return say_of(str(path))
+
+
+def say_of(source: str) -> str:
     with pytest.raises(ModelError) as error:
-        load_model(str(path))
+        load_model(source)
     return str(error.value)
 
 
@@ -44,6 +48,23 @@ def save_old_state(module: nn.Module, path: Path) -> None:
 
 def save_checkpoint(module: nn.Module, path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in module.state_dict().items()}}, path)
+
+
+def save_old_checkpoint(module: nn.Module, path: Path) -> None:
+    state = {"model_state_dict": {f"module.{k}": v for k, v in module.state_dict().items()}}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def save_old_module(module: nn.Module, path: Path) -> None:
+    torch.save(module, path, _use_new_zipfile_serialization=False)
+
+
+def dump_module(module: nn.Module, path: Path) -> None:
+    path.write_bytes(pickle.dumps(module))
+
+
+def dump_state(module: nn.Module, path: Path) -> None:
+    path.write_bytes(pickle.dumps(module.state_dict(), 2))
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:
@@ -69,6 +90,10 @@ def save_module(module: nn.Module, path: Path) -> None:
         (save_tensors, "net.safetensors", r"weights alone \(safetensors\)"),
         (save_script, "net.pt", "a TorchScript file"),
         (save_module, "net.pth", "a pickled Plain, which is code"),
+        (save_old_module, "net.pth", "a pickled Plain, which is code"),
+        (dump_module, "net.pkl", "a pickled Plain, which is code"),
+        (dump_state, "net.pickle", "weights alone"),
+        (save_old_checkpoint, "net.tar", "weights alone"),
     ],
 )
 def test_the_lines_that_are_said_make_a_model_of_it(
@@ -108,6 +133,14 @@ def zipped(*names: str) -> bytes:
         (b"\x18\0\0\0ORTM" + bytes(50), "net.ort", "ONNX Runtime model"),
         (b"GGUF" + bytes(50), "net.gguf", "GGUF"),
         (b"", "net.onnx", "it is empty"),
+        (bytes(257) + b"ustar\x0000" + bytes(300), "net.pt2", "a tar archive: unpack it first"),
+        (zipped("net/data/weights/w.pt")[:40] + zipped("archive/data.pkl"), "net.pt2", "was cut short"),
+        (zipped("net/archive_format", "net/models/model.json")[:60], "net.pt2", "was cut short"),
+        (pickle.dumps({"weights": [1.0]}), "net.pkl", "pickled data without any of PyTorch"),
+        (pickle.dumps({"weights": [1.0]}, 2), "net.pdparams", "a Paddle model; give the .pt2 or .onnx file"),
+        (b"ftrt" + bytes(50), "net.engine", "a TensorRT engine.*; give the .pt2 or .onnx file"),
+        (b"\x08\x04\x12\x40" + bytes(50), "Net.MLModel", "a Core ML model; give"),
+        (b"<?xml version='1.0'?><net/>", "net.xml", "an OpenVINO model; give"),
         (b"hello", "net.bin", r"expected a torch\.export program \(\.pt2\) or an ONNX file"),
     ],
 )  # fmt: skip
@@ -139,6 +172,13 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         assert f"there is no model file {tmp_path / name}" in say(tmp_path / name)
     (tmp_path / "net.pt2").write_text("")
     assert "a folder (with net.pt2: name the file)" in say(tmp_path)
+    (tmp_path / "net.pt2").unlink()
+    (tmp_path / "net.pt2").mkdir()
+    assert "is a folder: expected" in say(tmp_path / "net.pt2")
+    (tmp_path / "net.mlpackage").mkdir()
+    assert "a Core ML model; give the .pt2 or .onnx file" in say(tmp_path / "net.mlpackage")
+    assert "is an address; fetch the file" in say_of("https://example.org/net.onnx")
+    assert "'' is not a model" in say_of("")
     (tmp_path / "saved_model.pb").write_text("")
     assert "a TensorFlow SavedModel" in say(tmp_path)
 

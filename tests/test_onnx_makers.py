@@ -294,6 +294,15 @@ def test_of_several_outputs_the_scores_are_found(name: str, tmp_path: Path) -> N
     assert network.layers[-1].fill == float("-inf")
 
 
+def test_a_batch_of_minus_one_is_any_and_inputs_that_nothing_reads_are_none(tmp_path: Path) -> None:
+    model = model_of([CONV, RELU, *HEAD], WEIGHTS, shape=(-1, 3, 8, 8))
+    onnx.save(model, tmp_path / "same.onnx")
+    model.graph.input.append(helper.make_tensor_value_info("im_info", TensorProto.FLOAT, (1, 3)))
+    network = load(model, tmp_path / "net.onnx")
+    assert network.input_shape == (3, 8, 8)
+    assert relative_error(scores(network), scores_of_file(tmp_path / "same.onnx", IMAGES)) < 1e-4
+
+
 def test_two_sets_of_scores_are_refused_with_lines_that_choose_one(tmp_path: Path) -> None:
     other = node("Gemm", "flat head2 offset", "z", transB=1)
     model = model_of([CONV, RELU, *HEAD, other], {**WEIGHTS, "head2": floats(4, 6) * 2}, ["z", "y"])

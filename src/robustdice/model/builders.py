@@ -128,7 +128,13 @@ def load_factory(
         raise ModelError(f"{source} returned a {type(model).__name__}; expected a torch.nn.Module")
     said = getattr(model, "preprocessing", None)
     model = prepare_module(model, source)
-    declared = dict(said or getattr(model, "preprocessing", {}))
+    said = said or getattr(model, "preprocessing", {})
+    if not isinstance(said, Mapping):
+        raise ModelError(
+            f"the preprocessing of {source} is a {type(said).__name__}; expected a dictionary with a sidecar's keys "
+            "(docs/formats.md)"
+        )
+    declared = check_preprocessing(said)
     return export_module(model, _input_size({**declared, **(preprocessing or {})}, source), source), declared
 
 

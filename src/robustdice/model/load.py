@@ -35,7 +35,9 @@ def load_model(
     source = os.fspath(source)
     path = Path(source)
     library, _, name = source.partition(":")
-    if path.is_file() or path.suffix.lower() in FILE_SUFFIXES:
+    if "://" in source:
+        raise ModelError(f"{source} is an address; fetch the file, and name it as it is on this machine")
+    if path.is_file() or (path.suffix.lower() in FILE_SUFFIXES and not path.is_dir()):
         if random_weights:
             raise ModelError(
                 f"--random-weights is for models that are built by name; a {path.suffix} file brings its weights"
@@ -50,7 +52,7 @@ def load_model(
         program, found = load_factory(source, random_weights, seed, preprocessing)
     else:
         raise ModelError(
-            f"{source!r} is {about_folder(path) or 'not a model'}: expected torchvision:NAME, timm:NAME, "
+            f"{source!r} is {(source and about_folder(path)) or 'not a model'}: expected torchvision:NAME, timm:NAME, "
             "a .pt2 or .onnx file, or package.module:factory"
         )
     merged = check_preprocessing({**found, **(preprocessing or {})})

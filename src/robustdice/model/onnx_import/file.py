@@ -151,10 +151,15 @@ def load_onnx(
     try:
         original = onnx.load(path)
     except Exception as error:  # whatever a damaged file, or one without its weights, makes the parser raise
-        raise ModelError(f"{path} is not an ONNX model: {first_line(error)}") from None
+        raise ModelError(
+            f"{path} is not an ONNX model, or not all of one (a file of weights beside it belongs to it): "
+            f"{first_line(error)}"
+        ) from None
     given_types = {value.name: value.type.tensor_type.elem_type for value in original.graph.input}
     model = bring_up_to_date(original)
-    rewritten = model is not original
+    weights = {tensor.name for tensor in model.graph.initializer}
+    unread = given_types.keys() - weights - {value.name for value in model.graph.input}
+    rewritten = model is not original or bool(unread)
     with contextlib.suppress(Exception):  # what it cannot simplify (inline functions, fold constants) stays as it is
         model = optimizer.optimize(model)
     rewritten |= simplify(model)

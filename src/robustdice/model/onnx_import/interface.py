@@ -48,8 +48,8 @@ def image_of(model: onnx.ModelProto) -> Image:
     if tensor_type.elem_type != TensorProto.FLOAT:
         kind = TensorProto.DataType.Name(tensor_type.elem_type)
         raise ModelError(f"the ONNX model takes {kind} inputs; robustdice gives it pixels as float32 or uint8")
-    # What says nothing about its shape is an image of any size.
-    batch, *sizes = [size.dim_value or None for size in tensor_type.shape.dim] or [None] * 4
+    # What says nothing about its shape is an image of any size; some makers write -1 for what is open.
+    batch, *sizes = [size.dim_value if size.dim_value > 0 else None for size in tensor_type.shape.dim] or [None] * 4
     last = len(sizes) == 3 and sizes[2] in (1, 3) and sizes[0] not in (1, 3)
     shape = (sizes[2], *sizes[:2]) if last else tuple(sizes)
     return Image(inputs[0].name, batch, shape, last)

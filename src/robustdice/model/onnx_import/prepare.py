@@ -31,9 +31,12 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def bring_up_to_date(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in opset 7 or later, its weights no longer among its inputs; ModelError when onnx cannot convert it."""
+    """The model in opset 7 or later, with neither its weights nor what nothing reads among its inputs; ModelError when
+    onnx cannot convert it."""
     constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
+    read = {name for node in model.graph.node for name in (*node.input, *_read_inside(node))}
+    read |= {value.name for value in model.graph.output}
+    inputs = [value for value in model.graph.input if value.name not in constants and value.name in read]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     model.ir_version = max(model.ir_version, 4)  # before it, weights had to be inputs
@@ -112,7 +115,7 @@ def compute_constants(model: onnx.ModelProto) -> None:
             constants.update({tensor.name: tensor for tensor in results})
     used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
     # Subgraphs read what lies around them.
-    used |= {name for node in kept for inner in _subgraphs(node) for each in inner.node for name in each.input}
+    used |= {name for node in kept for name in _read_inside(node)}
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
     graph.initializer.extend(tensor for name, tensor in constants.items() if name in used)
@@ -175,6 +178,14 @@ def _as_float32(tensor: TensorProto) -> bool:
     array = np.where(np.isfinite(array), array.clip(limits.min, limits.max), array)
     tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
     return True
+
+
+def _read_inside(node: onnx.NodeProto) -> Iterator[str]:
+    """The names of all that the subgraphs of a node read, what lies around them included."""
+    for graph in _subgraphs(node):
+        yield from (value.name for value in graph.output)
+        for inner in graph.node:
+            yield from (*inner.input, *_read_inside(inner))
 
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
