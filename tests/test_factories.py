@@ -217,7 +217,8 @@ def test_what_a_module_says_about_images_wrongly_is_named(
     said: str, message: str, factories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (factories / "said.py").write_text(
-        f"import factories\ndef net():\n    model = factories.net()\n    model.preprocessing = {said}\n    return model\n"
+        "import factories\ndef net():\n    model = factories.net()\n"
+        f"    model.preprocessing = {said}\n    return model\n"
     )
     monkeypatch.delitem(sys.modules, "said", raising=False)
     with pytest.raises((DataError, ModelError), match=message):
