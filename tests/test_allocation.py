@@ -102,6 +102,14 @@ def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_not
         assert table.cost(layer, kept, (1, 2, 2, 1)) == pytest.approx(expected)
 
 
+def test_as_much_lost_costs_as_much_whichever_holders_it_had() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    importance = [np.arange(float(layer.neurons // layer.group)) for layer in network.plan_layers]
+    table = measure(network, {}, importance, [Spread(2), Spread(1)], 4, 3, random_images(4, (3, 8, 8)))
+    for layer in range(len(network.layers)):
+        assert table.lost[layer, Spread(2), 3] == table.lost[layer, Spread(1), 2]  # half of it
+
+
 def test_images_need_no_labels_and_may_be_few() -> None:
     network = shared_network(Residual, 3, 8, 8)
     importance = [np.ones(layer.neurons // layer.group) for layer in network.plan_layers]

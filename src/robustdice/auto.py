@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +17,12 @@ from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.passes import run_under
 from robustdice.failure.sensitivity import Sensitivity, measure
 from robustdice.importance.score import score
-from robustdice.importance.values import Importance, normalise
+from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, neuron_bytes
+from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer, neuron_bytes
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 
@@ -53,31 +53,65 @@ class Candidate:
         return float(np.mean(self.agreement))
 
 
-def candidates(
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What plans for any budget are chosen from: the ``network`` on ``devices`` devices, of which up to ``survive`` may
+    be down, its neurons' ``importance``, what each choice of each layer costs (``sensitivity``), and the coarse weights
+    that this was measured with (``rounded``, by layer and representation). Made by :func:`tabulate`."""
+
+    network: Network
+    images: NDArray[np.float32]
+    devices: int
+    survive: int
+    importance: Importance
+    rounded: Mapping[tuple[int, str], CoarseLayer]
+    sensitivity: Sensitivity
+
+    @property
+    def units(self) -> list[NDArray[np.float64]]:
+        """What is decisive within each layer: of every unit, the divergence after its removal, or all there is."""
+        known = self.importance.columns
+        chosen = self.importance.select(("s3",)) if "s3" in known else self.importance
+        return [normalise(scores).mean(1) for scores in chosen.scores]
+
+
+def tabulate(
     network: Network,
     images: NDArray[np.float32],
     *,
     devices: int,
-    budget: int,
-    survive: int,
+    survive: int | None = None,
     importance: Importance | None = None,
     on_progress: Progress = silent,
-) -> list[Candidate]:
-    """Plans that keep to ``budget`` (bytes on each device) and are made for up to ``survive`` failed devices, the best
-    first.
+) -> Table:
+    """What :func:`candidates` chooses from, for any number of budgets. ``images`` are unlabelled, [n, channels, height,
+    width], a few hundred. ``survive`` is the number of devices that may be down at once (all but one). Scored with some
+    of the images where ``importance`` is not given. PlanError when there are not so many devices."""
+    check_max_failed(devices, survive)
+    survive = devices - 1 if survive is None else survive
+    if importance is None:
+        importance = score(network, images[:SCORING_SAMPLES], s3="fisher")
+    every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
+    rounded = round_network(network, every, images[:ROUNDING_IMAGES])
+    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}))
+    spreads = [*_spreads(devices), *_thin(devices)]
+    found = measure(network, rounded, table.units, spreads, devices, survive, images[:TABLE_IMAGES], on_progress)
+    return replace(table, sensitivity=found)
+
+
+def candidates(table: Table, budget: int) -> list[Candidate]:
+    """Plans that keep to ``budget`` (bytes on each device) and are made for the table's number of failed devices, the
+    best first.
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
     everywhere, either with every number of failures counted the same (``even``) or small ones first (``early``).
-    ``images`` are unlabelled, [n, channels, height, width], a few hundred. ``importance`` says what is decisive within
-    a layer (the divergence after removal, where it is not given). PlanError when nothing fits.
+    PlanError when nothing fits.
     """
-    check_max_failed(devices, survive)
-    units = _units(network, importance, images)
-    every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
-    rounded = round_network(network, every, images[:ROUNDING_IMAGES])
-    offered = _spreads(network, devices, budget, survive)
-    table = measure(network, rounded, units, offered, devices, survive, images[:TABLE_IMAGES], on_progress)
-    whole = [spread for spread in offered if spread.holders == devices]
+    network, devices, survive = table.network, table.devices, table.survive
+    offered = _spreads(devices)
+    if not _fits(network, offered[-1], devices, survive, budget):
+        offered += _thin(devices)
+    whole = offered[:1]
     families = {
         "whole": (whole, [1.0] * (survive + 1)),
         "spread, even": (offered, [1.0] * (survive + 1)),
@@ -87,7 +121,7 @@ def candidates(
     tried: list[list[Kept]] = []
     for family, (spreads, weights) in families.items():
         try:
-            kept = choose(network, table, spreads, weights, devices, budget, survive)
+            kept = choose(network, table.sensitivity, spreads, weights, devices, budget, survive)
         except PlanError:
             if family == "whole":
                 continue
@@ -95,8 +129,8 @@ def candidates(
         if kept in tried:
             continue
         tried.append(kept)
-        plan = _made(network, kept, units, devices, images, survive)
-        found.append(Candidate(family, plan, agreement(network, plan, images[:TRIAL_IMAGES], survive)))
+        plan = _made(table, kept)
+        found.append(Candidate(family, plan, agreement(network, plan, table.images[:TRIAL_IMAGES], survive)))
     return sorted(found, key=lambda candidate: -candidate.merit)
 
 
@@ -150,24 +184,23 @@ def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive
     )
 
 
-def _units(network: Network, importance: Importance | None, images: NDArray[np.float32]) -> list[NDArray[np.float64]]:
-    """How important each layer's units are."""
-    if importance is None:
-        importance = score(network, images[:TRIAL_IMAGES], columns=("s3",), s3="fisher")
-    return [normalise(scores).mean(1) for scores in importance.scores]
-
-
-def _spreads(network: Network, devices: int, budget: int, survive: int) -> list[Spread]:
+def _spreads(devices: int) -> list[Spread]:
     """What is worth considering: neurons on all devices, on three quarters or half of them, or the decisive on all;
-    on one device alone where nothing else fits."""
-    wide = [Spread(devices)] + [Spread(h) for h in sorted({math.ceil(0.75 * devices)} - {devices})]
+    the one that takes most bytes first, that which takes least last."""
     half = math.ceil(devices / 2)
-    offered = [*wide, *(Spread(half, share) for share in (0.5, 0.25, 0.0) if half < devices)]
-    smallest = [Kept(offered[-1], REPRESENTATIONS[-1])] * len(network.layers)
-    corrections = CORRECTION_BYTES * _corrected_sets(offered, devices, survive)
-    if half > 1 and max(_held(network, smallest, devices, corrections)) + 4 * network.shared_weights > budget:
-        offered += [Spread(1, 0.5), Spread(1, 0.25), Spread(1)]
-    return offered
+    wide = [Spread(devices)] + [Spread(h) for h in sorted({math.ceil(0.75 * devices)} - {devices})]
+    return [*wide, *(Spread(half, share) for share in (0.5, 0.25, 0.0) if half < devices)]
+
+
+def _thin(devices: int) -> list[Spread]:
+    """What is for budgets in which nothing else fits: neurons on one device alone."""
+    return [Spread(1, 0.5), Spread(1, 0.25), Spread(1)] if devices > 2 else []
+
+
+def _fits(network: Network, smallest: Spread, devices: int, survive: int, budget: int) -> bool:
+    kept = [Kept(smallest, REPRESENTATIONS[-1])] * len(network.layers)
+    corrections = CORRECTION_BYTES * _corrected_sets([smallest], devices, survive)
+    return max(_held(network, kept, devices, corrections)) + 4 * network.shared_weights <= budget
 
 
 def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> int:
@@ -189,22 +222,16 @@ def _held(network: Network, kept: Sequence[Kept], devices: int, corrections: int
     return held
 
 
-def _made(
-    network: Network,
-    kept: Sequence[Kept],
-    units: Sequence[NDArray[np.float64]],
-    devices: int,
-    images: NDArray[np.float32],
-    survive: int,
-) -> Plan:
+def _made(table: Table, kept: Sequence[Kept]) -> Plan:
     """The plan with its coarse weights and corrections."""
+    network, devices, images, survive = table.network, table.devices, table.images, table.survive
     wanted = {i: [Choice(of.representation)] for i, of in enumerate(kept) if of.representation != "float32"}
     plan = Plan(
         devices=devices,
         layers=network.plan_layers,
         shards=tuple(
             shards_of(layer, of_layer.tolist(), of, devices, index)
-            for index, (layer, of_layer, of) in enumerate(zip(network.plan_layers, units, kept, strict=True))
+            for index, (layer, of_layer, of) in enumerate(zip(network.plan_layers, table.units, kept, strict=True))
         ),
         shared_weights=network.shared_weights,
         method="auto",

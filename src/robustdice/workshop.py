@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import TRIAL_IMAGES, Candidate, agreement, candidates
+from robustdice.auto import ROUNDING_IMAGES, TRIAL_IMAGES, Candidate, Table, agreement, candidates, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
@@ -20,8 +20,7 @@ from robustdice.failure.calibrate import calibrate as fit_corrections
 from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
-from robustdice.importance.score import score
-from robustdice.importance.values import SCORING_SAMPLES, Importance
+from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import Method
@@ -30,6 +29,7 @@ from robustdice.partitioning.budget import parse_memory
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, shown, silent
+from robustdice.representation import CoarseLayer
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
@@ -89,8 +89,10 @@ def with_precision(
     kinds: Sequence[Kinds],
     images: NDArray[np.float32] | None = None,
     on_progress: Progress = silent,
+    rounded: Mapping[tuple[int, str], CoarseLayer] | None = None,
 ) -> Plan:
-    """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``."""
+    """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``; what has
+    been ``rounded`` before is taken as it is."""
     shards = tuple(represented(of_layer, kind, plan.devices) for of_layer, kind in zip(plan.shards, kinds, strict=True))
     wanted: dict[int, list[Choice]] = {}
     for index, of_layer in enumerate(shards):
@@ -101,11 +103,14 @@ def with_precision(
             for shard in of_layer
             for holder in shard.holders[position : position + 1]
         )
-        wanted[index] = [Choice(kind) for kind in used if kind != "float32"]
+        if choices := [Choice(kind) for kind in used if kind != "float32"]:
+            wanted[index] = choices
+    if rounded is None:
+        rounded = round_network(network, wanted, images, on_progress)
     return replace(
         plan,
         shards=shards,
-        coarse=round_network(network, {i: choices for i, choices in wanted.items() if choices}, images, on_progress),
+        coarse={(i, each.representation): rounded[i, each.representation] for i in wanted for each in wanted[i]},
         settings={
             **plan.settings,
             "precision": [kind.primary for kind in kinds],
@@ -128,18 +133,42 @@ def choose_plan(
     amount such as ``"8MB"``), the best first: see :func:`robustdice.auto.candidates`. ``survive`` is the number of
     devices down at once that it is made for (all but one). The paper's method, in float32 and in 8 bits, and plain
     slices are among them where they fit. PlanError when nothing does."""
-    total = 4 * (network.shared_weights + sum(each.neurons * each.neuron_weights for each in network.plan_layers))
-    budget = parse_memory(memory, total)
-    most = devices - 1 if survive is None else survive
-    found = candidates(network, images, devices=devices, budget=budget, survive=most, on_progress=on_progress)
-    importance = score(network, images[:SCORING_SAMPLES], s3="fisher")
+    table = tabulate(network, images, devices=devices, survive=survive, on_progress=on_progress)
+    return choose_from(table, memory)
+
+
+def choose_from(table: Table, memory: float | str) -> list[Candidate]:
+    """As :func:`choose_plan`, from a table that several budgets share."""
+    network, devices = table.network, table.devices
+    budget = parse_memory(memory, 4 * network.parameters)
+    found = candidates(table, budget)
+    trial = table.images[:TRIAL_IMAGES]
     for family, arguments in RIVALS.items():
+        wanted = arguments(memory)
+        kind = wanted.pop("precision", "float32")
         try:
-            rival = partition(network, importance, devices=devices, images=images, **arguments(memory))
+            rival = partition_layers(
+                network.plan_layers,
+                table.importance,
+                devices=devices,
+                shared_weights=network.shared_weights,
+                model=network.reference,
+                network=network,
+                precision=(kind, kind),
+                **wanted,
+            )
         except PlanError:
             continue  # it does not fit
+        if kind != "float32":
+            rival = with_precision(
+                network,
+                rival,
+                kinds_of(rival.layers, kind, kind),
+                table.images[:ROUNDING_IMAGES],
+                rounded=table.rounded,
+            )
         if max(rival.bytes_per_device) <= budget:
-            found.append(Candidate(family, rival, agreement(network, rival, images[:TRIAL_IMAGES], most)))
+            found.append(Candidate(family, rival, agreement(network, rival, trial, table.survive)))
     return sorted(found, key=lambda candidate: -candidate.merit)
 
 

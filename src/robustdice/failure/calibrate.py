@@ -79,9 +79,10 @@ Statistics = tuple[torch.Tensor, torch.Tensor]
 
 
 def _statistics(layer: NetworkLayer, value: torch.Tensor) -> Statistics:
-    others = [axis for axis in range(value.ndim) if axis != layer.affine_axis]
-    variance, mean = torch.var_mean(value, others, correction=0)
-    return mean, variance.sqrt()
+    # Over rows of neurons, in two steps: var_mean takes ten times as long where channels come last in memory.
+    rows = value.movedim(layer.affine_axis, -1).reshape(-1, value.shape[layer.affine_axis])
+    mean = rows.mean(0)
+    return mean, (rows - mean).square_().mean(0).sqrt()
 
 
 def _matching(now: Statistics, target: Statistics) -> Correction:

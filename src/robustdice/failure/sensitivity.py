@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ def measure(
     states: dict[bytes, tuple[int, State]] = {}
     coarse_keys: dict[tuple[int, str], bytes] = {}
     lost_keys: dict[tuple[int, Spread, int], bytes] = {}
+    alike: dict[tuple[int, float, Fraction], bytes] = {}
 
     def changed(layer: int, copies: NDArray[np.int8]) -> bytes:
         state = State((*base.copies[:layer], copies, *base.copies[layer + 1 :]))
@@ -60,10 +63,13 @@ def measure(
         for layer, units in enumerate(importance):
             held = deal(units.tolist(), spread, devices, layer)
             for size in range(1, survive + 1):
-                survivors = set(range(size, devices))
-                lost = np.repeat([not holders & survivors for holders in held], network.plan_layers[layer].group)
-                copies = np.where(lost, LOST, 0).astype(np.int8)
-                lost_keys[layer, spread, size] = changed(layer, copies)
+                # What of the rest is lost, whichever holders it had: two thirds of it cost what two thirds cost.
+                share = Fraction(math.comb(size, spread.holders), math.comb(devices, spread.holders))
+                if (layer, spread.decisive, share) not in alike:
+                    survivors = set(range(size, devices))
+                    lost = np.repeat([not holders & survivors for holders in held], network.plan_layers[layer].group)
+                    alike[layer, spread.decisive, share] = changed(layer, np.where(lost, LOST, 0).astype(np.int8))
+                lost_keys[layer, spread, size] = alike[layer, spread.decisive, share]
     different = [state for key, (_, state) in states.items() if key != base.key]
     by_key = {base.key: 0.0}
     fitted = fit(network, Copies(network, coarse), base, different, images)

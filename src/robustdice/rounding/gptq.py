@@ -25,31 +25,32 @@ def damped(moments: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Curvature:
     """What second moments [K, K] say about rounding, worked out once for all representations: the ``order`` of columns,
-    those that carry most first, and how an error in one is best made up for by the later ones (``upper``, float32)."""
+    those that carry most first, and how an error in one is best made up for by the later ones (``upper``, float64)."""
 
     order: torch.Tensor
-    lower: torch.Tensor
     upper: torch.Tensor
 
     @classmethod
     def of(cls, moments: torch.Tensor) -> Curvature:
         """Of second moments that have not been damped yet."""
         order = moments.diagonal().argsort(descending=True)
-        lower = torch.linalg.cholesky(damped(moments)[order][:, order])
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return cls(order, lower, upper.to(torch.float32))
+        back = order.flip(0)
+        # The inverse is upper.T @ upper: so it is enough to invert the triangle of the columns in opposite order.
+        triangle = torch.linalg.cholesky(damped(moments)[back][:, back])
+        inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(order), dtype=torch.float64), upper=False)
+        return cls(order, inverse.flip(0, 1))
 
     def solve(self, products: torch.Tensor) -> torch.Tensor:
         """The filters [neurons, K] whose products with the damped moments are ``products``, float64."""
         found = torch.empty_like(products)
-        found[:, self.order] = torch.cholesky_solve(products[:, self.order].T, self.lower).T
+        found[:, self.order] = products[:, self.order] @ self.upper.T @ self.upper
         return found
 
 
 def gptq(weights: torch.Tensor, curvature: Curvature, scales: torch.Tensor, kind: str) -> torch.Tensor:
     """Levels [neurons, K] for ``weights`` (float32 [neurons, K]) with little error in what they give for inputs of this
     ``curvature``. ``scales`` [neurons, K] are each weight's."""
-    order, upper = curvature.order, curvature.upper
+    order, upper = curvature.order, curvature.upper.to(torch.float32)
     left = weights[:, order].clone()
     steps = scales[:, order]
     levels = torch.empty_like(left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -29,14 +28,17 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
     if layer.node.target is CONVOLUTIONS[1]:
         x, kernel = x[:, :, None], (1, *kernel)
         steps = [(neutral, *each) for neutral, each in zip((1, 0, 1), steps, strict=True)]
-    parts = []
-    every = max(1, len(x) * math.prod(layer.own_shape[1:]) // MAX_COLUMNS)
-    for number in range(len(x)):  # image by image: all inputs of a large map at once would not fit into memory
-        image = x[number : number + 1].contiguous()
-        found = functional.unfold(image, kernel, stride=steps[0], padding=steps[1], dilation=steps[2])[0]
-        some = found[:, number % every :: every]
-        parts.append(some.reshape(groups, -1, some.shape[1]))
-    return torch.cat(parts, 2).transpose(1, 2)
+    windows = functional.pad(x, (steps[1][1], steps[1][1], steps[1][0], steps[1][0]))
+    for axis, (width, stride, apart) in enumerate(zip(kernel, steps[0], steps[2], strict=True), start=2):
+        windows = windows.unfold(axis, (width - 1) * apart + 1, stride)[..., ::apart]
+    windows = windows.permute(0, 2, 3, 1, 4, 5)  # [images, height, width, channels, *kernel], a view
+    _, high, wide = windows.shape[:3]
+    every = max(1, len(x) * high * wide // MAX_COLUMNS)
+    taken = [torch.arange(number % every, high * wide, every) for number in range(len(x))]
+    images = torch.arange(len(x)).repeat_interleave(torch.tensor([len(some) for some in taken]))
+    places = torch.cat(taken)
+    found = windows[images, places // wide, places % wide]
+    return found.reshape(len(found), groups, -1).transpose(0, 1)
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from robustdice.representation import (
     code_offset,
 )
 from robustdice.rounding.affine import Folded
-from robustdice.rounding.gptq import Curvature, damped, gptq
+from robustdice.rounding.gptq import Curvature, gptq
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
 
 MAX_BLOCK = 4608
@@ -85,9 +85,8 @@ def _part(filters: torch.Tensor, rows: slice, block: slice, own: torch.Tensor, i
     rounding adds to it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
     moments = own.T @ own / len(own)
     curvature = Curvature.of(moments)
-    mixed = (intact.T @ own / len(own)).to(torch.float64)
-    mixed += damped(moments) - moments
-    wanted = curvature.solve(filters.to(torch.float64) @ mixed).to(torch.float32)
+    missing = intact @ filters.T - own @ filters.T
+    wanted = filters + curvature.solve((missing.T @ own / len(own)).to(torch.float64)).to(torch.float32)
     return Part(rows, block, wanted, moments.diagonal().clone(), curvature)
 
 
