@@ -22,7 +22,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from frontier_report import write_report
 from numpy.typing import NDArray
 
 import robustdice as rd
+from robustdice.auto import Table, candidates, tabulate
 from robustdice.errors import PlanError
 from robustdice.files import write_csv
 from robustdice.model.network import Network
+from robustdice.partitioning.budget import parse_memory
 from robustdice.plan import Plan
 from robustdice.plan.certificate import wilson
 from robustdice.provenance import commit
@@ -115,8 +117,12 @@ def _text(budget: float | None) -> str:
 def autos(network: Network, images: NDArray[np.float32], budgets: tuple[float, ...]) -> Iterator[Entry]:
     """The plans that ``plan --method auto`` answers with."""
 
+    @cache
+    def table() -> Table:
+        return tabulate(network, images, devices=DEVICES)
+
     def answer(budget: float) -> Plan:
-        return rd.choose_plan(network, images, devices=DEVICES, memory=budget)[0].plan
+        return candidates(table(), parse_memory(budget, 4 * network.parameters))[0].plan
 
     for budget in budgets:
         yield Entry("auto", "", budget, partial(answer, budget))
@@ -148,7 +154,7 @@ def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry,
                 "clean": round(result.clean, 5),
                 "images": result.samples,
                 "plan_cpu_seconds": round(taken, 1),
-                "commit": commit(),
+                "commit": commit() or "unknown",
             }
         )
     return rows
@@ -197,7 +203,7 @@ def main() -> None:
     """Measure what is not measured yet, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models (all five)")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these methods' points alone")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these methods alone, and draw nothing")
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the float32 bytes")
     parser.add_argument("--images", type=int, default=500, help="images to measure accuracies on")
     parser.add_argument("--shared", type=Path, default=SHARED, help="where models/ and data/ are")
@@ -239,7 +245,8 @@ def main() -> None:
                 f"{100 * rows[0]['share']:.2f} % hold, {figures}; {rows[0]['plan_cpu_seconds']} s for the plan",
                 flush=True,
             )
-    write_report(points.rows, memory, options.out)
+    if not options.only:
+        write_report(points.rows, memory, options.out)
 
 
 if __name__ == "__main__":

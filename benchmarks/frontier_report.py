@@ -161,7 +161,7 @@ def picture(points: Sequence[Point]) -> Picture:
     ticks = (3, 4, 5, 6, 8, 10, 12.5, 16, 25, 33, 50)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(2.8, 53)
+    axes.set_xlim(2.5, 53)
     axes.set_ylim(0, 100 * min(1.0, first.clean + 0.08))
     axes.set_xlabel("bytes of the largest device over the model's float32 bytes, %")
     axes.set_ylabel("top-1 accuracy in the worst case, %")
