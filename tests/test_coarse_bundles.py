@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 
 def predicted(network: Network, plan: Plan, images: Floats, failed: frozenset[int]) -> Floats:
     """The evaluator's class scores."""
-    (scores,) = run_under(network, torch.from_numpy(images), [state_of(plan, failed)], Copies(network, plan.coarse))
+    (scores,) = run_under(network, torch.from_numpy(images), [state_of(plan, failed)], Copies.of(network, plan))
     return scores.numpy()
 
 
@@ -139,6 +139,20 @@ def test_what_all_hold_alike_needs_no_exchange(kind: str, tmp_path: Path) -> Non
     assert relative_error(InProcess(bundles).run(images, [0]), predicted(network, plan, images, frozenset([0]))) < 1e-4
 
 
+def test_small_coarse_layers_that_follow_each_other_are_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, plan = of_kind("int3", "residual", everywhere=True)
+    images = random_images(2, network.input_shape)
+    wanted = predicted(network, plan, images, frozenset())
+    for unpacked, models in ((2**18, 1), (400, 3)):
+        monkeypatch.setattr("robustdice.bundle.models.UNPACKED_WEIGHTS", unpacked)
+        bundles = bundles_of(network, plan, "residual", tmp_path / str(unpacked))
+        assert len(bundles[0].manifest.parts) >= models
+        assert (len(bundles[0].manifest.parts) == 1) == (models == 1)
+        assert relative_error(InProcess(bundles).run(images), wanted) < TOLERANCE
+
+
 def test_a_fine_copy_on_one_device_and_coarse_ones_elsewhere_are_exchanged(tmp_path: Path) -> None:
     network, plan = of_kind("int3", everywhere=True)
     first, *others = plan.shards[0]
@@ -154,8 +168,8 @@ def test_few_neurons_at_a_time_compute_what_all_do(kind: str, tmp_path: Path, mo
     images = random_images(1, network.input_shape)
     monkeypatch.setattr("robustdice.bundle.models.UNPACKED_WEIGHTS", 200)
     bundles = bundles_of(network, plan, "plain", tmp_path)
-    coarse = [(part.coarse, part.affine[0]) for part in bundles[0].manifest.parts if part.coarse]
-    assert any(each.at_once < affine.neurons for each, affine in coarse)
+    layers = [layer for part in bundles[0].manifest.parts for layer in part.affine]
+    assert any(layer.coarse and layer.coarse.at_once < layer.neurons for layer in layers)
     found = InProcess(bundles).run(images)
     assert relative_error(found, predicted(network, plan, images, frozenset())) < TOLERANCE
 
@@ -185,24 +199,41 @@ def edited(directory: Path, edit: Callable[[Any], None]) -> Path:
 def coarse_part(document: Any) -> Any:
     """Some coarse part of a manifest."""
     parts = [part for stage in document["stages"] for part in (*stage["local"], *stage["pieces"])]
-    return next(part for part in parts if part["coarse"])
+    return next(part for part in parts if any(layer["coarse"] for layer in part["affine"]))
+
+
+def in_blocks_of_two_layers(document: Any) -> None:
+    layer = coarse_layer(document)
+    layer["coarse"].update(at_once=1)
+    coarse_part(document)["affine"].append(layer)
+
+
+def coarse_layer(document: Any) -> Any:
+    """Its layer."""
+    return coarse_part(document)["affine"][0]
 
 
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda d: coarse_part(d)["coarse"]["filters"][0].update(offset=10**9), "weights beyond the end"),
-        (lambda d: coarse_part(d)["coarse"]["filters"][0].update(shape=[10**6, 10**6]), "weights beyond the end"),
-        (lambda d: coarse_part(d)["coarse"].update(shift=10**9), "weights beyond the end"),
-        (lambda d: coarse_part(d)["affine"][0].update(neurons=10**9), "weights beyond the end"),
-        (lambda d: coarse_part(d)["affine"][0].update(neurons=0), "at least 1"),
-        (lambda d: coarse_part(d)["affine"][0].update(corrections=[0]), "its corrections"),
-        (lambda d: coarse_part(d)["coarse"]["filters"][0].update(offset=-1), "at least 0"),
-        (lambda d: coarse_part(d)["coarse"]["filters"][0].update(representation="int5"), "a filter in int5"),
-        (lambda d: coarse_part(d)["coarse"]["filters"][0].update(group=0), "at least 1"),
-        (lambda d: coarse_part(d)["coarse"].update(at_once=0), "at least 1"),
-        (lambda d: coarse_part(d)["coarse"].update(filters=[]), "without filters"),
-        (lambda d: coarse_part(d).update(affine=[]), "one layer and one output"),
+        (lambda d: coarse_layer(d)["coarse"]["filters"][0].update(offset=10**9), "weights beyond the end"),
+        (
+            lambda d: coarse_layer(d)["coarse"]["filters"][0].update(shape=[10**6, 10**6]),
+            "weights beyond the end",
+        ),
+        (lambda d: coarse_layer(d)["coarse"].update(shift=10**9), "weights beyond the end"),
+        (lambda d: coarse_layer(d).update(neurons=10**9), "weights beyond the end"),
+        (lambda d: coarse_layer(d).update(neurons=0), "at least 1"),
+        (lambda d: coarse_layer(d).update(corrections=[0]), "its corrections"),
+        (lambda d: coarse_layer(d)["coarse"]["filters"][0].update(offset=-1), "at least 0"),
+        (
+            lambda d: coarse_layer(d)["coarse"]["filters"][0].update(representation="int5"),
+            "a filter in int5",
+        ),
+        (lambda d: coarse_layer(d)["coarse"]["filters"][0].update(group=0), "at least 1"),
+        (lambda d: coarse_layer(d)["coarse"].update(at_once=0), "at least 1"),
+        (lambda d: coarse_layer(d)["coarse"].update(filters=[]), "without filters"),
+        (in_blocks_of_two_layers, "one layer and one output"),
         (lambda d: d.update(calibrated=[[7]]), "a calibrated failure set"),
         (lambda d: d["files"].pop(WEIGHTS_NAME), "not part of the bundle|list of files"),
     ],
@@ -249,10 +280,10 @@ def test_a_device_refuses_a_bundle_that_computes_something_else_on_it(kind: str,
         Executor(bundle).try_out()
         assert all(part.trial for part in bundle.manifest.parts)
     bundle, wrong = bundles[0], bundles[0].manifest.parts[-1]
-    if wrong.coarse is None:
+    if not wrong.coarse:
         exchange_file(bundle.directory, wrong.file, _negated)
     else:  # the scale of its last neuron: not below 2
-        filters = wrong.coarse.filters[0]
+        filters = wrong.coarse[0].filters[0]
         end = filters.offset + wrong.affine[0].neurons * filters.neuron_bytes
         exchange_file(bundle.directory, WEIGHTS_NAME, lambda content: content[: end - 1] + b"\x40" + content[end:])
     with pytest.raises(BundleError, match=f"{wrong.file} computes something else here than where it was built"):

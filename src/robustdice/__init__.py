@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from robustdice.workshop import calibrate as calibrate
     from robustdice.workshop import choose_plan as choose_plan
     from robustdice.workshop import partition as partition
+    from robustdice.workshop import round_activations as round_activations
     from robustdice.workshop import verify as verify
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ _LAZY = {
     "plot_plan": "robustdice.report.plots",
     "plot_scores": "robustdice.report.plots",
     "reload_model": "robustdice.model.load",
+    "round_activations": "robustdice.workshop",
     "run_device": "robustdice.runtime.device",
     "score": "robustdice.importance.score",
     "verify": "robustdice.workshop",
@@ -96,6 +98,7 @@ __all__ = [
     "plot_plan",
     "plot_scores",
     "reload_model",
+    "round_activations",
     "run_device",
     "score",
     "to_shards",

@@ -176,7 +176,7 @@ def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive
     for start in range(0, len(images), at_once):
         batch = on_best_device(torch.from_numpy(images[start : start + at_once]))
         (exact,) = run_under(network, batch, [intact(network)], Copies(network, {}))
-        for number, scores in enumerate(run_under(network, batch, different, Copies(network, plan.coarse))):
+        for number, scores in enumerate(run_under(network, batch, different, Copies.of(network, plan))):
             right[number] += int((scores.argmax(1) == exact.argmax(1)).sum())
     by_key = {state.key: count / len(images) for state, count in zip(different, right, strict=True)}
     return tuple(

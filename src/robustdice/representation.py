@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 REPRESENTATIONS = ("float32", "float16", "int8", "int4", "int3", "int2")
 """What a copy can be kept in, finest first. A copy's representation is often told by its position here."""
 
+ACTIVATIONS = ("float32", "int8")
+"""What layers can read."""
+
 BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 """Bits of one weight of a filter, scales not counted."""
 
@@ -185,3 +188,17 @@ class Correction:
 
 CORRECTION_BYTES = 4
 """Of one neuron under one failure set."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How what a layer reads is rounded to 8 bits: to the nearest ``(code - zero) * scale`` (halves to even), codes
+    from 0 to 255. ``scale`` is a float32 number; zero itself is kept exactly. ValueError for what are no steps."""
+
+    scale: float
+    zero: int
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(np.float32(self.scale)) and np.float32(self.scale) > 0 and 0 <= self.zero <= 255):
+            raise ValueError(f"no steps of {self.scale} about {self.zero}")
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))

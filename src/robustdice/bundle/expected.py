@@ -27,7 +27,7 @@ class Expected:
     def __init__(self, network: Network, plan: Plan, exchanged: Mapping[int, NetworkLayer]) -> None:
         """``exchanged`` has the layers that are exchanged, each up to the value that is handed over."""
         self._network, self._layers = network, {**dict(enumerate(network.layers)), **exchanged}
-        self._copies = Copies(network, plan.coarse)
+        self._copies = Copies.of(network, plan)
         self._of_layers: dict[tuple[int, str], torch.Tensor] = {}
         self._values: dict[fx.Node, Any] = {
             **network.constants(torch.device("cpu")),
@@ -71,7 +71,8 @@ class Expected:
         kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
         for kind in kinds:
             copies = np.full(neurons, REPRESENTATIONS.index(kind), np.int8)
-            values = {**self._values, **self._copies.parameters(index, copies, self._values)}
+            values = dict(self._values)
+            self._copies.compute(index, copies, values)
             execute(self._network.module, nodes, values)
             self._of_layers[index, kind] = values[layer.value]
         if index in exchanged:

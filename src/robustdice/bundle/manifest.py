@@ -31,7 +31,7 @@ from robustdice.plan import (
     shard_width,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.bin"
 """What is not in the ONNX files: packed filters, and what layers are scaled and shifted by."""

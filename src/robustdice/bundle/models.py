@@ -6,7 +6,7 @@ when its bundle is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from robustdice.bundle.expected import Expected
+from robustdice.bundle.integer_graph import can_multiply, with_product, with_rounded_input
 from robustdice.bundle.neuron_inputs import (
     filter_name,
     scale_name,
@@ -36,7 +37,7 @@ from robustdice.bundle.onnx_graph import (
 from robustdice.bundle.stages import StageGraph
 from robustdice.bundle.trial import summary
 from robustdice.errors import PlanError
-from robustdice.model.canonical import arguments
+from robustdice.model.canonical import arguments, attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.plan import Plan, Shard
@@ -49,19 +50,41 @@ Neurons = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a model takes for some neurons of one layer (its position): scales and shifts, and unless their ``kind`` is
+    float32 filters, unpacked for ``at_once`` neurons at a time; ``inside``: it has the codes of the layer's own ones
+    itself. ``factor`` is a :class:`Coarse`'s."""
+
+    layer: int
+    neurons: Neurons
+    kind: str = "float32"
+    at_once: int = 0
+    inside: bool = False
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Model:
-    """An ONNX file to be written, the bytes of the network's float32 parameters in it, and what else it takes:
-    ``affine`` are the layers (their positions) and neurons that it scales and shifts, ``coarse`` the representation of
-    the only one's filters, unpacked for ``at_once`` neurons at a time. ``trial`` is a :class:`Part`'s."""
+    """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
+    more than that. ``trial`` is a :class:`Part`'s."""
 
     content: bytes
     weight_bytes: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    affine: tuple[tuple[int, Neurons], ...] = ()
-    coarse: str | None = None
-    at_once: int = 0
+    layers: tuple[Taken, ...] = ()
     trial: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Local:
+    """What every device computes: the values ``outputs`` from ``inputs``, with a layer that all hold in coarse copies
+    or without one, and so many weights in memory while it is computed."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layer: int | None
+    weights: int
 
 
 class Models:
@@ -101,30 +124,79 @@ class Models:
         layer = self.network.layers[index]
         return mask_name(layer) if self.exchanged[index].value is not layer.value else None
 
-    def local(self, stage: StageGraph) -> list[Model]:
-        """What every device computes in a stage: from values that are there, then the layers of the stage that all hold
-        in coarse copies."""
-        models = []
+    def locals(self, stages: Sequence[StageGraph]) -> list[Model]:
+        """What every device computes between two exchanges, in order. What fits into memory together is one model: each
+        takes a third of a megabyte, and some time, whatever it computes."""
+        every = [local for stage in stages for local in self._locals(stage)]
+        models: list[Model] = []
+        at = 0
+        while at < len(every):
+            end = at + 1
+            while end < len(every) and sum(local.weights for local in every[at : end + 1]) <= UNPACKED_WEIGHTS:
+                end += 1
+            index = every[at].layer
+            if end == at + 1 and index is not None:
+                models.extend(self._whole(index))
+            else:
+                needed = {name for local in every[end:] for name in local.inputs} | self._needed_after(stages)
+                models.append(self._together(every[at:end], needed))
+            at = end
+        return models
+
+    def _locals(self, stage: StageGraph) -> list[_Local]:
+        found = []
         if stage.local_outputs:
-            layers = [*self.network.layers]
-            masks = [mask_name(each) for k, each in enumerate(layers) if k in self.exchanged and self.mask(k)]
-            outputs = [node.name for node in stage.local_outputs]
-            given = [name for index in sorted(self.corrected) for name in self._scale_and_shift(index)]
-            sources = [node.name for node in stage.local_inputs]
-            part = cut(self._graph, [*sources, *masks, *given], outputs)
-            read = {name for node in part.nodes for name in node.input}
-            inputs = [*sources, *(name for name in masks if name in read)]
-            affine = [
-                (index, np.arange(layers[index].layer.neurons))
-                for index in sorted(self.corrected)
-                if scale_name(layers[index]) in read
-            ]
-            results = [self._expected.value(name) for name in outputs]
-            models.append(self._model([part], inputs, outputs, results, affine))
+            sources, outputs = ([node.name for node in nodes] for nodes in (stage.local_inputs, stage.local_outputs))
+            weights = sum(each.arrays[name].size for each in [self._cut(sources, outputs)] for name in each.weights)
+            found.append(_Local(tuple(sources), tuple(outputs), None, weights))
         for index in stage.layers:
             if index in self.coarse_everywhere:
-                models.extend(self._whole(index))
-        return models
+                layer = self.network.layers[index]
+                kinds = {shard.holders[0].representation for shard in self.plan.shards[index]}
+                weights = layer.layer.neurons * (layer.layer.filter_weights + layer.layer.tail_filter_weights)
+                if len(kinds) > 1:
+                    weights = UNPACKED_WEIGHTS + 1  # several models
+                elif self._multiplies(index, min(kinds)):
+                    weights = 0  # they stay packed
+                found.append(_Local((arguments(layer.node)[0].name,), (layer.value.name,), index, weights))
+        return found
+
+    def _needed_after(self, stages: Sequence[StageGraph]) -> set[str]:
+        """The values that pieces of the last of these stages, or other ones behind it, read."""
+        needed = {node.name for node in stages[-1].keep} | {self.network.output.name}
+        return needed | {
+            arguments(self.network.layers[index].node)[0].name for index in stages[-1].layers if index in self.exchanged
+        }
+
+    def _together(self, parts: Sequence[_Local], needed: set[str]) -> Model:
+        """Parts that follow each other as one model that gives those of their values that are ``needed`` behind."""
+        graph, taken = self._plain, {}
+        for index in (part.layer for part in parts if part.layer is not None):
+            kind = self.plan.shards[index][0].holders[0].representation
+            graph, taken[index] = self._with_copies(graph, index, np.arange(self.plan.layers[index].neurons), kind)
+        for index in self.corrected - taken.keys():
+            graph = with_scale_and_shift(graph, self.network.layers[index])
+        outputs = [name for part in parts for name in part.outputs if name in needed]
+        made = {name for part in parts for name in part.outputs}
+        sources = list(dict.fromkeys(name for part in parts for name in part.inputs if name not in made))
+        filters = [name for index, each in taken.items() for name in self._filters(index, each)]
+        part = self._cut([*sources, *filters], outputs, graph, taken)
+        read = {name for node in part.nodes for name in node.input}
+        masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
+        used = [
+            taken.get(index, Taken(index, np.arange(self.plan.layers[index].neurons)))
+            for index in sorted(self.corrected | taken.keys())
+            if scale_name(self.network.layers[index]) in read
+        ]
+        results = [self._expected.value(name) for name in outputs]
+        return self._model([part], [*sources, *(name for name in masks if name in read)], outputs, results, used)
+
+    def _cut(
+        self, sources: Sequence[str], outputs: Sequence[str], graph: OnnxGraph | None = None, more: Iterable[int] = ()
+    ) -> Cut:
+        masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
+        given = [name for index in {*self.corrected, *more} for name in self._scale_and_shift(index)]
+        return cut(graph or self._graph, [*sources, *masks, *given], outputs)
 
     def _whole(self, index: int) -> list[Model]:
         """A layer that all hold in coarse copies: a model for each representation, and one that puts them together."""
@@ -154,26 +226,50 @@ class Models:
         result = self._expected.of_layer(index, kind, neurons)
         if kind == "float32":
             part = self._cut_layer(index, neurons, prefix)
-            affine = [(index, neurons)] if index in self.corrected else []
-            return self._model([part], [source], [prefix + layer.value.name], [result], affine)
-        graph = with_scale_and_shift(with_coarse_filters(self._plain, layer), layer)
-        given = [*self._scale_and_shift(index), *(filter_name(node) for node in (layer.node, *layer.tail_filter_nodes))]
+            taken = [Taken(index, neurons)] if index in self.corrected else []
+            return self._model([part], [source], [prefix + layer.value.name], [result], taken)
+        graph, whole = self._with_copies(self._plain, index, neurons, kind)
+        given = [*self._scale_and_shift(index), *self._filters(index, whole)]
         part = cut_layer(graph, layer, neurons, prefix, given)
-        model = self._model([part], [source], [prefix + layer.value.name], [result], [(index, neurons)], given[2:])
-        at_once = len(neurons)
         grouped = any(a.name == "group" and a.i > 1 for node in part.nodes for a in node.attribute)
         sliced = {prefix + array_name(parameter.name) for parameter in layer.parameters} & part.arrays.keys()
-        if not (grouped or sliced or layer.input_channels):  # else the model is one of just these neurons
+        just_these = grouped or sliced or layer.input_channels  # the model has something of each of its neurons
+        if not (whole.inside or just_these):
             blocks = -(-len(neurons) * layer.layer.filter_weights // UNPACKED_WEIGHTS)
-            at_once = max(1, -(-len(neurons) // blocks))
-        return replace(model, coarse=kind, at_once=at_once)
+            whole = replace(whole, at_once=max(1, -(-len(neurons) // blocks)))
+        return self._model([part], [source], [prefix + layer.value.name], [result], [whole])
+
+    def _with_copies(self, graph: OnnxGraph, index: int, neurons: Neurons, kind: str) -> tuple[OnnxGraph, Taken]:
+        """The graph in which a layer computes with copies of these neurons, and what it takes for that."""
+        layer, steps = self.network.layers[index], self.plan.activations.get(index)
+        taken = Taken(index, neurons, kind, at_once=len(neurons))
+        if steps is not None and self._multiplies(index, kind):
+            shape = tuple(attribute(self.network.module, layer.own_filter).shape[1:])
+            graph = with_product(graph, layer, steps, self.plan.coarse[index, kind].filter.codes[neurons], shape)
+            taken = replace(taken, inside=True, factor=steps.scale)
+        elif steps is not None:
+            graph = with_rounded_input(graph, layer, steps)
+        graph = with_coarse_filters(graph, layer, own=not taken.inside)
+        return with_scale_and_shift(graph, layer), taken
+
+    def _multiplies(self, index: int, kind: str) -> bool:
+        """Whether a layer's copies are multiplied in whole numbers."""
+        if kind != "int8" or index not in self.plan.activations:
+            return False
+        return self.plan.coarse[index, kind].filter.scales.shape[1] == 1 and can_multiply(self.network.layers[index])
+
+    def _filters(self, index: int, taken: Taken) -> list[str]:
+        """The names of the filters that a model takes for coarse copies."""
+        layer = self.network.layers[index]
+        nodes = [*(() if taken.inside else (layer.node,)), *layer.tail_filter_nodes]
+        return [filter_name(node) for node in nodes] if taken.kind != "float32" else []
 
     def piece(self, shards: Sequence[tuple[int, int]]) -> Model:
         """The model of (layer, shard) pairs that are kept in float32: an output for each layer."""
         cuts: list[Cut] = []
         outputs: list[str] = []
         inputs: dict[str, None] = {}
-        affine, results = [], []
+        taken, results = [], []
         for index in sorted({layer for layer, _ in shards}):
             layer, of_layer = self.exchanged[index], self.plan.shards[index]
             mine = [of_layer[number] for which, number in shards if which == index]
@@ -185,11 +281,11 @@ class Models:
             else:
                 neurons = neurons_of(mine)
                 cuts.append(self._cut_layer(index, neurons, prefix))
-                affine += [(index, neurons)] if index in self.corrected else []
+                taken += [Taken(index, neurons)] if index in self.corrected else []
                 results.append(self._expected.of_layer(index, "float32", neurons))
             outputs.append(prefix + layer.value.name)
             inputs[arguments(layer.node)[0].name] = None
-        return self._model(cuts, list(inputs), outputs, results, affine)
+        return self._model(cuts, list(inputs), outputs, results, taken)
 
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:
         layer = self.exchanged.get(index, self.network.layers[index])
@@ -206,14 +302,15 @@ class Models:
         inputs: Sequence[str],
         outputs: Sequence[str],
         results: Sequence[Array],
-        affine: Sequence[tuple[int, Neurons]] = (),
-        filters: Sequence[str] = (),
+        layers: Sequence[Taken] = (),
     ) -> Model:
-        given = [name for index, _ in affine for name in self._scale_and_shift(index)]
-        content = make_model(cuts, [*inputs, *given, *filters], outputs, self._graph.opset, self._graph.types)
+        given = [
+            name for each in layers for name in (*self._scale_and_shift(each.layer), *self._filters(each.layer, each))
+        ]
+        content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types)
         weight_bytes = sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()
-        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(affine), trial=trial)
+        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial=trial)
 
 
 def neurons_of(shards: Sequence[Shard]) -> Neurons:

@@ -12,22 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, SHIFT_BYTES, filter_bytes
-
-
-@dataclass(frozen=True)
-class Affine:
-    """What a model scales and shifts one layer's neurons by, directly behind the layer's affine chain.
-
-    ``scale`` and ``shift`` are inputs of the model, float32 [neurons]: 1 and 0 as long as nothing else is said. For
-    each of ``Manifest.calibrated``, ``corrections`` has the offset in the weights of a scale and a shift of every
-    neuron, all scales first, float16; None where the layer is not corrected.
-    """
-
-    scale: str
-    shift: str
-    neurons: int
-    corrections: tuple[int | None, ...]
+from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, SCALE_BYTES, SHIFT_BYTES, filter_bytes
 
 
 @dataclass(frozen=True)
@@ -59,32 +44,66 @@ class Filter:
 class Coarse:
     """Neurons of one layer whose filters are kept packed: the layer's own ones first, then those of its tail.
 
+    Where the model itself has the codes of its own ones, ``scales`` is the offset in the weights of what these are
+    scaled by, float16 [neurons]. Every neuron's scale is multiplied by ``factor``: what one step of the layer's input
+    is worth, where whole numbers are multiplied. ``rounded`` says whether the layer reads its input rounded to 8 bits.
+
     ``shift`` is the offset in the weights of what each neuron is shifted by, float32 [neurons] (None: nothing). The
     neurons are computed ``at_once`` at a time, so that few of their filters are unpacked together; ``axis`` is where
     they lie in the output.
     """
 
     filters: tuple[Filter, ...]
+    scales: int | None
+    factor: float
+    rounded: bool
     shift: int | None
     at_once: int
     axis: int
+
+    @property
+    def own(self) -> Filter | None:
+        """The layer's own filters, unless the model has them."""
+        return self.filters[0] if self.scales is None else None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What a model takes from the weights for one layer: what it scales and shifts neurons by, directly behind the
+    layer's affine chain, and the filters of ``coarse`` copies.
+
+    ``scale`` and ``shift`` are inputs of the model, float32 [neurons]: 1 and 0 as long as nothing else is said. For
+    each of ``Manifest.calibrated``, ``corrections`` has the offset in the weights of a scale and a shift of every
+    neuron, all scales first, float16; None where the layer is not corrected.
+    """
+
+    scale: str
+    shift: str
+    neurons: int
+    corrections: tuple[int | None, ...]
+    coarse: Coarse | None = None
 
 
 @dataclass(frozen=True)
 class Part:
     """An ONNX model that a device runs: ``inputs`` and ``outputs`` are names of values and of its tensors alike.
 
-    ``affine`` are the layers whose neurons it scales and shifts; with ``coarse``, it has one layer, whose filters are
-    not in the file. ``trial`` has, for every output, what it amounts to when the device tries its bundle at the start
-    (:func:`robustdice.bundle.trial.summary`); empty: it is not tried.
+    ``affine`` are the layers whose neurons it scales and shifts, or whose filters are not in the file; where these are
+    computed a few neurons at a time, there is one layer and one output. ``trial`` has, for every output, what it
+    amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
+    not tried.
     """
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     affine: tuple[Affine, ...] = field(default=(), kw_only=True)
-    coarse: Coarse | None = field(default=None, kw_only=True)
     trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
+
+    @property
+    def coarse(self) -> tuple[Coarse, ...]:
+        """Of the layers that are kept so."""
+        return tuple(affine.coarse for affine in self.affine if affine.coarse is not None)
 
 
 @dataclass(frozen=True)
@@ -104,11 +123,12 @@ def extent(part: Part) -> int:
     ends = [0]
     for affine in part.affine:
         ends += [offset + CORRECTION_BYTES * affine.neurons for offset in affine.corrections if offset is not None]
-    if part.coarse is not None:
-        neurons = part.affine[0].neurons
-        if part.coarse.shift is not None:
-            ends.append(part.coarse.shift + SHIFT_BYTES * neurons)
-        ends += [each.offset + neurons * each.neuron_bytes for each in part.coarse.filters]
+        if (coarse := affine.coarse) is not None:
+            if coarse.shift is not None:
+                ends.append(coarse.shift + SHIFT_BYTES * affine.neurons)
+            if coarse.scales is not None:
+                ends.append(coarse.scales + SCALE_BYTES * affine.neurons)
+            ends += [each.offset + affine.neurons * each.neuron_bytes for each in coarse.filters]
     return max(ends)
 
 
@@ -125,11 +145,11 @@ def parse_piece(document: Mapping[str, Any]) -> Piece:
 
 def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
     affine = tuple(map(_parse_affine, document["affine"]))
-    coarse = None if document["coarse"] is None else _parse_coarse(document["coarse"])
     outputs = tuple(map(str, document["outputs"]))
     trial = tuple(tuple(map(float, summary)) for summary in document["trial"])
-    if coarse is not None and (len(affine), len(outputs)) != (1, 1):
-        raise ValueError("a coarse part has one layer and one output")
+    in_blocks = any(each.coarse is not None and each.coarse.at_once < each.neurons for each in affine)
+    if in_blocks and (len(affine), len(outputs)) != (1, 1):
+        raise ValueError("a part of few neurons at a time has one layer and one output")
     if trial and len(trial) != len(outputs):
         raise ValueError("a part's trial is of all its outputs")
     return {
@@ -137,24 +157,30 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
         "inputs": tuple(map(str, document["inputs"])),
         "outputs": outputs,
         "affine": affine,
-        "coarse": coarse,
         "trial": trial,
     }
 
 
 def _parse_affine(document: Mapping[str, Any]) -> Affine:
     offsets = [None if offset is None else _whole(offset, 0) for offset in document["corrections"]]
-    return Affine(str(document["scale"]), str(document["shift"]), _whole(document["neurons"], 1), tuple(offsets))
+    coarse = None if document["coarse"] is None else _parse_coarse(document["coarse"])
+    neurons = _whole(document["neurons"], 1)
+    return Affine(str(document["scale"]), str(document["shift"]), neurons, tuple(offsets), coarse)
 
 
 def _parse_coarse(document: Mapping[str, Any]) -> Coarse:
     coarse = Coarse(
         filters=tuple(map(_parse_filter, document["filters"])),
+        scales=None if document["scales"] is None else _whole(document["scales"], 0),
+        factor=float(document["factor"]),
+        rounded=bool(document["rounded"]),
         shift=None if document["shift"] is None else _whole(document["shift"], 0),
         at_once=_whole(document["at_once"], 1),
         axis=_whole(document["axis"], 1),
     )
-    if not coarse.filters:
+    if not math.isfinite(coarse.factor):
+        raise ValueError(f"a factor of {coarse.factor}")
+    if not coarse.filters and coarse.scales is None:
         raise ValueError("a coarse part without filters")
     return coarse
 

@@ -16,6 +16,10 @@ TOLERANCE = 1e-3
 """Largest difference between two summaries of the same result, as a share of its norm. Rounding stays below 1e-5; one
 wrong neuron of a thousand shows."""
 
+ROUNDED_TOLERANCE = 2e-2
+"""Likewise where inputs are rounded to 8 bits. What lies between two steps may go to the other one where numbers before
+it were added up in another order; a wrong kernel is off by more."""
+
 Array = NDArray[Any]
 
 

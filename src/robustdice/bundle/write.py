@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Exchange, FileEntry, Manifest, Stage
-from robustdice.bundle.models import Model, Models, merged, neurons_of
+from robustdice.bundle.models import Model, Models, Taken, merged, neurons_of
 from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
 from robustdice.bundle.parts import Affine, Coarse, Filter, Part, Piece
@@ -54,7 +54,7 @@ def write_bundles(
     models = Models(network, plan, graph or export_onnx(network))
     dealt = models.exchanged | models.coarse_everywhere
     stages = merged(split_into_stages(network, dict(sorted(dealt.items()))), models.exchanged)
-    locals_ = [[model for part in stage for model in models.local(part)] for stage in stages]
+    locals_ = [models.locals(stage) for stage in stages]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -170,9 +170,8 @@ class _Device:
 
     def _part(self, model: Model, file: str) -> Part:
         self._file(file, model.content, model.weight_bytes)
-        coarse = None if model.coarse is None else self._coarse(model)
-        affine = tuple(self._affine(index, neurons) for index, neurons in model.affine)
-        return Part(file, model.inputs, model.outputs, affine=affine, coarse=coarse, trial=model.trial)
+        affine = tuple(map(self._affine, model.layers))
+        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial)
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32."""
@@ -190,11 +189,11 @@ class _Device:
             part.outputs,
             tuple((order.index(layer), number) for layer, number in shards),
             affine=part.affine,
-            coarse=part.coarse,
             trial=part.trial,
         )
 
-    def _affine(self, index: int, neurons: NDArray[np.int64]) -> Affine:
+    def _affine(self, taken: Taken) -> Affine:
+        index, neurons = taken.layer, taken.neurons
         layer = self.network.layers[index]
         offsets: list[int | None] = []
         for failed in self.calibrated:
@@ -202,14 +201,13 @@ class _Device:
             offsets.append(None if correction is None else self._keep(correction.scale[neurons]))
             if correction is not None:
                 self._keep(correction.shift[neurons])
-        return Affine(scale_name(layer), shift_name(layer), len(neurons), tuple(offsets))
+        coarse = None if taken.kind == "float32" else self._coarse(taken)
+        return Affine(scale_name(layer), shift_name(layer), len(neurons), tuple(offsets), coarse)
 
-    def _coarse(self, model: Model) -> Coarse:
-        ((index, neurons),) = model.affine
-        layer = self.network.layers[index]
-        assert model.coarse is not None
-        kept = self.plan.coarse[index, model.coarse]
-        filters = [(layer.node, layer.own_filter, kept.filter)]
+    def _coarse(self, taken: Taken) -> Coarse:
+        layer, neurons = self.network.layers[taken.layer], taken.neurons
+        kept = self.plan.coarse[taken.layer, taken.kind]
+        filters = [] if taken.inside else [(layer.node, layer.own_filter, kept.filter)]
         filters += [(node, name, kept.tail[name]) for node, name in layer.tail_filter_nodes.items()]
         return Coarse(
             filters=tuple(
@@ -222,8 +220,11 @@ class _Device:
                 )
                 for node, name, each in filters
             ),
+            scales=self._keep(kept.filter.scales[neurons]) if taken.inside else None,
+            factor=taken.factor,
+            rounded=taken.layer in self.plan.activations,
             shift=self._keep(kept.shift[neurons]) if layer.layer.affine_weights else None,
-            at_once=model.at_once,
+            at_once=taken.at_once,
             axis=layer.axis,
         )
 

@@ -54,7 +54,7 @@ def calibrate(
         if state.key != base.key:
             wanted.setdefault(state.key, []).append(failed)
     found: dict[FailureSet, Corrections] = {}
-    fitted = fit(network, Copies(network, plan.coarse), base, [states[same[0]] for same in wanted.values()], images)
+    fitted = fit(network, Copies.of(network, plan), base, [states[same[0]] for same in wanted.values()], images)
     groups = list(wanted.values())
     for done, (number, corrections, _) in enumerate(fitted, start=1):
         found |= dict.fromkeys(groups[number], corrections)
@@ -112,8 +112,7 @@ class _Pass:
         values = self._start(images)
         left = Counter(used for node in self.nodes for used in node.all_input_nodes)
         for node in self.nodes:
-            self._before(node, values)
-            execute(self.network.module, [node], values)
+            self._compute(node, values)
             if node in self.ends:
                 index = self.ends[node]
                 yield index, _statistics(self.network.layers[index], values[node])
@@ -138,8 +137,7 @@ class _Pass:
                 branch = _Pass(self.network, self.copies, states[number])
                 corrections, scores = branch._corrected(at, dict(values), left.copy(), self.state, targets)
                 yield number, corrections, scores
-            self._before(node, values)
-            execute(self.network.module, [node], values)
+            self._compute(node, values)
             self._after(node, values, left)
 
     def _corrected(
@@ -152,8 +150,7 @@ class _Pass:
     ) -> tuple[Corrections, torch.Tensor]:
         found: list[Correction | None] = [None] * len(self.network.layers)
         for node in self.nodes[start:]:
-            self._before(node, values)
-            execute(self.network.module, [node], values)
+            self._compute(node, values)
             if node in self.ends:
                 index = self.ends[node]
                 layer = self.network.layers[index]
@@ -171,10 +168,12 @@ class _Pass:
     def _start(self, images: torch.Tensor) -> dict[fx.Node, Any]:
         return {**self.network.constants(images.device), self.network.input: images}
 
-    def _before(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         if node in self.starts:
             index = self.starts[node]
-            values.update(self.copies.parameters(index, self.state.copies[index], values))
+            self.copies.compute(index, self.state.copies[index], values)
+        else:
+            execute(self.network.module, [node], values)
 
     def _after(self, node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
         if node in self.exchanges:

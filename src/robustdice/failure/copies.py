@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from robustdice.model.canonical import execute
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
-from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction
+from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, Steps
 from robustdice.rounding.affine import coarse_parameters
 
 
@@ -50,14 +53,36 @@ def intact(network: Network) -> State:
 
 
 class Copies:
-    """The parameters of a network's layers, as copies in several representations have them."""
+    """What a network's layers compute, as copies in several representations have them."""
 
-    def __init__(self, network: Network, coarse: Mapping[tuple[int, str], CoarseLayer]) -> None:
-        """``coarse`` are a plan's coarse weights."""
+    def __init__(
+        self,
+        network: Network,
+        coarse: Mapping[tuple[int, str], CoarseLayer],
+        activations: Mapping[int, Steps] = MappingProxyType({}),
+    ) -> None:
+        """``coarse`` are a plan's coarse weights, ``activations`` the layers that read rounded inputs."""
         self._network = network
         self._coarse = coarse
+        self._activations = activations
         self._nodes = {str(node.target): node for node in network.nodes if node.op == "get_attr"}
         self._known: dict[tuple[int, str, torch.device], dict[fx.Node, torch.Tensor]] = {}
+
+    @classmethod
+    def of(cls, network: Network, plan: Plan) -> Copies:
+        """A plan's."""
+        return cls(network, plan.coarse, plan.activations)
+
+    def compute(self, layer: int, copies: NDArray[np.int8], values: dict[fx.Node, Any]) -> None:
+        """Add to ``values`` what a layer's node gives, from these copies of its neurons, and their parameters."""
+        node = self._network.layers[layer].node
+        values.update(self.parameters(layer, copies, values))
+        seen = dict(values)
+        if layer in self._activations and not (copies == 0).any():  # the intact network rounds nothing
+            source = node.all_input_nodes[0]
+            seen[source] = rounded(values[source], self._activations[layer])
+        execute(self._network.module, [node], seen)
+        values[node] = seen[node]
 
     def parameters(
         self, layer: int, copies: NDArray[np.int8], values: Mapping[fx.Node, torch.Tensor]
@@ -93,3 +118,9 @@ class Copies:
             arrays = coarse_parameters(self._network, self._network.layers[layer], self._coarse[layer, kind])
             self._known[key] = {self._nodes[name]: tensor.to(device) for name, tensor in arrays.items()}
         return self._known[key]
+
+
+def rounded(value: torch.Tensor, steps: Steps) -> torch.Tensor:
+    """What a layer reads of ``value``: the very numbers that ONNX's QuantizeLinear and DequantizeLinear give."""
+    codes = (value / steps.scale).round_().add_(steps.zero).clamp_(0, 255)
+    return codes.sub_(steps.zero).mul_(steps.scale)

@@ -264,7 +264,7 @@ class _States:
             run = 0
             if plan.coarse:
                 run = len(self.runs)
-                self.runs.append((Copies(network, plan.coarse), []))
+                self.runs.append((Copies.of(network, plan), []))
             self.of_plans.append([number(run, state_of(plan, failed)) for failed in sets])
         starts = np.cumsum([0, *(len(states) for _, states in self.runs)])
         self.order = [int(starts[run]) + position for run, position in placed]

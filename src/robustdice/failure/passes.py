@@ -64,8 +64,9 @@ class _Walk:
                     self.run(at, dict(values), remaining.copy(), part, together=True)
             if node in self.layers:
                 index = self.layers[node]
-                values.update(self.copies.parameters(index, self.states[members[0]].copies[index], values))
-            execute(self.network.module, [node], values)
+                self.copies.compute(index, self.states[members[0]].copies[index], values)
+            else:
+                execute(self.network.module, [node], values)
             for used in node.all_input_nodes:
                 remaining[used] -= 1
                 if not remaining[used] and used is not self.network.output:

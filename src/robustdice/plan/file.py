@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
 from robustdice.plan.shards import FailureSet, Holder, Shard
-from robustdice.representation import TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, Correction, pack, unpack
+from robustdice.representation import TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, Correction, Steps, pack, unpack
 
 if TYPE_CHECKING:
     from robustdice.plan.plan import Plan
@@ -85,6 +85,11 @@ def _body(plan: Plan, arrays: Arrays) -> dict[str, Any]:
             {"layer": index, "representation": kind, "group": kept.filter.group, "tail": list(kept.tail)}
             for (index, kind), kept in sorted(plan.coarse.items())
         ]
+    if plan.activations:
+        body["activations"] = [
+            {"layer": index, "scale": steps.scale, "zero": steps.zero}
+            for index, steps in sorted(plan.activations.items())
+        ]
     if plan.corrections:
         body["corrections"] = [
             {"failed": sorted(failed), "layers": [index for index, each in enumerate(of_layers) if each is not None]}
@@ -143,6 +148,13 @@ def _filter(arrays: Arrays, prefix: str, kind: str, weights: int | None, group: 
     weights = stored.shape[1] if weights is None else weights  # eight bits fill their bytes
     codes = stored if kind == "float16" else unpack(stored, kind, weights)
     return CoarseFilter(kind, codes, arrays[f"{prefix}/scales"], group or max(weights, 1))
+
+
+def activations_from(body: Mapping[str, Any]) -> dict[int, Steps]:
+    """The steps of the inputs that a plan's body names; KeyError, TypeError or ValueError when they are none."""
+    return {
+        int(entry["layer"]): Steps(float(entry["scale"]), int(entry["zero"])) for entry in body.get("activations", ())
+    }
 
 
 def corrections_from(body: Mapping[str, Any], arrays: Arrays) -> dict[FailureSet, tuple[Correction | None, ...]]:

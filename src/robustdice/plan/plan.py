@@ -41,6 +41,7 @@ from robustdice.representation import (
     REPRESENTATIONS,
     CoarseLayer,
     Correction,
+    Steps,
     neuron_bytes,
 )
 
@@ -62,8 +63,10 @@ class Plan:
     plan comes from (scores and their data, seed, versions): two plans that differ only there are the same.
 
     ``coarse`` has the weights of every (layer, representation) that a holder keeps, other than float32.
-    ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by (None: a
-    layer that needs nothing). ``certificate`` is what was measured of the plan; it is no part of what the plan says.
+    ``activations`` are the layers that read their inputs rounded to 8 bits, and how; these have no copies in float32 or
+    float16. ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by
+    (None: a layer that needs nothing). ``certificate`` is what was measured of the plan; it is no part of what the plan
+    says.
     """
 
     devices: int
@@ -75,6 +78,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     coarse: Mapping[tuple[int, str], CoarseLayer] = field(default_factory=dict)
+    activations: Mapping[int, Steps] = field(default_factory=dict)
     corrections: Mapping[FailureSet, tuple[Correction | None, ...]] = field(default_factory=dict)
     certificate: Certificate | None = None
 
@@ -245,6 +249,7 @@ def _load(path: Path) -> Plan:
             settings=dict(body["settings"]),
             provenance=dict(body["provenance"]),
             coarse=file.coarse_from(body, arrays),
+            activations=file.activations_from(body),
             corrections=file.corrections_from(body, arrays),
             certificate=Certificate.from_json(document.get("certificate")),
         )
@@ -297,3 +302,11 @@ def _check_coarse(plan: Plan) -> None:
         for kind in {holder.representation for shard in shards for holder in shard.holders} - {"float32"}:
             if (index, kind) not in plan.coarse:
                 raise PlanError(f"layer {layer.name}: there are no weights in {kind}")
+    for index in plan.activations:
+        if not 0 <= index < len(plan.layers):
+            raise PlanError(f"layer {index}, whose input is to be rounded, is not of this plan")
+        kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
+        if fine := sorted(kinds & {"float32", "float16"}):
+            raise PlanError(
+                f"layer {plan.layers[index].name}: its input is rounded to 8 bits, so no copy can be in {fine[0]}"
+            )

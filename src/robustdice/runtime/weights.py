@@ -6,7 +6,6 @@ then moves 8 or 16 bytes per look-up, which takes a third of the time of shiftin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.bundle.parts import Affine, Coarse, Filter, Part
+from robustdice.bundle.parts import Filter, Part
 from robustdice.representation import BITS, SCALE_BYTES, code_offset, code_range, unpack
 
 Floats = NDArray[np.float32]
@@ -34,33 +33,37 @@ class Weights:
         found: dict[str, Floats] = {}
         for affine in part.affine:
             scale, shift = np.ones(affine.neurons, np.float32), np.zeros(affine.neurons, np.float32)
-            if part.coarse is not None:
-                own = part.coarse.filters[0]
-                if _scaled_behind(own):
+            if (coarse := affine.coarse) is not None:
+                if coarse.scales is not None:
+                    scale = self._array(coarse.scales, "<f2", affine.neurons).astype(np.float32)
+                elif (own := coarse.own) is not None and _scaled_behind(own):
                     scale = self._scales(own, affine.neurons).astype(np.float32)[:, 0]
-                if part.coarse.shift is not None:
-                    shift = self._array(part.coarse.shift, "<f4", affine.neurons)
+                scale = scale * np.float32(coarse.factor)
+                if coarse.shift is not None:
+                    shift = self._array(coarse.shift, "<f4", affine.neurons)
             if calibrated is not None and (offset := affine.corrections[calibrated]) is not None:
                 factor, summand = self._array(offset, "<f2", 2 * affine.neurons).reshape(2, -1)
                 scale, shift = scale * factor, shift * factor + summand
             found[affine.scale], found[affine.shift] = scale, shift
         return found
 
-    def blocks(self, coarse: Coarse, affine: Affine) -> Iterator[tuple[slice, dict[str, Floats]]]:
-        """Some neurons at a time, and their filters by the names of the model's inputs, valid until the next ones."""
-        count = min(coarse.at_once, affine.neurons)
-        ends = np.cumsum([0, *(_room(each, count) for each in coarse.filters)])
+    def filters(self, part: Part, start: int = 0) -> dict[str, Floats]:
+        """The filters of a part's layers by the names of the model's inputs, valid until other ones are asked for: of
+        all neurons, or where these are computed a few at a time, of those from ``start`` on."""
+        wanted = [(each, affine) for affine in part.affine if affine.coarse for each in affine.coarse.filters]
+        counts = [min(affine.coarse.at_once, affine.neurons) for _, affine in wanted if affine.coarse]
+        ends = np.cumsum([0, *(_room(each, count) for (each, _), count in zip(wanted, counts, strict=True))])
         if self._buffer.size < ends[-1]:
             self._buffer = np.empty(ends[-1], np.float32)
-        for start in range(0, affine.neurons, count):
+        found = {}
+        for (each, affine), count, (a, b) in zip(wanted, counts, pairwise(ends), strict=True):
             rows = slice(start, min(start + count, affine.neurons))
-            filters = {}
-            for number, (each, (a, b)) in enumerate(zip(coarse.filters, pairwise(ends), strict=True)):
-                unpacked = self._unpack(each, affine.neurons, rows, self._buffer[a:b])
-                if number or not _scaled_behind(each):
-                    _multiply(unpacked, self._scales(each, affine.neurons)[rows], each.group)
-                filters[each.input] = unpacked.reshape(-1, *each.shape)
-            yield rows, filters
+            unpacked = self._unpack(each, affine.neurons, rows, self._buffer[a:b])
+            own = affine.coarse is not None and each is affine.coarse.own
+            if not (own and _scaled_behind(each)):
+                _multiply(unpacked, self._scales(each, affine.neurons)[rows], each.group)
+            found[each.input] = unpacked.reshape(-1, *each.shape)
+        return found
 
     def _unpack(self, kept: Filter, neurons: int, rows: slice, room: Floats) -> Floats:
         """The levels of some neurons' weights, before scaling: float32 [rows, weights] in ``room``."""

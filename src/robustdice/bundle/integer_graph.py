@@ -1,0 +1,129 @@
+"""Graphs whose layers read 8-bit inputs: rounded and multiplied as real numbers, or in whole numbers throughout.
+
+Both give the same but for rounding errors: a product of whole numbers, times the two scales. Whole numbers are exact on
+every processor: devices ask ONNX Runtime for its path without saturating sums where it has another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from robustdice.bundle.onnx_graph import Array, OnnxGraph, cut
+from robustdice.model.canonical import CONVOLUTIONS, arguments
+from robustdice.model.layers import NetworkLayer
+from robustdice.representation import Steps
+
+COLUMN_BYTES = 2**22
+"""A convolution is a product with a matrix that has all inputs of a filter for each of its outputs. Where that takes
+more memory for one image, filters are unpacked instead."""
+
+
+def with_rounded_input(graph: OnnxGraph, layer: NetworkLayer, steps: Steps) -> OnnxGraph:
+    """The graph in which a layer reads its input rounded; everyone else reads it as it is."""
+    source, name = layer.node.all_input_nodes[0].name, layer.node.name
+    codes, rounded = f"{name}/@codes of {source}", f"{name}/@rounded {source}"
+    arrays = _steps(name, steps)
+    nodes = [
+        helper.make_node("QuantizeLinear", [source, *arrays], [codes]),
+        helper.make_node("DequantizeLinear", [codes, *arrays], [rounded]),
+    ]
+    for part in cut(graph, [source], [name]).nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(part)
+        copy.input[:] = [rounded if used == source else used for used in part.input]
+        nodes.append(copy)
+    return _with(graph, nodes, arrays)
+
+
+def can_multiply(layer: NetworkLayer) -> bool:
+    """Whether :func:`with_product` is for such a layer."""
+    if layer.input_channels or layer.node.target is CONVOLUTIONS[3]:
+        return False
+    return layer.node.target not in CONVOLUTIONS.values() or _column_bytes(layer) <= COLUMN_BYTES
+
+
+def _column_bytes(layer: NetworkLayer) -> int:
+    return layer.layer.filter_weights * int(np.prod(layer.own_shape[1:], dtype=np.int64))
+
+
+def with_product(
+    graph: OnnxGraph, layer: NetworkLayer, steps: Steps, codes: NDArray[np.int8], shape: tuple[int, ...]
+) -> OnnxGraph:
+    """The graph in which a layer gives the product of the ``codes`` of its filters, [neurons, K], with those of its
+    input, not scaled; ``shape`` is a filter's. The codes are among the graph's parameters."""
+    source, name = layer.node.all_input_nodes[0].name, layer.node.name
+    arrays = _steps(name, steps)
+    zero, columns = f"{name}/@zero", f"{name}/@codes of {source}"
+    filters = codes.reshape(len(codes), *shape)
+    nodes = [helper.make_node("QuantizeLinear", [source, *arrays], [columns])]
+    convolution = layer.node.target in CONVOLUTIONS.values()
+    if convolution:
+        filters = np.moveaxis(filters, 1, -1)  # channels last, as the columns have them
+        found, columns, more = _columns(layer, columns, zero, shape)
+        nodes += found
+        arrays |= more
+    arrays[f"{name}/@codes"] = np.ascontiguousarray(filters.reshape(len(codes), -1).T)
+    nodes.append(helper.make_node("MatMulInteger", [columns, f"{name}/@codes", zero], [f"{name}/@product"]))
+    last = f"{name}/@last" if convolution else name
+    nodes.append(helper.make_node("Cast", [f"{name}/@product"], [last], to=TensorProto.FLOAT))
+    if convolution:
+        axes = len(layer.own_shape) + 1
+        nodes.append(helper.make_node("Transpose", [last], [name], perm=[0, axes - 1, *range(1, axes - 1)]))
+    graph = _with(graph, nodes, arrays)
+    return replace(graph, parameters=graph.parameters | {f"{name}/@codes"})
+
+
+def _columns(
+    layer: NetworkLayer, source: str, zero: str, shape: tuple[int, ...]
+) -> tuple[list[onnx.NodeProto], str, dict[str, Array]]:
+    """For each output of a convolution what its filters read, [batch, *outputs, K] with channels last: nodes, the name
+    of their result, and arrays."""
+    name, kernel, outputs = layer.node.name, shape[1:], layer.own_shape[1:]
+    _, _, _, stride, padding, dilation, _ = arguments(layer.node, None, None, None, 1, 0, 1, 1)
+    stride, padding, dilation = (_per_axis(each, len(kernel)) for each in (stride, padding, dilation))
+    axes = len(kernel) + 2
+    last = f"{name}/@channels last"
+    arrays: dict[str, Array] = {}
+    nodes = [helper.make_node("Transpose", [source], [last], perm=[0, *range(2, axes), 1])]
+    if any(padding):
+        arrays[f"{name}/@pads"] = np.array([0, *padding, 0] * 2, np.int64)
+        nodes.append(helper.make_node("Pad", [last, f"{name}/@pads", zero], [f"{name}/@padded"]))
+        last = f"{name}/@padded"
+    arrays[f"{name}/@axes"] = np.arange(1, axes - 1)
+    arrays[f"{name}/@steps"] = np.array(stride, np.int64)
+    parts = []
+    for number, position in enumerate(product(*map(range, kernel))):
+        starts = np.array(position, np.int64) * np.array(dilation, np.int64)
+        arrays[f"{name}/@starts {number}"] = starts
+        arrays[f"{name}/@ends {number}"] = starts + (np.array(outputs) - 1) * np.array(stride) + 1
+        slices = [f"{name}/@{what}" for what in (f"starts {number}", f"ends {number}", "axes", "steps")]
+        parts.append(f"{name}/@part {number}")
+        nodes.append(helper.make_node("Slice", [last, *slices], [parts[-1]]))
+    if len(parts) == 1:
+        return nodes, parts[0], arrays
+    nodes.append(helper.make_node("Concat", parts, [f"{name}/@columns"], axis=axes - 1))
+    return nodes, f"{name}/@columns", arrays
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
+def _steps(name: str, steps: Steps) -> dict[str, Array]:
+    return {f"{name}/@step": np.array(steps.scale, np.float32), f"{name}/@zero": np.array(steps.zero, np.uint8)}
+
+
+def _with(graph: OnnxGraph, nodes: list[onnx.NodeProto], arrays: dict[str, Array]) -> OnnxGraph:
+    return replace(
+        graph,
+        producers={**graph.producers, **{output: node for node in nodes for output in node.output}},
+        arrays={**graph.arrays, **arrays},
+    )
