@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rich.console import Console
 
 import robustdice as rd
 from bundles import Network, make_plan, write_bundles
-from commands import fails, run, run_json, without_workshop
+from commands import COMMAND, fails, run, run_json, without_workshop
 from nets import Plain, save, seeded
 from robustdice import terminal
 from robustdice.failure.evaluate import Evaluation
@@ -72,6 +74,17 @@ def test_version_and_help_come_without_pytorch(tmp_path: Path) -> None:
     environment = without_workshop(tmp_path / "none")
     assert run("--version", environment=environment).stdout == "robustdice 0.1.0\n"
     assert "inspect" in run("--help", environment=environment).stdout
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--help"]])
+def test_a_full_disk_behind_standard_output_is_one_line(arguments: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, **without_workshop(tmp_path / "none")}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: cannot write to standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize(

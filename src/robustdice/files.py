@@ -14,17 +14,24 @@ from robustdice.errors import OutputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path`` and move it there; OutputError, and no rubbish left, when that fails."""
+    """Write ``content`` beside ``path`` and move it there; OutputError, and no rubbish left, when that fails.
+
+    What a link leads to is written, and the link stays one; a device or a pipe is written to, and not replaced.
+    """
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        place = Path(os.path.realpath(path))  # which a link to itself is no error for
+        if place.exists() and not place.is_file() and not place.is_dir():
+            path.write_bytes(content)
+            return
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        temporary.replace(place)
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

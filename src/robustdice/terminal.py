@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -47,6 +48,18 @@ def log_to_stderr(formatter: logging.Formatter, level: int) -> None:
 def print_error(text: str) -> None:
     """``error: text`` on standard error."""
     err.print(Text("error: ", style="bold red") + Text(text, style="not bold"), soft_wrap=True)
+
+
+def close_output(status: int | None) -> int:
+    """Write what standard output still holds; the exit ``status``, which is 1 where that fails and was 0 before."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not status:
+            print_error(f"cannot write to standard output: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again as it ends
+        return status or 1
+    return status or 0
 
 
 def print_json(document: Mapping[str, Any]) -> None:

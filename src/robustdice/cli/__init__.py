@@ -16,7 +16,7 @@ from robustdice.cli import cluster as _cluster  # isort: skip
 from robustdice.cli.app import app
 from robustdice.cli.usage import UsageError, explain
 from robustdice.errors import RobustdiceError, workshop_missing
-from robustdice.terminal import err, log_to_stderr, print_error
+from robustdice.terminal import close_output, err, log_to_stderr, print_error
 
 __all__ = ["app", "main"]
 
@@ -45,4 +45,7 @@ def main() -> None:
         status = 130
     except BrokenPipeError:
         status = 141
-    sys.exit(status)
+    except OSError as error:  # of files of ours there are errors of our own: what is left is standard output
+        print_error(f"cannot write to standard output: {error.strerror}")
+        status = 1
+    sys.exit(close_output(status))
