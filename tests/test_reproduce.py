@@ -184,7 +184,7 @@ def test_the_command_writes_tables_pictures_and_a_page(tmp_path: Path) -> None:
         "<dt>Processor</dt>",
         "<dt>Date</dt>",
         "<dt>Commit</dt>",
-        "threads",
+        "thread",
         "torch 2.",
         'class="best"',
         "<svg",

@@ -140,11 +140,12 @@ def _about() -> dict[str, str]:
     """What the report says that it was made with: when, from which source, on what, and by which command."""
     import torch  # noqa: PLC0415 -- heavy
 
+    threads = torch.get_num_threads()
     used = ", ".join(f"{name} {number}" for name, number in versions("torch", "numpy").items())
     return {
         "Date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "Commit": commit() or "not known: this package does not run from a git checkout",
-        "Processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "Processor": f"{processor()}, {threads} thread{'s' if threads > 1 else ''}",
         "Versions": used,
         # Paths are nobody's business, names are.
         "Command": " ".join(["robustdice", *(re.sub(r"[^=]*/(?=[^/])", "", word) for word in sys.argv[1:])]),
