@@ -13,6 +13,7 @@ from robustdice.model.network import Network
 from robustdice.partitioning import partition
 from robustdice.plan import Holder, Plan
 from robustdice.report import cluster_tables
+from robustdice.report.tables import process_bytes
 from robustdice.representation import Correction
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.workshop import build
@@ -61,6 +62,8 @@ def test_resident_memory_follows_the_bytes(wide: Network, tmp_path: Path) -> Non
                 assert relative_error(answer.outputs[None], predicted(wide, plan, image, frozenset())) < 1e-4
             figures[kind] = _figures(cluster)[0]
         assert figures[kind].weights_bytes == plan.bytes_per_device[0]
+        least, most = process_bytes(plan.bytes_per_device[0])  # as 'plan' and 'build' say
+        assert 0.9 * least < figures[kind].peak_rss_bytes < 1.15 * most, (kind, figures[kind])
     taken = {kind: device.rss_bytes - device.empty_rss_bytes for kind, device in figures.items()}
     saved = figures["float32"].weights_bytes - figures["int3"].weights_bytes
     assert taken["float32"] - taken["int3"] > 0.75 * saved  # what is unpacked at a time costs a few megabytes
