@@ -128,6 +128,9 @@ def compare(name: str, network: Network) -> None:
         bundles = {}
         for kind in REPRESENTATIONS:
             bundles[kind] = write_bundles(network, whole(network, kind), Path(directory) / kind, graph=graph)[0]
+        images = np.random.default_rng(0).standard_normal((8, *network.input_shape), dtype=np.float32)
+        rounding = rd.round_activations(network, whole(network, "int8"), images)
+        bundles["int8, inputs too"] = write_bundles(network, rounding, Path(directory) / "inputs", graph=graph)[0]
         base = frame_of(Executor(load_bundle(bundles["float32"])))
         for kind, bundle in bundles.items():
             executor = Executor(load_bundle(bundle))

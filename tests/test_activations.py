@@ -157,6 +157,26 @@ def test_sums_of_the_largest_products_do_not_saturate(convolution: bool, tmp_pat
     assert relative_error(InProcess(bundles).run(images), exact) < 1e-3  # of the scale, a float16
 
 
+@pytest.mark.parametrize("weights", [96, 64, 512])
+def test_four_bits_of_linear_layers_are_multiplied_packed_and_one_image_gives_what_two_do(
+    weights: int, tmp_path: Path
+) -> None:
+    network = network_of(nn.Sequential(nn.Linear(weights, 7), nn.ReLU(), nn.Linear(7, 3)), weights)
+    plan = with_precision(network, random_plan(network, 2, 5, [1]), [Kinds("int4", "int4")] * 2)
+    bundles = [load_bundle(directory) for directory in write_bundles(network, plan, tmp_path / "build")]
+    operations = {n.op_type for b in bundles for p in b.manifest.parts for n in onnx.load(b.path(p.file)).graph.node}
+    assert "MatMulNBits" in operations
+    for device, bundle in enumerate(bundles):
+        assert bundle.manifest.weight_bytes == plan.bytes_per_device[device]
+        Executor(bundle).try_out()
+    images = random_images(3, (weights,))
+    together = InProcess(bundles)
+    for failed in (frozenset[int](), frozenset({0}), frozenset({1})):
+        wanted = predicted(network, plan, images, failed)
+        assert relative_error(together.run(images, failed), wanted) < 1e-5
+        assert relative_error(together.run(images[:1], failed), wanted[:1]) < 1e-5
+
+
 def test_steps_survive_the_plans_file_and_are_part_of_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

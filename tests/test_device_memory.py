@@ -1,5 +1,7 @@
 """What is resident on a device follows the bytes of its weights, and its status says so."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from torch import nn
 
 from nets import Plain, network_of, random_coarse, random_images, random_plan, relative_error, seeded, shared_network
+from robustdice.bundle.write import write_bundles
 from robustdice.meter.throughput import DeviceFigures, _figures
 from robustdice.model.network import Network
 from robustdice.partitioning import partition
@@ -47,6 +50,27 @@ def whole(network: Network, kind: str) -> Plan:
     )
     kept = [] if kind == "float32" else network.layers
     return replace(plan, shards=shards, coarse={(k, kind): random_coarse(layer, kind) for k, layer in enumerate(kept)})
+
+
+LOADED = """
+import sys
+from robustdice.bundle.read import load_bundle
+from robustdice.runtime.executor import Executor
+from robustdice.runtime.memory import rss_bytes
+before = rss_bytes()
+executor = Executor(load_bundle(sys.argv[1]))
+print(rss_bytes() - before)
+"""
+"""What a bundle adds to an empty process."""
+
+
+def test_what_loading_took_is_given_back(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(2, 192, 3, padding=1), *(nn.Conv2d(192, 192, 3, padding=1) for _ in range(10))]
+    network = network_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2, 4, 4)
+    plan = whole(network, "float32")
+    bundle, _ = write_bundles(network, plan, tmp_path / "build")
+    done = subprocess.run([sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.3 * plan.bytes_per_device[0] + 15e6, done.stdout  # ONNX Runtime's own
 
 
 def test_resident_memory_follows_the_bytes(wide: Network, tmp_path: Path) -> None:

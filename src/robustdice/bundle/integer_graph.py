@@ -1,7 +1,8 @@
-"""Graphs whose layers read 8-bit inputs: rounded and multiplied as real numbers, or in whole numbers throughout.
+"""Graphs that multiply by the codes of a layer's filters, and those whose layers read 8-bit inputs.
 
-Both give the same but for rounding errors: a product of whole numbers, times the two scales. Whole numbers are exact on
-every processor: devices ask ONNX Runtime for its path without saturating sums where it has another.
+Where inputs are rounded, a product of whole numbers times the two scales is the same as that of the real numbers, but
+for rounding errors. Whole numbers are exact on every processor: devices ask ONNX Runtime for its path without sums that
+saturate where it has another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from robustdice.bundle.onnx_graph import Array, OnnxGraph, cut
-from robustdice.model.canonical import CONVOLUTIONS, arguments
+from robustdice.model.canonical import CONVOLUTIONS, arguments, aten
 from robustdice.model.layers import NetworkLayer
 from robustdice.representation import Steps
 
@@ -77,6 +78,36 @@ def with_product(
         axes = len(layer.own_shape) + 1
         nodes.append(helper.make_node("Transpose", [last], [name], perm=[0, axes - 1, *range(1, axes - 1)]))
     graph = _with(graph, nodes, arrays)
+    return replace(graph, parameters=graph.parameters | {f"{name}/@codes"})
+
+
+BLOCKS = (256, 128, 64, 32)
+"""So many weights in a row of a matrix of 4 bits have a scale, which is 1 here: the fewer of them, the faster."""
+
+
+def can_multiply_four_bits(layer: NetworkLayer) -> bool:
+    """Whether :func:`with_four_bits` is for such a layer."""
+    return layer.node.target is aten.linear.default and layer.layer.filter_weights % BLOCKS[-1] == 0
+
+
+def with_four_bits(graph: OnnxGraph, layer: NetworkLayer, codes: NDArray[np.int8]) -> OnnxGraph:
+    """The graph in which a linear layer gives the product of its input with the ``codes`` of its filters, [neurons, K],
+    not scaled. The codes, two in a byte, are among the graph's parameters.
+
+    Without zero points (8 is zero): with them ONNX Runtime returns wrong numbers for one row on some processors.
+    """
+    source, name = layer.node.all_input_nodes[0].name, layer.node.name
+    neurons, weights = codes.shape
+    block = next(size for size in BLOCKS if weights % size == 0)
+    unsigned = (codes + 8).astype(np.uint8)
+    packed = (unsigned[:, ::2] | unsigned[:, 1::2] << 4).reshape(neurons, -1, block // 2)
+    arrays: dict[str, Array] = {
+        f"{name}/@codes": packed,
+        f"{name}/@ones": np.ones(packed.shape[:2], np.float32).ravel(),
+    }
+    attributes = {"K": weights, "N": neurons, "bits": 4, "block_size": block, "accuracy_level": 0}
+    node = helper.make_node("MatMulNBits", [source, *arrays], [name], domain="com.microsoft", **attributes)
+    graph = _with(graph, [node], arrays)
     return replace(graph, parameters=graph.parameters | {f"{name}/@codes"})
 
 

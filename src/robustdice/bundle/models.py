@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from robustdice.bundle.expected import Expected
-from robustdice.bundle.integer_graph import can_multiply, with_product, with_rounded_input
+from robustdice.bundle.integer_graph import (
+    can_multiply,
+    can_multiply_four_bits,
+    with_four_bits,
+    with_product,
+    with_rounded_input,
+)
 from robustdice.bundle.neuron_inputs import (
     filter_name,
     scale_name,
@@ -156,7 +162,7 @@ class Models:
                 weights = layer.layer.neurons * (layer.layer.filter_weights + layer.layer.tail_filter_weights)
                 if len(kinds) > 1:
                     weights = UNPACKED_WEIGHTS + 1  # several models
-                elif self._multiplies(index, min(kinds)):
+                elif self._multiplies(index, min(kinds)) or self._multiplies_four_bits(index, min(kinds)):
                     weights = 0  # they stay packed
                 found.append(_Local((arguments(layer.node)[0].name,), (layer.value.name,), index, weights))
         return found
@@ -247,7 +253,10 @@ class Models:
             shape = tuple(attribute(self.network.module, layer.own_filter).shape[1:])
             graph = with_product(graph, layer, steps, self.plan.coarse[index, kind].filter.codes[neurons], shape)
             taken = replace(taken, inside=True, factor=steps.scale)
-        elif steps is not None:
+        elif self._multiplies_four_bits(index, kind):
+            graph = with_four_bits(graph, layer, self.plan.coarse[index, kind].filter.codes[neurons])
+            taken = replace(taken, inside=True)
+        if steps is not None and not self._multiplies(index, kind):
             graph = with_rounded_input(graph, layer, steps)
         graph = with_coarse_filters(graph, layer, own=not taken.inside)
         return with_scale_and_shift(graph, layer), taken
@@ -257,6 +266,13 @@ class Models:
         if kind != "int8" or index not in self.plan.activations:
             return False
         return self.plan.coarse[index, kind].filter.scales.shape[1] == 1 and can_multiply(self.network.layers[index])
+
+    def _multiplies_four_bits(self, index: int, kind: str) -> bool:
+        """Whether a layer's copies are multiplied as they are packed."""
+        if kind != "int4" or not can_multiply_four_bits(self.network.layers[index]):
+            return False
+        groups: int = self.plan.coarse[index, kind].filter.scales.shape[1]
+        return groups == 1
 
     def _filters(self, index: int, taken: Taken) -> list[str]:
         """The names of the filters that a model takes for coarse copies."""

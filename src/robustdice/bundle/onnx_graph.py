@@ -341,7 +341,9 @@ def make_model(
     tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
     described_inputs, described_outputs = ([_describe(name, types) for name in names] for names in (inputs, outputs))
     body = helper.make_graph(nodes, "robustdice", described_inputs, described_outputs, initializer=tensors)
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], producer_name="robustdice")
+    domains = {"": opset, **{node.domain: 1 for node in nodes if node.domain}}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+    model = helper.make_model(body, opset_imports=opsets, producer_name="robustdice")
     model.ir_version = IR_VERSION
     content: bytes = model.SerializeToString()
     return content

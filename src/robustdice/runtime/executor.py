@@ -17,6 +17,7 @@ from robustdice.bundle.parts import Part
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
 from robustdice.errors import BundleError, first_line
+from robustdice.runtime.memory import give_back
 from robustdice.runtime.weights import Weights
 
 Array = NDArray[Any]
@@ -36,6 +37,7 @@ class Executor:
         self.manifest = manifest = bundle.manifest
         self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
         self._sessions = {part.file: _session(bundle, part, threads) for part in manifest.parts}
+        give_back()
         self._places = [
             [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges

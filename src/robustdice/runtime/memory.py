@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 
@@ -16,6 +17,14 @@ def peak_rss_bytes() -> int | None:
     Not ``getrusage``: its maximum starts with that of the process that started this one.
     """
     return _of_process("VmHWM:")
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library (glibc) otherwise keeps it: what loading models took is
+    several times what they need."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _of_process(line: str) -> int | None:
