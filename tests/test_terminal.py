@@ -93,6 +93,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(arguments: list[str], tm
         (["plan", "x", "-o", "y", "--devices", "four"], 1, "--devices takes a whole number, not 'four'"),
         (["bench", "x", "--rounds", "0"], 1, "--rounds takes a whole number, 1 or more, not '0'"),
         (["bench", "x", "--seconds", "nan"], 1, "--seconds takes a number, 0.1 or more, not 'nan'"),
+        (["infer", "x", "y", "--timeout", "1e9"], 1, "the timeout is more than 0 and at most 3600 seconds, not 1e+09"),
         (["infer", "x", "y", "--timeout", "soon"], 1, "--timeout takes a number, 0.01 or more, not 'soon'"),
         (["score", "x", "--data", "digits", "-o", "s", "--seed", "-1"], 1, "--seed takes a whole number, 0 or more"),
         (["build", "x", "-o", "y", "--seed", "1"], 2, "No such option: --seed"),

@@ -79,7 +79,10 @@ class Client:
     ) -> None:
         """Start to connect; nothing is waited for."""
         if not 0 < timeout_seconds <= messages.MAX_TIMEOUT_SECONDS or window < 1:
-            raise ClusterError(f"timeout {timeout_seconds} s and window {window}: both must be positive")
+            raise ClusterError(
+                f"the timeout is more than 0 and at most {messages.MAX_TIMEOUT_SECONDS:g} seconds, not "
+                f"{timeout_seconds:g}, and the window 1 frame or more, not {window}"
+            )
         path = Path(cluster_toml)
         self.cluster = Cluster.read(path)
         self.timeout_seconds = timeout_seconds
