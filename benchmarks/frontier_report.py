@@ -182,11 +182,13 @@ def goals_table(points: Sequence[Point]) -> str:
     for budget, goals in GOALS.items():
         by_size = {each.down: each for each in points if each.method == "auto" and each.budget == budget}
         if not by_size:
-            lines.append(f"| {100 * budget:g} | not measured | | | | |")
             continue
         kept = [_kept(by_size[down], goal) for down, goal in zip(SIZES, goals, strict=True)]
         held = f"{100 * by_size[0].share:.2f} | {100 * by_size[0].worst:.1f}"
         lines.append(f"| {100 * budget:g} | {held} | {' | '.join(kept)} |")
+    done = {each.budget for each in points if each.method == "auto"}
+    if missing := [f"{100 * budget:g}" for budget in GOALS if budget not in done]:
+        lines += ["", f"Not measured: the budgets {', '.join(missing)}."]
     return "\n".join(lines)
 
 
@@ -199,18 +201,24 @@ def _kept(found: Point, goal: float) -> str:
 
 def comparison_table(points: Sequence[Point]) -> str:
     """Where ``auto`` is below a competitor that fits the same budget."""
+    counted = [f"{method} {sum(each.method == method and not each.down for each in points)}" for method in STYLES]
+    lines = [f"Plans of competitors: {', '.join(counted)}."]
     found = list(comparisons(points))
+    if not found:
+        return lines[0]
     below = [each for each in found if each.gap > 0]
     certain = [each for each in below if each.certain]
-    missing = [method for method in STYLES if not any(each.method == method for each in points)]
     budgets = len({each.auto.budget for each in found})
-    lines = [
-        f"{len(found)} comparisons with competitors at {budgets} budgets and 0 to 3 devices down: `auto` is below in "
-        f"{len(below)}, in {len(certain)} of them beyond the sampling error"
-        + (f" (largest gap {100 * max(each.gap for each in below):.1f} points" if below else "")
-        + (f", median {100 * statistics.median(each.gap for each in below):.1f})." if below else ".")
-        + (f" Not measured: {', '.join(missing)}." if missing else "")
-    ]
+    lines.append(
+        f"{len(found)} comparisons with those that fit, at {budgets} budgets and 0 to 3 devices down: `auto` is below "
+        f"in {len(below)}, beyond the sampling error in {len(certain)}."
+    )
+    if below:
+        most = max(below, key=lambda each: each.gap)
+        lines.append(
+            f"The largest gap is {100 * most.gap:.1f} points ({most.rival.name}, {most.auto.down} down, at "
+            f"{100 * (most.auto.budget or 0):g} %), the median {100 * statistics.median(b.gap for b in below):.1f}."
+        )
     if certain:
         lines += [
             "",
