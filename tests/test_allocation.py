@@ -12,7 +12,7 @@ import robustdice as rd
 from nets import Residual, random_images, shared_network
 from robustdice.errors import PlanError
 from robustdice.failure.sensitivity import measure
-from robustdice.partitioning.allocation import Kept, Spread, allocate, deal, held_bytes, shards_of
+from robustdice.partitioning.allocation import Kept, Spread, allocate, deal, held_bytes, parts_of, shards_of
 from robustdice.plan import Plan, failure_sets
 from robustdice.representation import neuron_bytes
 from robustdice.rounding.layer import Choice
@@ -60,6 +60,29 @@ def test_what_matters_most_is_everywhere_and_the_rest_is_lost_evenly(
         assert max(lost) - min(lost) <= possible
 
 
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=5), st.data(), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_devices_hold_in_proportion_to_their_room_and_nobody_more_than_all(
+    rooms: list[int], data: st.DataObject, first: int
+) -> None:
+    holders = data.draw(st.integers(1, len(rooms)))
+    parts = parts_of(rooms, holders)
+    assert sum(parts) == pytest.approx(holders)
+    assert max(parts) <= 1
+    shares = [part / room for part, room in zip(parts, rooms, strict=True) if part < 1]
+    assert shares == pytest.approx([shares[0]] * len(shares)) if shares else holders == len(rooms)
+    dealt = deal(list(range(240)), Spread(holders), len(rooms), first, rooms)
+    assert {len(of_unit) for of_unit in dealt} == {holders}
+    for device, part in enumerate(parts):
+        assert sum(device in of_unit for of_unit in dealt) == pytest.approx(240 * part, abs=0.02 * 240 + 3)
+
+
+def test_uneven_devices_share_neurons_in_all_ways() -> None:
+    dealt = deal([0.0] * 200, Spread(2), 4, 0, [1, 1, 2, 2])
+    assert set(dealt) == {frozenset(pair) for pair in itertools.combinations(range(4), 2)}
+    assert Counter(dealt)[frozenset({2, 3})] > 2 * Counter(dealt)[frozenset({0, 1})]
+
+
 def test_devices_hold_as_much_as_was_counted_on() -> None:
     network = shared_network(Residual, 3, 8, 8)
     for layer in network.plan_layers:
@@ -69,7 +92,7 @@ def test_devices_hold_as_much_as_was_counted_on() -> None:
             for shard in shards_of(layer, units, kept, 4, 1):
                 for device in shard.devices:
                     held[device] += len(shard.neurons) * neuron_bytes(layer, "float32")
-            assert max(held.values()) == held_bytes(layer, kept, 4, 1)
+            assert [held[device] for device in range(4)] == held_bytes(layer, kept, 4, 1).tolist()
 
 
 def test_shards_make_a_plan_whatever_the_groups() -> None:

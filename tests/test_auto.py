@@ -7,6 +7,7 @@ from nets import Plain, Residual, random_images, shared_network
 from robustdice.auto import candidates, tabulate
 from robustdice.errors import PlanError
 from robustdice.model.network import Network
+from robustdice.report import tables
 from robustdice.workshop import choose_from, choose_plan
 
 
@@ -41,6 +42,53 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
     network = shared_network(Plain, 1, 8, 8)
     with pytest.raises(PlanError, match=r"need .* bytes per device, 40 are allowed"):
         candidates(tabulate(network, random_images(8, (1, 8, 8)), devices=4), 40)
+
+
+def test_devices_with_more_room_hold_more_and_equal_amounts_are_one_amount() -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    table = tabulate(network, random_images(24, (1, 8, 8)), devices=4)
+    small = int(0.1 * total_bytes(network))
+    budgets = (small, small, 3 * small, 3 * small)
+    found = candidates(table, budgets)
+    for candidate in found:
+        assert all(h <= b for h, b in zip(candidate.plan.bytes_per_device, budgets, strict=True)), candidate.family
+    spread = next(each.plan for each in found if not all(map(each.plan.held_by_all, range(len(each.plan.layers)))))
+    assert min(spread.bytes_per_device[2:]) > small >= max(spread.bytes_per_device[:2])
+    one, four = candidates(table, small), candidates(table, (small,) * 4)
+    assert [each.plan.digest for each in one] == [each.plan.digest for each in four]
+
+
+def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    table = tabulate(network, random_images(24, (1, 8, 8)), devices=3, survive=1)
+    found = choose_from(table, 0.3)
+    families = {each.family: each for each in found}
+    assert {"whole, int8 to the nearest", "whole, int8 by GPTQ", "the paper's method, float32"} <= set(families)
+    assert {"slices (LOP), float32", "slices (LOP), int8", "slices and their sum (CDC), float32"} <= set(families)
+    for each in found:
+        assert each.fits == (each.plan.memory_share <= 0.3), each.family
+        assert each.fits == (len(each.agreement) == 2)
+    assert not families["slices and their sum (CDC), float32"].fits
+    assert found[0].merit == max(each.merit for each in found)
+    assert [each.fits for each in found] == sorted((each.fits for each in found), reverse=True)
+    # Whole 8-bit copies are as good as anything here: a rival may be the plan.
+    assert families["whole, int8 by GPTQ"].merit > 0.95
+
+
+def test_considered_plans_say_what_they_cost() -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    found = choose_from(tabulate(network, random_images(16, (1, 8, 8)), devices=3, survive=1), 0.3)
+    for each, said in zip(found, tables.considered_json(found), strict=True):
+        exchanged = [i for i in range(len(each.plan.layers)) if not each.plan.held_by_all(i)]
+        assert said["exchanges"] == len(exchanged)
+        assert said["frame_parallel"] == (not exchanged)
+        assert said["modelled_speedup"] == (3 if not exchanged else pytest.approx(1 / each.plan.healthy_compute_share))
+        assert said["exchanged_bytes"] == 4 * each.plan.exchanged_activations
+        assert said["fits"] == bool(said["agreement"])
+    rows = {row[0]: row for row in tables.considered_table(found).rows}
+    unfit = next(each for each in found if not each.fits)
+    assert f"needs {100 * unfit.plan.memory_share:.1f} %" in rows[unfit.family]
+    assert tables.considered_summary(found).startswith(f"Taken: {found[0].family}.")
 
 
 def test_budgets_that_share_a_table_get_the_plans_that_they_get_alone() -> None:

@@ -22,8 +22,25 @@ def test_auto_says_what_it_considered_and_takes_the_best_within_the_budget(tmp_p
     assert plan.memory_share == found["memory_share"] <= 0.1
     merits = [sum(each["agreement"].values()) for each in found["considered"]]
     assert merits == sorted(merits, reverse=True)
-    assert {"whole"} <= {each["family"] for each in found["considered"]}
-    assert all(set(each["agreement"]) == {"0", "1", "2"} for each in found["considered"])
+    assert {"whole, mixed"} <= {each["family"] for each in found["considered"]}
+    assert all(set(each["agreement"]) == {"0", "1", "2"} for each in found["considered"] if each["fits"])
+
+
+def test_amounts_of_each_device_are_for_auto(tmp_path: Path) -> None:
+    to = (
+        "plan",
+        DEMO,
+        "--devices",
+        "3",
+        "-o",
+        tmp_path / "plan.json",
+        "--memory",
+        "40KB,40KB,80KB",
+        "--data",
+        "digits",
+    )
+    assert "auto" in fails(*to, "--samples", "4")
+    assert "3 amounts for 2 devices" in fails(*to, "--method", "auto", "--devices", "2")
 
 
 def test_auto_needs_a_budget_and_images(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import robustdice.partitioning.budget as budget_module
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance, normalise
 from robustdice.partitioning import METHODS, partition
-from robustdice.partitioning.budget import parse_memory, solve_threshold
+from robustdice.partitioning.budget import parse_memories, parse_memory, solve_threshold
 from robustdice.partitioning.cluster import cluster
 from robustdice.partitioning.distribute import distribute
 from robustdice.partitioning.precision import Kinds
@@ -202,6 +202,8 @@ def test_amounts_of_memory() -> None:
     assert parse_memory("500KB", 7) == parse_memory(" 0.5 mb ", 7) == 500_000
     assert parse_memory("1.5GB", 7) == 1_500_000_000
     assert parse_memory("80B", 7) == 80
+    assert parse_memories("10B, 0.5", 100, 2) == (10, 50)
+    assert parse_memories(0.5, 100, 3) == parse_memories("50B", 100, 3) == (50, 50, 50)
     for held in range(1, 1000):
         assert parse_memory(held / 999, 999) == held  # a plan's own share is always enough for it
 

@@ -22,7 +22,7 @@ from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer, neuron_bytes
+from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 
@@ -33,24 +33,33 @@ ROUNDING_IMAGES = 128
 TRIAL_IMAGES = 128
 """On which candidates are compared."""
 MEASURED = ("int8", "int4", "int3", "int2")
-"""Of float16 nobody sees a difference."""
+"""Of float16 nobody sees a difference, nor how it is rounded."""
 TRIES = 3
 """Layers are sized by their largest device; what the devices then have left is given out again so often."""
+
+Rooms = tuple[float, ...] | None
+"""How much room devices have, where it is not the same for all."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A plan, what kind it is of (``family``), and how often it answers as the intact network does with 0, 1, 2, ...
-    devices down: in the worst failure set of each size, on the images that it was made with."""
+    devices down: in the worst failure set of each size, on the images that it was made with. Of a plan that does not
+    fit into the budget no ``agreement`` is measured."""
 
     family: str
     plan: Plan
-    agreement: tuple[float, ...]
+    agreement: tuple[float, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps to the budget."""
+        return bool(self.agreement)
 
     @property
     def merit(self) -> float:
-        """What candidates are compared by: the mean over the sizes."""
-        return float(np.mean(self.agreement))
+        """What candidates are compared by: the mean over the sizes, less than anything where it does not fit."""
+        return float(np.mean(self.agreement)) if self.fits else -1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,70 +108,97 @@ def tabulate(
     return replace(table, sensitivity=found)
 
 
-def candidates(table: Table, budget: int) -> list[Candidate]:
-    """Plans that keep to ``budget`` (bytes on each device) and are made for the table's number of failed devices, the
-    best first.
+def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
+    """Plans that keep to ``budget`` (bytes on each device: one number for all, or one for each) and are made for the
+    table's number of failed devices, the best first.
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
     everywhere, either with every number of failures counted the same (``even``) or small ones first (``early``).
     PlanError when nothing fits.
     """
-    network, devices, survive = table.network, table.devices, table.survive
-    offered = _spreads(devices)
-    if not _fits(network, offered[-1], devices, survive, budget):
-        offered += _thin(devices)
+    budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
+    if len(budgets) != table.devices:
+        raise PlanError(f"{len(budgets)} budgets for {table.devices} devices; give one for each")
+    offered = _spreads(table.devices)
+    if not _fits(table, offered[-1], budgets):
+        offered += _thin(table.devices)
     whole = offered[:1]
+    sizes = range(table.survive + 1)
     families = {
-        "whole": (whole, [1.0] * (survive + 1)),
-        "spread, even": (offered, [1.0] * (survive + 1)),
-        "spread, early": (offered, [0.5**size for size in range(survive + 1)]),
+        "whole, mixed": (whole, [1.0 for _ in sizes]),
+        "spread, even": (offered, [1.0 for _ in sizes]),
+        "spread, early": (offered, [0.5**size for size in sizes]),
     }
     found: list[Candidate] = []
     tried: list[list[Kept]] = []
     for family, (spreads, weights) in families.items():
         try:
-            kept = choose(network, table.sensitivity, spreads, weights, devices, budget, survive)
+            kept, rooms = choose(table, spreads, weights, budgets)
         except PlanError:
-            if family == "whole":
+            if spreads is whole and len(offered) > 1:
                 continue
             raise
         if kept in tried:
             continue
         tried.append(kept)
-        plan = _made(table, kept)
-        found.append(Candidate(family, plan, agreement(network, plan, table.images[:TRIAL_IMAGES], survive)))
+        found.append(tried_out(table, family, _made(table, kept, rooms), budgets))
     return sorted(found, key=lambda candidate: -candidate.merit)
 
 
+def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> Candidate:
+    """The plan with what it keeps, where it fits."""
+    if any(held > allowed for held, allowed in zip(plan.bytes_per_device, budgets, strict=True)):
+        return Candidate(family, plan)
+    return Candidate(family, plan, agreement(table.network, plan, table.images[:TRIAL_IMAGES], table.survive))
+
+
 def choose(
-    network: Network,
-    table: Sensitivity,
-    spreads: Sequence[Spread],
-    weights: Sequence[float],
-    devices: int,
-    budget: int,
-    survive: int,
-) -> list[Kept]:
-    """Of every layer how it is kept, so that the table's costs add up to the least; ``weights`` are those of 0, 1, ...
-    failed devices. PlanError when even the least does not fit."""
-    layers = network.plan_layers
+    table: Table, spreads: Sequence[Spread], weights: Sequence[float], budgets: Sequence[int]
+) -> tuple[list[Kept], Rooms]:
+    """Of every layer how it is kept, so that the table's costs add up to the least, and by how much room the devices
+    share what is not on all of them (None: evenly). ``weights`` are those of 0, 1, ... failed devices.
+
+    Bytes are counted as parts of what a device has room for, and the device of which most is taken counts. PlanError
+    when even the least does not fit.
+    """
+    network, devices = table.network, table.devices
+    layers = list(enumerate(network.plan_layers))
     choices = [Kept(spread, kind) for spread in spreads for kind in REPRESENTATIONS]
-    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, survive)
-    costs = [np.array([table.cost(i, kept, weights) for kept in choices]) for i in range(len(layers))]
-    sizes = [
-        np.array([held_bytes(layer, kept, devices, i, corrections) for kept in choices])
-        for i, layer in enumerate(layers)
-    ]
-    allowed = room = budget - 4 * network.shared_weights
-    best: list[Kept] = []
+    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
+    costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices]) for i, _ in layers]
+    allowed = np.array(budgets, dtype=np.int64) - 4 * network.shared_weights
+    if allowed.min() < 0:
+        needed, given = 4 * network.shared_weights, min(budgets)
+        raise PlanError(f"what is outside of layers needs {needed:,} bytes per device, {given:,} are allowed")
+    uneven = len(set(budgets)) > 1
+    scale = allowed.min() / np.maximum(allowed, 1)
+    rooms: Rooms = tuple(allowed.tolist()) if uneven else None
+    room = int(allowed.min())
+    best: tuple[list[Kept], Rooms] | None = None
+    least = math.inf
     for _ in range(TRIES):
-        chosen = [choices[number] for number in allocate(costs, sizes, room)]
-        unused = allowed - max(_held(network, chosen, devices, corrections))
+        sizes = [
+            np.array([_largest(held_bytes(layer, kept, devices, i, corrections, rooms), scale) for kept in choices])
+            for i, layer in layers
+        ]
+        numbers = allocate(costs, sizes, room)
+        chosen = [choices[number] for number in numbers]
+        everywhere, rest = _held(network, chosen, devices, corrections, rooms)
+        unused = int(((allowed - everywhere - rest) * scale).min())
+        cost = sum(float(costs[i][number]) for i, number in enumerate(numbers))
         if unused < 0:
             break
-        best = chosen
+        if cost <= least:
+            best, least = (chosen, rooms), cost
         room += unused
+        if uneven:
+            rooms = tuple((allowed - everywhere).tolist())
+    assert best is not None  # the first choice is counted at its largest device in every layer
     return best
+
+
+def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:
+    return math.ceil((held * scale).max())
 
 
 def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive: int) -> tuple[float, ...]:
@@ -197,10 +233,13 @@ def _thin(devices: int) -> list[Spread]:
     return [Spread(1, 0.5), Spread(1, 0.25), Spread(1)] if devices > 2 else []
 
 
-def _fits(network: Network, smallest: Spread, devices: int, survive: int, budget: int) -> bool:
+def _fits(table: Table, smallest: Spread, budgets: Sequence[int]) -> bool:
+    network, devices = table.network, table.devices
     kept = [Kept(smallest, REPRESENTATIONS[-1])] * len(network.layers)
-    corrections = CORRECTION_BYTES * _corrected_sets([smallest], devices, survive)
-    return max(_held(network, kept, devices, corrections)) + 4 * network.shared_weights <= budget
+    corrections = CORRECTION_BYTES * _corrected_sets([smallest], devices, table.survive)
+    rooms = tuple(budgets) if len(set(budgets)) > 1 else None
+    held = 4 * network.shared_weights + sum(_held(network, kept, devices, corrections, rooms))
+    return bool((held <= np.array(budgets)).all())
 
 
 def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> int:
@@ -209,20 +248,24 @@ def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> in
     return sum(math.comb(devices - 1, size) for size in range(fewest, survive + 1))
 
 
-def _held(network: Network, kept: Sequence[Kept], devices: int, corrections: int) -> list[int]:
-    """Bytes on every device; layers up to the first of which something can be lost need no ``corrections``."""
-    held = [0] * devices
+def _held(
+    network: Network, kept: Sequence[Kept], devices: int, corrections: int, rooms: Rooms
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bytes on every device: of layers that all devices hold, and of the others. Layers up to the first of which
+    something can be lost need no ``corrections``."""
+    everywhere, rest = np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
     corrected = False
     for index, (layer, of_layer) in enumerate(zip(network.plan_layers, kept, strict=True)):
-        each = neuron_bytes(layer, of_layer.representation) + (corrections if corrected else 0)
-        corrected = corrected or of_layer.spread.holders < devices
-        for shard in shards_of(layer, [0.0] * (layer.neurons // layer.group), of_layer, devices, index):
-            for device in shard.devices:
-                held[device] += len(shard.neurons) * each
-    return held
+        held = held_bytes(layer, of_layer, devices, index, corrections if corrected else 0, rooms)
+        if of_layer.spread.holders == devices:
+            everywhere += held
+        else:
+            rest += held
+            corrected = True
+    return everywhere, rest
 
 
-def _made(table: Table, kept: Sequence[Kept]) -> Plan:
+def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
     """The plan with its coarse weights and corrections."""
     network, devices, images, survive = table.network, table.devices, table.images, table.survive
     wanted = {i: [Choice(of.representation)] for i, of in enumerate(kept) if of.representation != "float32"}
@@ -230,7 +273,7 @@ def _made(table: Table, kept: Sequence[Kept]) -> Plan:
         devices=devices,
         layers=network.plan_layers,
         shards=tuple(
-            shards_of(layer, of_layer.tolist(), of, devices, index)
+            shards_of(layer, of_layer.tolist(), of, devices, index, rooms)
             for index, (layer, of_layer, of) in enumerate(zip(network.plan_layers, table.units, kept, strict=True))
         ),
         shared_weights=network.shared_weights,

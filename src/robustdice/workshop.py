@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import ROUNDING_IMAGES, TRIAL_IMAGES, Candidate, Table, agreement, candidates, tabulate
+from robustdice.auto import Candidate, Table, candidates, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
@@ -26,11 +25,11 @@ from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.partitioning import Method
 from robustdice.partitioning import partition as partition_layers
-from robustdice.partitioning.budget import parse_memory
+from robustdice.partitioning.budget import parse_memories, parse_memory
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, shown, silent
-from robustdice.representation import CoarseLayer
+from robustdice.rivals import rivals
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
@@ -90,10 +89,8 @@ def with_precision(
     kinds: Sequence[Kinds],
     images: NDArray[np.float32] | None = None,
     on_progress: Progress = silent,
-    rounded: Mapping[tuple[int, str], CoarseLayer] | None = None,
 ) -> Plan:
-    """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``; what has
-    been ``rounded`` before is taken as it is."""
+    """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``."""
     shards = tuple(represented(of_layer, kind, plan.devices) for of_layer, kind in zip(plan.shards, kinds, strict=True))
     wanted: dict[int, list[Choice]] = {}
     for index, of_layer in enumerate(shards):
@@ -104,14 +101,11 @@ def with_precision(
             for shard in of_layer
             for holder in shard.holders[position : position + 1]
         )
-        if choices := [Choice(kind) for kind in used if kind != "float32"]:
-            wanted[index] = choices
-    if rounded is None:
-        rounded = round_network(network, wanted, images, on_progress)
+        wanted[index] = [Choice(kind) for kind in used if kind != "float32"]
     return replace(
         plan,
         shards=shards,
-        coarse={(i, each.representation): rounded[i, each.representation] for i in wanted for each in wanted[i]},
+        coarse=round_network(network, {i: choices for i, choices in wanted.items() if choices}, images, on_progress),
         settings={
             **plan.settings,
             "precision": [kind.primary for kind in kinds],
@@ -130,56 +124,20 @@ def choose_plan(
     survive: int | None = None,
     on_progress: Progress = silent,
 ) -> list[Candidate]:
-    """What was considered for ``devices`` devices that hold ``memory`` each (a share such as 0.1 of the model, or an
-    amount such as ``"8MB"``), the best first: see :func:`robustdice.auto.candidates`. ``survive`` is the number of
-    devices down at once that it is made for (all but one). The paper's method, in float32 and in 8 bits, and plain
-    slices are among them where they fit. PlanError when nothing does."""
+    """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
+    :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
+    0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
+    ``survive`` the number of devices down at once that the plan is made for (all but one). PlanError when nothing fits.
+    """
     table = tabulate(network, images, devices=devices, survive=survive, on_progress=on_progress)
     return choose_from(table, memory)
 
 
 def choose_from(table: Table, memory: float | str) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
-    network, devices = table.network, table.devices
-    budget = parse_memory(memory, 4 * network.parameters)
-    found = candidates(table, budget)
-    trial = table.images[:TRIAL_IMAGES]
-    for family, arguments in RIVALS.items():
-        wanted = arguments(memory)
-        kind = wanted.pop("precision", "float32")
-        try:
-            rival = partition_layers(
-                network.plan_layers,
-                table.importance,
-                devices=devices,
-                shared_weights=network.shared_weights,
-                model=network.reference,
-                network=network,
-                precision=(kind, kind),
-                **wanted,
-            )
-        except PlanError:
-            continue  # it does not fit
-        if kind != "float32":
-            rival = with_precision(
-                network,
-                rival,
-                kinds_of(rival.layers, kind, kind),
-                table.images[:ROUNDING_IMAGES],
-                rounded=table.rounded,
-            )
-        if max(rival.bytes_per_device) <= budget:
-            found.append(Candidate(family, rival, agreement(network, rival, trial, table.survive)))
-    return sorted(found, key=lambda candidate: -candidate.merit)
-
-
-RIVALS: dict[str, Callable[[float | str], dict[str, Any]]] = {
-    "the paper's method, float32": lambda memory: {"method": "robustdice", "memory": memory},
-    "the paper's method, int8": lambda memory: {"method": "robustdice", "memory": memory, "precision": "int8"},
-    "slices (LOP), float32": lambda _: {"method": "lop"},
-    "slices (LOP), int8": lambda _: {"method": "lop", "precision": "int8"},
-}
-"""What a plan is compared with, given the memory: the arguments of :func:`partition`."""
+    budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
+    considered = [*candidates(table, budgets), *rivals(table, budgets)]
+    return sorted(considered, key=lambda candidate: -candidate.merit)
 
 
 def calibrate(

@@ -60,7 +60,11 @@ def plan(
         ),
     ] = "robustdice",
     memory: Annotated[
-        str | None, typer.Option(help="the most that a device may hold: a share of the model (0.5) or bytes (80MB)")
+        str | None,
+        typer.Option(
+            help="the most that a device may hold: a share of the model (0.5) or bytes (80MB); for auto also each "
+            "device's own (40MB,40MB,80MB)"
+        ),
     ] = None,
     survive: Annotated[
         int | None, number("--survive", "for auto: devices down at once that it is made for (all but one)", least=1)
@@ -199,6 +203,7 @@ def _finish(
         return
     if considered:
         out.print(tables.considered_table(considered))
+        out.print(tables.considered_summary(considered))
     out.print(tables.plan_table(made))
     out.print(tables.plan_summary(made))
     out.print(f"The plan is in {output}.")

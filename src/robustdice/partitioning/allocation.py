@@ -22,6 +22,8 @@ from robustdice.representation import neuron_bytes
 
 BUCKETS = 10_000
 """Parts that a budget is divided into; what a choice takes is rounded up to whole ones."""
+SETTLING = 100
+"""Rounds in which the weights of devices come to rest that make each come up as often as it should."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,70 @@ class Kept:
     representation: str
 
 
-def deal(units: Sequence[float], spread: Spread, devices: int, first: int = 0) -> list[frozenset[int]]:
+def deal(
+    units: Sequence[float], spread: Spread, devices: int, first: int = 0, rooms: Sequence[float] | None = None
+) -> list[frozenset[int]]:
     """The holders of every unit, where ``units`` says how important each is.
 
     From the more to the less important one, those that are not on all devices go in turn to all sets of
     ``spread.holders`` devices: whoever fails, survivors keep the same share of important and of unimportant ones.
-    ``first`` is the set to begin with.
+    ``first`` is the set to begin with. Where the devices do not have the same room (``rooms``, in any unit), sets come
+    up as often as makes each device hold as large a part as it has of the room.
     """
     order = sorted(range(len(units)), key=lambda unit: (-units[unit], unit))
     everywhere = round(spread.decisive * len(units))
     found = [frozenset(range(devices))] * len(units)
-    turns = _in_even_order(spread.holders, devices)
-    for position, unit in enumerate(order[everywhere:], start=first):
-        found[unit] = turns[position % len(turns)]
+    rest = order[everywhere:]
+    if rooms is None or len(set(rooms)) == 1:
+        turns = _in_even_order(spread.holders, devices)
+        turns = [turns[position % len(turns)] for position in range(first, first + len(rest))]
+    else:
+        turns = _in_proportion(parts_of(rooms, spread.holders), spread.holders, len(rest))
+    for unit, holders in zip(rest, turns, strict=True):
+        found[unit] = holders
+    return found
+
+
+def parts_of(rooms: Sequence[float], holders: int) -> list[float]:
+    """Which part of the units each device holds when each unit is on ``holders`` of them: in proportion to ``rooms``,
+    but no more than all."""
+    parts = [0.0] * len(rooms)
+    open_to, left = set(range(len(rooms))), float(holders)
+    while open_to:
+        total = sum(rooms[device] for device in open_to)
+        even = total <= 0  # nobody has room: then nobody is spared
+        for device in open_to:
+            parts[device] = left / len(open_to) if even else left * rooms[device] / total
+        full = {device for device in open_to if parts[device] >= 1}
+        if not full:
+            break
+        for device in full:
+            parts[device] = 1.0
+        open_to, left = open_to - full, left - len(full)
+    return parts
+
+
+def _in_proportion(parts: Sequence[float], holders: int, count: int) -> list[frozenset[int]]:
+    """``count`` sets of ``holders`` devices, of which each device is in its part, and otherwise as different as can
+    be: how often each set should have come up is made of weights of its devices, and what lags behind most is next."""
+    sets = list(combinations(range(len(parts)), holders))
+    inside = np.zeros((len(sets), len(parts)))
+    for number, chosen in enumerate(sets):
+        inside[number, list(chosen)] = 1
+    weights = np.maximum(np.asarray(parts, np.float64), 1e-9)
+    often = np.empty(0)
+    for _ in range(SETTLING):
+        often = np.exp(inside @ np.log(weights))
+        often /= often.sum()
+        weights = weights * np.maximum(parts, 1e-9) / np.maximum(often @ inside, 1e-12)
+        weights /= weights.max()
+        weights = np.maximum(weights, 1e-12)
+    came = np.zeros(len(sets))
+    found = []
+    for position in range(1, count + 1):
+        best = int((often * position - came).argmax())
+        came[best] += 1
+        found.append(frozenset(sets[best]))
     return found
 
 
@@ -71,22 +124,32 @@ def _in_even_order(holders: int, devices: int) -> list[frozenset[int]]:
     return found
 
 
-def shards_of(layer: Layer, units: Sequence[float], kept: Kept, devices: int, index: int) -> tuple[Shard, ...]:
-    """The shards of layer number ``index``; ``units`` says how important each of its units is."""
+def shards_of(
+    layer: Layer,
+    units: Sequence[float],
+    kept: Kept,
+    devices: int,
+    index: int,
+    rooms: Sequence[float] | None = None,
+) -> tuple[Shard, ...]:
+    """The shards of layer number ``index``; ``units`` says how important each of its units is, ``rooms`` how much room
+    the devices have, as in :func:`deal`."""
     if kept.spread.holders == devices:
         shards: tuple[Shard, ...] = whole(layer, devices)
     else:
-        shards = to_shards(order_holders(deal(units, kept.spread, devices, index), devices, index), layer.group)
+        shards = to_shards(order_holders(deal(units, kept.spread, devices, index, rooms), devices, index), layer.group)
     return tuple(
         Shard(shard.neurons, tuple(Holder(device, kept.representation) for device in shard.devices)) for shard in shards
     )
 
 
-def held_bytes(layer: Layer, kept: Kept, devices: int, index: int, per_neuron: int = 0) -> int:
-    """Bytes that the largest device holds of layer number ``index``, ``per_neuron`` bytes more for each neuron."""
-    dealt = deal([0.0] * (layer.neurons // layer.group), kept.spread, devices, index)
-    most = max(sum(device in holders for holders in dealt) for device in range(devices))
-    return most * layer.group * (neuron_bytes(layer, kept.representation) + per_neuron)
+def held_bytes(
+    layer: Layer, kept: Kept, devices: int, index: int, per_neuron: int = 0, rooms: Sequence[float] | None = None
+) -> NDArray[np.int64]:
+    """Bytes that each device holds of layer number ``index``, ``per_neuron`` bytes more for each neuron."""
+    dealt = deal([0.0] * (layer.neurons // layer.group), kept.spread, devices, index, rooms)
+    units = np.array([sum(device in holders for holders in dealt) for device in range(devices)], dtype=np.int64)
+    return units * layer.group * (neuron_bytes(layer, kept.representation) + per_neuron)
 
 
 def allocate(costs: Sequence[NDArray[np.float64]], sizes: Sequence[NDArray[np.int64]], budget: int) -> list[int]:

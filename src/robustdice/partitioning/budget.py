@@ -32,6 +32,11 @@ def parse_memory(memory: float | str, total_bytes: int) -> int:
     """
     number, unit = memory, None
     if isinstance(memory, str):
+        if "," in memory:
+            raise PlanError(
+                f"memory {memory!r} is an amount for each device, which only method auto plans for; give one amount, "
+                "which every device has, or take method auto"
+            )
         match = _MEMORY.fullmatch(memory)
         if match is None:
             raise PlanError(f"memory {memory!r} is not an amount; give a share such as 0.5, or bytes such as '80MB'")
@@ -48,6 +53,18 @@ def parse_memory(memory: float | str, total_bytes: int) -> int:
     while budget / total_bytes > number:
         budget -= 1
     return budget
+
+
+def parse_memories(memory: float | str, total_bytes: int, devices: int) -> tuple[int, ...]:
+    """The bytes that ``memory`` allows each of the ``devices``: one amount as :func:`parse_memory` takes it, or one for
+    each device with commas between them (``"40MB,40MB,80MB,80MB"``). PlanError for anything else."""
+    amounts = memory.split(",") if isinstance(memory, str) else [memory]
+    if len(amounts) not in (1, devices):
+        raise PlanError(
+            f"memory {memory!r} has {len(amounts)} amounts for {devices} devices; give one for each, or one for all"
+        )
+    found = tuple(parse_memory(amount, total_bytes) for amount in amounts)
+    return found * devices if len(found) == 1 else found
 
 
 def share_of(needed_bytes: int, total_bytes: int) -> str:

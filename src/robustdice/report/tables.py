@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robustdice.costs import costs_of
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.report.sheet import Sheet
@@ -134,17 +135,26 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def considered_json(considered: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Every plan that was considered, the best first."""
-    return [
-        {
-            "family": each.family,
-            "memory_share": each.plan.memory_share,
-            "healthy_compute_share": each.plan.healthy_compute_share,
-            "exchanged_activations": each.plan.exchanged_activations,
-            "agreement": {str(size): share for size, share in enumerate(each.agreement)},
-        }
-        for each in considered
-    ]
+    """Every plan that was considered, the best first; of those that do not fit, what they need."""
+    found = []
+    for each in considered:
+        costs = costs_of(each.plan)
+        found.append(
+            {
+                "family": each.family,
+                "fits": each.fits,
+                "memory_share": each.plan.memory_share,
+                "bytes_per_device": list(each.plan.bytes_per_device),
+                "healthy_compute_share": costs.compute_share,
+                "exchanges": costs.exchanges,
+                "exchanged_activations": each.plan.exchanged_activations,
+                "exchanged_bytes": costs.exchanged_bytes,
+                "frame_parallel": costs.frame_parallel,
+                "modelled_speedup": costs.speedup,
+                "agreement": {str(size): share for size, share in enumerate(each.agreement)},
+            }
+        )
+    return found
 
 
 def considered_table(considered: Sequence[Candidate]) -> Sheet:
@@ -156,14 +166,36 @@ def considered_table(considered: Sequence[Candidate]) -> Sheet:
         *("all up" if not size else f"{size} down" for size in sizes),
         "memory",
         "compute",
-        "exchanged",
+        "exchanges",
+        "kB",
+        "frames/s",
+        caption="memory and compute: the largest device's share of the model; kB: handed over for an image in all "
+        "exchanges; frames/s: modelled, how many times those of one device with the whole model, if only multiply-adds "
+        "took time: exchanges make it less. Without exchanges frames go to the devices in turn.",
     )
     for each in considered:
-        exchanged = f"{each.plan.exchanged_activations:,}" if each.plan.exchanged_activations else "nothing"
-        shares = map(percent, each.agreement)
-        costs = (percent(each.plan.memory_share), percent(each.plan.healthy_compute_share), exchanged)
-        table.add_row(each.family, *shares, *costs)
+        costs = costs_of(each.plan)
+        memory = percent(each.plan.memory_share)
+        if each.fits:
+            exchanges = "none" if costs.frame_parallel else f"{costs.exchanges}"
+            figures = (percent(costs.compute_share), exchanges, f"{costs.exchanged_bytes / 1e3:.1f}")
+            table.add_row(each.family, *map(percent, each.agreement), memory, *figures, f"x {costs.speedup:.1f}")
+        else:
+            table.add_row(each.family, *("" for _ in sizes), f"needs {memory}")
     return table
+
+
+def considered_summary(considered: Sequence[Candidate]) -> str:
+    """Which plan is taken, and what speaks for it."""
+    best = considered[0]
+    costs = costs_of(best.plan)
+    kept = ", ".join(f"{percent(share)} with {size} down" for size, share in enumerate(best.agreement) if size)
+    served = (
+        "each frame is computed by one device alone, and frames go to the devices in turn"
+        if costs.frame_parallel
+        else f"each frame is computed by all devices together, in {costs.exchanges + 1} stages"
+    )
+    return f"Taken: {best.family}. It answers like the intact network in {kept}; {served}."
 
 
 def plan_table(plan: Plan) -> Sheet:

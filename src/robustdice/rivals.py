@@ -1,0 +1,81 @@
+"""What anybody could do by hand within a budget: plans that the chosen one has to beat, made as well as they can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from robustdice.auto import MEASURED, Candidate, Table, tried_out
+from robustdice.errors import PlanError
+from robustdice.partitioning import partition
+from robustdice.partitioning.precision import kinds_of, represented
+from robustdice.plan import Plan
+from robustdice.representation import REPRESENTATIONS, CoarseLayer, neuron_bytes
+from robustdice.rounding.layer import Choice
+from robustdice.rounding.network import round_network
+
+Coarse = dict[tuple[int, str], CoarseLayer]
+
+
+def rivals(table: Table, budgets: Sequence[int]) -> list[Candidate]:
+    """Whole copies in one representation, the finest that fits, rounded to the nearest and by GPTQ; the paper's method
+    and plain slices in float32 and in 8 bits; coded slices. Those that do not fit into ``budgets`` (bytes of each
+    device) are made as small as they can be, for what they would need."""
+    made = [*_whole(table, budgets), *_partitioned(table, budgets)]
+    return [tried_out(table, family, plan, budgets) for family, plan in made]
+
+
+def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
+    network = table.network
+
+    def held(kind: str) -> int:
+        kinds = kinds_of(network.plan_layers, kind, kind)
+        layers = zip(network.plan_layers, kinds, strict=True)
+        return 4 * network.shared_weights + sum(of.neurons * neuron_bytes(of, each.primary) for of, each in layers)
+
+    kind = next((kind for kind in REPRESENTATIONS if held(kind) <= min(budgets)), REPRESENTATIONS[-1])
+    kinds = kinds_of(network.plan_layers, kind, kind)
+    wanted = {i: [Choice(of.primary)] for i, of in enumerate(kinds) if of.primary != "float32"}
+    nearest = _plan(table, "full", kind, round_network(network, wanted))
+    yield f"whole, {kind} to the nearest", nearest
+    if kind in MEASURED:
+        fits = held(kind) <= min(budgets)
+        fitted = replace(nearest, coarse=round_network(network, wanted, table.images)) if fits else nearest
+        yield f"whole, {kind} by GPTQ", fitted
+
+
+def _partitioned(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
+    eight = {(index, kind): kept for (index, kind), kept in table.rounded.items() if kind == "int8"}
+    for kind in ("float32", "int8"):
+        try:
+            plan = _plan(table, "robustdice", kind, eight, memory=f"{min(budgets)}B")
+        except PlanError:  # it does not fit
+            plan = _plan(table, "robustdice", kind, eight, threshold=math.inf)
+        yield f"the paper's method, {kind}", plan
+        yield f"slices (LOP), {kind}", _plan(table, "lop", kind, eight)
+    yield "slices and their sum (CDC), float32", _plan(table, "cdc", "float32", {})
+
+
+def _plan(
+    table: Table, method: str, kind: str, coarse: Coarse, memory: str | None = None, threshold: float | None = None
+) -> Plan:
+    network = table.network
+    plan = partition(
+        network.plan_layers,
+        table.importance,
+        devices=table.devices,
+        method=method,
+        memory=memory,
+        threshold=threshold,
+        shared_weights=network.shared_weights,
+        model=network.reference,
+        precision=(kind, kind),
+    )
+    kinds = kinds_of(plan.layers, kind, kind)
+    return replace(
+        plan,
+        shards=tuple(represented(shards, of, plan.devices) for shards, of in zip(plan.shards, kinds, strict=True)),
+        coarse={} if kind == "float32" else coarse,
+        settings={**plan.settings, "precision": [of.primary for of in kinds]},
+    )
