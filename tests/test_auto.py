@@ -4,7 +4,7 @@ import pytest
 
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
-from robustdice.auto import candidates, tabulate
+from robustdice.auto import Candidate, best_first, candidates, tabulate
 from robustdice.errors import PlanError
 from robustdice.model.network import Network
 from robustdice.report import tables
@@ -71,8 +71,15 @@ def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None
     assert not families["slices and their sum (CDC), float32"].fits
     assert found[0].merit == max(each.merit for each in found)
     assert [each.fits for each in found] == sorted((each.fits for each in found), reverse=True)
-    # Whole 8-bit copies are as good as anything here: a rival may be the plan.
+    # Whole 8-bit copies are as good as anything here.
     assert families["whole, int8 by GPTQ"].merit > 0.95
+
+
+def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
+    found = [Candidate(method, plan, (1.0, 0.5)) for method, plan in made.items()]
+    assert [each.family for each in best_first([*found, Candidate("unfit", made["lop"])])] == ["full", "lop", "unfit"]
 
 
 def test_considered_plans_say_what_they_cost() -> None:

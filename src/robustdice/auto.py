@@ -142,7 +142,12 @@ def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
             continue
         tried.append(kept)
         found.append(tried_out(table, family, _made(table, kept, rooms), budgets))
-    return sorted(found, key=lambda candidate: -candidate.merit)
+    return best_first(found)
+
+
+def best_first(found: Sequence[Candidate]) -> list[Candidate]:
+    """In the order in which they would be taken; of those that keep as much, the one with the least to exchange."""
+    return sorted(found, key=lambda candidate: (-candidate.merit, candidate.plan.exchanged_activations))
 
 
 def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> Candidate:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import Candidate, Table, candidates, tabulate
+from robustdice.auto import Candidate, Table, best_first, candidates, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.errors import BundleError, PlanError
@@ -136,8 +136,7 @@ def choose_plan(
 def choose_from(table: Table, memory: float | str) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
-    considered = [*candidates(table, budgets), *rivals(table, budgets)]
-    return sorted(considered, key=lambda candidate: -candidate.merit)
+    return best_first([*candidates(table, budgets), *rivals(table, budgets)])
 
 
 def calibrate(
