@@ -203,7 +203,7 @@ def choose(
 
 
 def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:
-    return math.ceil((held * scale).max())
+    return int(np.ceil((held * scale).max()))
 
 
 def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive: int) -> tuple[float, ...]:
