@@ -226,6 +226,26 @@ def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, se
     assert not [text for _, _, text in world.notes if "suspect" in text]
 
 
+@pytest.mark.parametrize(("seed", "slowness", "interval"), [(3, 8.0, 0.01), (2, 12.0, 0.03), (6, 12.0, 0.001)])
+def test_frames_that_are_held_up_together_are_answered_in_time_one_after_the_other(
+    seed: int, slowness: float, interval: float
+) -> None:
+    """A slow device gets nothing any more: whatever waits must leave younger frames the time for their work."""
+    world = World(make_plan(3), seed, window=6)
+    world.interval = interval
+    world.slow_down(0, slowness)
+    transmit = world._transmit
+
+    def lose(source: int, target: int, event: Received) -> None:
+        if not (isinstance(event.message, Shards) and target == 0 and world.now > 1.5):
+            transmit(source, target, event)
+
+    world._transmit = lose  # type: ignore[method-assign]
+    world.start_client(0.2, 4.0)
+    world.run(7.0)
+    world.check()
+
+
 def admitted(engine: Engine, number: int, oldest: int = 0, now: float = 1.0) -> list[Action]:
     frame = Frame(FrameId("c0", number), oldest, 2.0, "input")
     return engine.handle(Received(frame), now)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import InFlight
+from robustdice.runtime.protocol.inflight import InFlight, Phase
 
 RATE_SECONDS = 5.0
 
@@ -87,9 +88,22 @@ class Deadlines:
 
     def hurry_at(self, frame: InFlight) -> float:
         """From when on a frame waits for nothing, so that its answer leaves in time."""
-        computing = sum(estimate.mean or 0.0 for estimate in self.computes[frame.stage + 1 :])
         usual = (self._hurries.mean or 0.0) * (len(self.computes) - frame.stage)
-        return frame.deadline - self._settings.answer_margin - ALONE * max(computing, usual)
+        return frame.deadline - self._settings.answer_margin - ALONE * max(self._computing(frame), usual)
+
+    def hurries(self, frames: Iterable[InFlight]) -> Iterator[tuple[InFlight, float]]:
+        """As ``hurry_at`` for all that are waiting, the youngest first, where ``frames`` are all that are not answered,
+        the oldest first: one must also leave the younger ones the time for their work, which comes after its own."""
+        younger = math.inf
+        for frame in reversed(list(frames)):
+            due = min(self.hurry_at(frame), younger - self._computing(frame))
+            if frame.phase is Phase.WAITING:
+                yield frame, due
+            younger = due
+
+    def _computing(self, frame: InFlight) -> float:
+        """What the stages after its current one usually take."""
+        return sum(estimate.mean or 0.0 for estimate in self.computes[frame.stage + 1 :])
 
     def finished(self, frame: InFlight, now: float) -> None:
         """Learn from a frame that was answered or given up."""

@@ -107,11 +107,10 @@ class Engine:
         times = [self._contacts.pulse_at] if self.membership.reachable else []
         times += [self._contacts.of[device].silent_at(self.settings) for device in self.membership.admitted]
         times += [early.since + self._early_seconds(early) for _, early in self.frames.early_ones()]
+        times += [hurry_at for _, hurry_at in self._deadlines.hurries(self.frames.pending())]
         for frame in self.frames:
-            if frame.phase is Phase.WAITING:
-                times.append(self._deadlines.hurry_at(frame))
-                if frame.id == self._head:
-                    times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
+            if frame.phase is Phase.WAITING and frame.id == self._head:
+                times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
             elif frame.phase is Phase.DONE:
                 times.append(frame.deadline)
         return min(times, default=None)
@@ -230,9 +229,11 @@ class Engine:
         for frame in self.frames:
             if len(self._tasks) == QUEUED_TASKS:
                 return
-            if not (frame.owes or frame.phase is Phase.READY) or frame.id not in self.frames:
+            if not (frame.owes or frame.phase in {Phase.READY, Phase.COMPUTING}) or frame.id not in self.frames:
                 continue
             if any(task.frame == frame.id for task in self._tasks):
+                if frame.hurried:
+                    return  # its next stage must find the executor free
                 continue
             if frame.owes and (task := frame.owed(self.me)):
                 self._run(task, now)
@@ -274,6 +275,8 @@ class Engine:
         frame.asked_again.clear()
         self._await(frame, now)
         self._complete(frame, now)
+        if frame.hurried and frame.phase is Phase.WAITING and now >= self._deadlines.hurry_at(frame):
+            self._hurry(frame, now)
 
     # -- waiting
 
@@ -314,8 +317,9 @@ class Engine:
         for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)
-            elif frame.phase is Phase.WAITING:
-                self._on_wait(frame, frozen, now)
+        for frame, hurry_at in reversed(list(self._deadlines.hurries(self.frames.pending()))):
+            if frame.phase is Phase.WAITING:
+                self._on_wait(frame, frozen, hurry_at, now)
         for frame_id, early in self.frames.early_ones():
             if now >= early.since + self._early_seconds(early):
                 if early.told:
@@ -324,14 +328,13 @@ class Engine:
                     self._out.tell_all(Pass(self.me, frame_id))
                     early.told = True
 
-    def _on_wait(self, frame: InFlight, frozen: bool, now: float) -> None:
-        if now >= self._deadlines.hurry_at(frame):
+    def _on_wait(self, frame: InFlight, frozen: bool, hurry_at: float, now: float) -> None:
+        if now >= hurry_at:
             since = frame.since[frame.stage]
             if now - since >= self.settings.minimum_wait and now >= frame.wait_until and not frozen:
                 self._suspect(frame, now, final=True)
             if frame.phase is Phase.WAITING:
-                frame.hurried = frame.hurried or (frame.stage, now)
-                self._advance(frame)
+                self._hurry(frame, now)
         elif frame.id != self._head:
             return
         elif frozen and not frame.rearmed:
@@ -342,6 +345,11 @@ class Engine:
         elif frame.nudge_at is not None and now >= frame.nudge_at:
             frame.nudge_at, frame.asked_at = None, now
             self._out.pulse(frame.awaited(self.me), self._owing(), now, reply=True)
+
+    def _hurry(self, frame: InFlight, now: float) -> None:
+        """Go on with what there is."""
+        frame.hurried = frame.hurried or (frame.stage, now)
+        self._advance(frame)
 
     # -- who takes part
 

@@ -81,10 +81,14 @@ class Frames:
         """The oldest frame that is not DONE."""
         return next((frame for frame in self._admitted.values() if frame.phase is not Phase.DONE), None)
 
+    def pending(self) -> list[InFlight]:
+        """Those admitted that are not DONE, the oldest first."""
+        return [frame for frame in self._admitted.values() if frame.phase is not Phase.DONE]
+
     @property
     def in_flight(self) -> int:
         """Frames admitted and not answered yet."""
-        return sum(frame.phase is not Phase.DONE for frame in self._admitted.values())
+        return len(self.pending())
 
     @property
     def buffered(self) -> int:
