@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,25 @@ class Network:
     """Of one link that all share (None: no limit); ``delay`` is that of its loaded queue then."""
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What something was really computed from: for every exchange so far the share of its neurons that is in it, and
+    the share that came from spares."""
+
+    present: tuple[Fraction, ...] = ()
+    spares: tuple[Fraction, ...] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """Stands for a shard's array."""
+
+    frame: FrameId
+    shard: ShardId
+    device: int
+    built_on: Truth
+
+
 @dataclass
 class Node:
     """A device: its engine while it runs, and the executor's values."""
@@ -66,7 +86,7 @@ class Node:
     frozen_since: float | None = None
     inbox: list[Event] = field(default_factory=list)
     speed: float = 1.0
-    values: dict[FrameId, dict[int, frozenset[ShardId]]] = field(default_factory=dict)
+    values: dict[FrameId, dict[int, Truth]] = field(default_factory=dict)
     tick_at: float | None = None
     free_at: float = 0.0
     """When the executor has done all that it was told to."""
@@ -104,7 +124,8 @@ class World:
         self.settings = Settings()
         self.manifests = [make_manifest(plan, device, spares) for device in range(plan.devices)]
         self.nodes = [Node(device) for device in range(plan.devices)]
-        self.cut: set[frozenset[int]] = set()
+        self.cut: set[tuple[int, int]] = set()
+        """Ways, from a device to another, that nothing gets through."""
         self.links: set[tuple[int, int]] = set()
         self.notes: list[tuple[float, int, str]] = []
         self.wants = 0
@@ -208,11 +229,11 @@ class World:
         stages = node.values.setdefault(task.frame, {})
         if isinstance(task, RunStage):
             for shard, token in task.gathered.items():
-                assert token == (task.frame, shard), f"seed {self.seed}: a wrong array"
-            stages[task.stage] = stages.get(task.stage - 1, frozenset()) | self._repaired(set(task.gathered))
+                assert (token.frame, token.shard) == (task.frame, shard), f"seed {self.seed}: a wrong array"
+            stages[task.stage] = self._truth(task, stages[task.stage - 1]) if task.stage else Truth()
         assert task.stage in stages, f"seed {self.seed}: the values of stage {task.stage} are gone"
         shards = {
-            shard: (task.frame, shard)
+            shard: Token(task.frame, shard, node.device, stages[task.stage])
             for piece in task.pieces
             for shard in manifest.stages[task.stage].pieces[piece].shards
         }
@@ -222,14 +243,33 @@ class World:
         node.free_at = max(self.now, node.free_at) + seconds  # one after the other
         self.at(node.free_at, self._deliver, node.device, node.incarnation, done)
 
-    def _repaired(self, gathered: set[ShardId]) -> set[ShardId]:
-        """With the single shard of an exchange that its parity shard gives."""
-        repaired = set(gathered)
-        for e, exchange in enumerate(self.manifests[0].exchanges):
-            members = {(e, m) for m in exchange.shards[-1].parity_of}
-            if (e, len(members)) in gathered and len(members - gathered) == 1:
-                repaired |= members
-        return repaired
+    def _truth(self, task: RunStage, before: Truth) -> Truth:
+        """What a stage is computed from: the values of the one before, and the shards gathered; a single one that is
+        missing is worked out from the parity shard and all others."""
+        known, present, spares = range(len(before.present)), list(before.present), list(before.spares)
+        for e in self.manifests[0].stages[task.stage - 1].exchanges:
+            shards = self.manifests[0].exchanges[e].shards
+            tokens = {s: token for (exchange, s), token in task.gathered.items() if exchange == e}
+            parts = [(s, token.device, token.built_on) for s, token in tokens.items() if shards[s].neurons]
+            absent = [s for s, shard in enumerate(shards) if shard.neurons and s not in tokens]
+            if len(absent) == 1 and shards[-1].parity_of and len(shards) - 1 in tokens:
+                used = [token.built_on for token in tokens.values()]
+                worst = Truth(
+                    tuple(min(truth.present[k] for truth in used) for k in known),
+                    tuple(max(truth.spares[k] for truth in used) for k in known),
+                )
+                parts.append((absent[0], tokens[len(shards) - 1].device, worst))
+            sizes = {s: len(shards[s].neurons) for s, _, _ in parts}
+            differ = any(truth != before for _, _, truth in parts)
+            for k in known if differ else ():
+                in_them = sum((sizes[s] * truth.present[k] for s, _, truth in parts), Fraction())
+                of_spares = sum((sizes[s] * truth.spares[k] for s, _, truth in parts), Fraction())
+                present[k] = min(present[k], in_them / sum(sizes.values()))
+                spares[k] = max(spares[k], of_spares / sum(sizes.values()))
+            neurons = sum(len(shard.neurons) for shard in shards)
+            present.append(Fraction(sum(sizes.values()), neurons))
+            spares.append(Fraction(sum(sizes[s] for s, d, _ in parts if d != shards[s].devices[0]), neurons))
+        return Truth(tuple(present), tuple(spares))
 
     # -- network
 
@@ -252,7 +292,7 @@ class World:
                 self._carry(queue, event.message, partial(self._arrive, source, target, incarnation, event))
 
     def _arrive(self, source: int, target: int, incarnation: int, event: Event) -> None:
-        if frozenset((source, target)) not in self.cut:
+        if (source, target) not in self.cut:
             self._deliver(target, incarnation, event)
 
     def _connect(self, source: int, target: int) -> None:
@@ -261,7 +301,7 @@ class World:
         able = a.engine and b.engine and a.frozen_since is None and b.frozen_since is None
         if (source, target) in self.links or a.engine is None:
             return
-        if able and frozenset((source, target)) not in self.cut:
+        if able and (source, target) not in self.cut:
             self.links.add((source, target))
             self._deliver(source, a.incarnation, PeerUp(target))
         else:
@@ -329,18 +369,36 @@ class World:
         self._tick(device, node.incarnation, self.now)
 
     def partition(self, a: int, b: int) -> None:
-        pair = frozenset((a, b))
-        self.cut.add(pair)
+        self.cut_one_way(a, b)
+        self.cut_one_way(b, a)
+
+    def cut_one_way(self, source: int, target: int) -> None:
+        """What ``source`` sends does not reach ``target`` any more; its connection there breaks in the end."""
+        self.cut.add((source, target))
 
         def notice() -> None:
-            if pair in self.cut:
-                self._disconnect(a, b)
-                self._disconnect(b, a)
+            if (source, target) in self.cut:
+                self._disconnect(source, target)
 
         self.at(self.now + GIVEN_UP_SECONDS, notice)
 
-    def heal(self, a: int, b: int) -> None:
-        self.cut.discard(frozenset((a, b)))
+    def deafen(self, device: int) -> None:
+        """Nothing reaches a device any more; everything that it sends does."""
+        for peer in range(self.plan.devices):
+            if peer != device:
+                self.cut_one_way(peer, device)
+
+    def mute(self, device: int) -> None:
+        """Everything reaches a device; nothing that it sends reaches a peer."""
+        for peer in range(self.plan.devices):
+            if peer != device:
+                self.cut_one_way(device, peer)
+
+    def heal(self, *devices: int) -> None:
+        """Everything between a device and its peers, or between some devices, gets through again."""
+        self.cut = {
+            way for way in self.cut if not (set(way) <= set(devices) or (len(devices) == 1 and devices[0] in way))
+        }
 
     def slow_down(self, device: int, factor: float) -> None:
         self.nodes[device].speed = factor
@@ -391,17 +449,20 @@ class World:
         admission = self.admissions[device, message.frame]
         assert admission.answered is None, f"seed {self.seed}: frame {number} answered twice by device {device}"
         admission.answered = self.now
-        told = {(e, s) for e, sources in enumerate(message.sources) for s, d in enumerate(sources) if d >= 0}
-        assert told == message.outputs, f"seed {self.seed}: frame {number} was not computed with what its answer says"
-        shares = []
         for e, exchange in enumerate(self.manifests[0].exchanges):
-            sizes = [len(shard.neurons) for shard in exchange.shards]
-            shares.append(sum(size for s, size in enumerate(sizes) if (e, s) in told) / sum(sizes))
+            parity = exchange.shards[-1]
             for s, source in enumerate(message.sources[e]):
-                parity = exchange.shards[-1]
                 able = (*exchange.shards[s].devices, *(parity.devices if parity.parity_of else ()))
                 assert source == -1 or source in able
-        assert message.coverage == min(shares), f"seed {self.seed}: coverage"
+            sizes = [len(shard.neurons) for shard in exchange.shards]
+            there = sum(size for size, source in zip(sizes, message.sources[e], strict=True) if source >= 0)
+            assert message.coverage <= there / sum(sizes) + 1e-9, f"seed {self.seed}: more coverage than sources"
+        truth = message.outputs
+        claimed = message.coverage, message.from_spares
+        really = float(min(truth.present)), float(max(truth.spares))
+        wrong = f"seed {self.seed}: frame {number} of device {device} claims {claimed}, but was computed with {really}"
+        assert all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(claimed, really, strict=True)), wrong
+        assert (message.coverage == 1.0) == (really[0] == 1.0), wrong
         self.answers.setdefault(number, []).append((self.now, message))
         if self.pace is not None:
             self.pace.answered(device, self.now - self.sent[number] - message.seconds)

@@ -13,7 +13,10 @@ from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.wire.messages import Frame, FrameId, Pass, Refused, Shards
 from simulation import Network, World
 
-FAULTS = ("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping")
+FAULTS = (
+    *("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping"),
+    *("one way", "deaf", "mute"),
+)
 
 
 def chaos(seed: int, parity: bool = False) -> World:
@@ -46,6 +49,12 @@ def chaos(seed: int, parity: bool = False) -> World:
         elif kind == "partition":
             world.at(start, world.partition, device, other)
             world.at(end, world.heal, device, other)
+        elif kind == "one way":
+            world.at(start, world.cut_one_way, device, other)
+            world.at(end, world.heal, device, other)
+        elif kind in {"deaf", "mute"}:
+            world.at(start, world.deafen if kind == "deaf" else world.mute, device)
+            world.at(end, world.heal, device)
         elif kind == "loss":
             world.at(start, setattr, world.network, "loss", 0.2 * draw.random())
             world.at(end, setattr, world.network, "loss", 0.0)
@@ -197,6 +206,65 @@ def test_a_frame_beyond_the_window_is_refused_and_nobody_waits_for_it() -> None:
     assert world.refusals
     assert "its window" in world.refusals[0].reason
     assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+@pytest.mark.parametrize("spares", ["hot", "standby"])
+@pytest.mark.parametrize("fault", ["deafen", "mute"])
+def test_a_device_that_is_connected_one_way_only_leaves_every_view_and_is_named(fault: str, spares: str) -> None:
+    world = World(make_plan(4), 1, spares)
+    world.interval = 0.05
+    world.start_client(0.2, 8.0)
+    world.at(1.0, getattr(world, fault), 3)
+    world.run(1.6)
+    up = [node.engine.status(world.now)["up"] for node in world.nodes if node.engine]
+    assert up == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [3]]
+    world.run(2.6)
+    named = [[who["device"] for who in node.engine.status(world.now)["one_way"]] for node in world.nodes if node.engine]
+    assert named == [[3], [3], [3], [0, 1, 2]]
+    logged = {(device, text[:8]) for _, device, text in world.notes if "one way only" in text}
+    assert logged == {
+        (0, "device 3"),
+        (1, "device 3"),
+        (2, "device 3"),
+        (3, "device 0"),
+        (3, "device 1"),
+        (3, "device 2"),
+    }
+    world.at(3.0, world.heal, 3)
+    world.run(10.0)
+    world.check()
+    assert set(world.coverage()) == {1.0}
+    cut_off = [a for number, sent in world.sent.items() if 1.5 < sent < 3.0 for _, a in world.answers[number]]
+    assert {answer.coverage for answer in cut_off if answer.sender != 3} == {1.0}
+    if fault == "deafen":
+        assert max(answer.coverage for answer in cut_off if answer.sender == 3) < 1.0
+    last = world.answers[max(world.answers)]
+    assert all(answer.from_spares == 0.0 for _, answer in last)
+    assert [node.engine.status(world.now)["one_way"] for node in world.nodes if node.engine] == [[]] * 4
+
+
+@pytest.mark.parametrize("spares", ["hot", "standby"])
+def test_what_nobody_else_has_is_taken_from_a_device_that_built_on_less_and_counts_as_that(spares: str) -> None:
+    """One shard of the first stage does not reach one device in time: the shards that it goes on to compute have one
+    holder, and contain three quarters of that exchange."""
+    world = World(make_plan(4, holders=1), 1, spares, window=1)
+    transmit = world._transmit
+
+    def lose(source: int, target: int, event: Received) -> None:
+        message = event.message
+        if not (isinstance(message, Shards) and message.stage == 0 and (source, target) == (0, 3)):
+            transmit(source, target, event)
+
+    world._transmit = lose  # type: ignore[method-assign]
+    world.start_client(0.2, 0.3)
+    world.run(5.0)
+    world.check()
+    answers = {answer.sender: answer for _, answer in world.answers[0]}
+    assert answers[3].coverage <= 0.75
+    for device in (1, 2):
+        assert all(-1 not in exchange for exchange in answers[device].sources)
+        assert answers[device].coverage == pytest.approx(0.91875)  # 3/4 to 15/16 of it in the last stage's shards
+    assert all(answer.expected is None for answer in answers.values())
 
 
 @pytest.mark.parametrize(("losses", "seconds"), [(1, 0.3), (3, 1.0)])

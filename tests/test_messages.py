@@ -18,6 +18,7 @@ from robustdice.runtime.wire.messages import (
     Frame,
     FrameId,
     Hello,
+    Lineage,
     Message,
     Pass,
     Pulse,
@@ -42,9 +43,12 @@ TO_DEVICE: list[tuple[Message, int | None]] = [
     (Hello(1, "xyz", True), 1),
     (Frame(ID, 3, 2.5, ones(1, *INPUT_SHAPE)), None),
     (Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4) * np.nan,)), 1),
-    (Shards(1, 2, ID, 1, ((1, 0), (1, 1)), (ones(1, 64), ones(1, 64))), 1),
+    (Shards(1, 2, ID, 1, ((1, 0), (1, 1)), (ones(1, 64), ones(1, 64)), Lineage((0, 1, 2))), 1),
+    (Shards(1, 3, ID, 1, ((1, 0),), (ones(1, 64),), Lineage((0, 2))), 1),
+    (Shards(1, 4, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),), Lineage(())), 1),
+    (Shards(1, 5, ID, 2, ((2, 0),), (ones(1, 4),), Lineage(None, (1.0, 0.1), (0.0, 2 / 3))), 1),
     (Pulse(1, 12.5, None, True, 0, 0, ()), 1),
-    (Pulse(2, 12.5, 0.1, False, 7, 9, (ID, FrameId("c", 0))), 2),
+    (Pulse(2, 12.5, 0.1, False, 7, 9, (ID, FrameId("c", 0)), False), 2),
     (Want(2, ID, 0, ((0, 0),)), 2),
     (Pass(1, ID), 1),
     (StatusRequest("ab"), None),
@@ -84,7 +88,7 @@ def test_the_authenticated_sender_must_be_the_stated_one(message: Message, sourc
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"v": 2}, "protocol version 2"),
+        ({"v": 1}, "protocol version 1, expected 2"),
         ({"plan": "0"}, "plan 0, expected"),
         ({"kind": "Order"}, "unknown kind"),
         ({"kind": 3}, "kind is 3"),
@@ -130,6 +134,26 @@ def test_sizes_and_positions_are_checked() -> None:
     frame = DEVICE.encode(Frame(ID, 0, 0.0, ones(1, *INPUT_SHAPE)))
     with pytest.raises(MessageError, match="timeout"):
         DEVICE.decode(frame, None)
+
+
+def test_what_shards_are_built_on_is_checked() -> None:
+    shares = Lineage(None, (1.0, 0.5), (0.0, 0.25))
+    header, positions, told, array = DEVICE.encode(Shards(1, 1, ID, 2, ((2, 0),), (ones(1, 4),), shares))
+    for body, match in [
+        ([positions, array], "2 float64 for each exchange"),
+        ([positions, told[:-8], array], "2 float64 for each exchange"),
+        ([positions, told], "0 frames after the header, expected 1"),
+        ([positions, np.full(4, 1.5).tobytes(), array], "beyond 0 to 1"),
+        ([positions, np.full(4, np.nan).tobytes(), array], "beyond 0 to 1"),
+        ([positions], "2 float64 for each exchange"),
+    ]:
+        with pytest.raises(MessageError, match=match):
+            DEVICE.decode([header, *body], 1)
+    header, *body = DEVICE.encode(Shards(1, 1, ID, 2, ((2, 0),), (ones(1, 4),), Lineage((0, 1, 2))))
+    assert len(body) == 2, "a view needs no frame of its own"
+    for view in (8, -1, 1.5, [0]):
+        with pytest.raises(MessageError, match="view"):
+            DEVICE.decode([json.dumps({**json.loads(header), "view": view}).encode(), *body], 1)
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4), st.sampled_from([None, 0, 1, 2]))

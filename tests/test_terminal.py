@@ -196,8 +196,10 @@ def test_status_tells_a_fault_in_full() -> None:
     fault = {"device": 1, "seconds_ago": 3.2, "reason": "frame 12 waited 0.512 s for it in stage 3"}
     said = {"up": [0], "in_flight": 0, "frames_per_second": 1.0, "weights_bytes": 10**6, "last_fault": fault}
     said |= {"connections": {"1": "connected"}, "refused": []}
+    said["one_way"] = [{"device": 1, "reason": "it is heard, but cannot be reached", "seconds": 2.0}]
     text = " ".join(printed(cluster_tables.status_table(["a", "b"], {0: said}, {}), 80))
     assert "frame 12 waited 0.512 s for it in stage 3" in " ".join(text.split())
+    assert "a and b are connected one way only: it is heard, but cannot be reached." in " ".join(text.split())
 
 
 def test_every_document_carries_its_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,8 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]],
             faults.append(
                 f"{name} has no corrections for {','.join(map(str, down))} down: {applied or 'none are applied'}."
             )
+        for who in said.get("one_way", ()):
+            faults.append(f"{name} and {devices[who['device']]} are connected one way only: {who['reason']}.")
         if fault := said["last_fault"]:
             ago = f"{fault['seconds_ago']:.0f} s ago"
             faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")

@@ -34,6 +34,8 @@ class Contact:
 
     heard_at: float = 0.0
     """When anything came from it last."""
+    heard_of: bool = False
+    """Something has come from it."""
     shards_at: float = 0.0
     """When shards came from it last."""
     lost: bool = False
@@ -58,7 +60,7 @@ class Contact:
 
     def heard(self, now: float) -> bool:
         """Anything has come; True when it was lost."""
-        was_lost, self.lost, self.heard_at = self.lost, False, now
+        was_lost, self.lost, self.heard_at, self.heard_of = self.lost, False, now, True
         return was_lost
 
     def take_shards(self, serial: int, now: float) -> None:
@@ -138,7 +140,8 @@ class Contacts:
     def pulse(self, device: int, owes: Iterable[FrameId], now: float, reply: bool = False) -> Pulse:
         """What to say to a peer."""
         contact = self.of[device]
-        return Pulse(self._me, now, contact.echo(now), reply, contact.sent, contact.got, tuple(owes))
+        hears = now < contact.silent_at(self._settings)
+        return Pulse(self._me, now, contact.echo(now), reply, contact.sent, contact.got, tuple(owes), hears)
 
     def silent(self, devices: Iterable[int], now: float) -> list[int]:
         """Those of ``devices`` that nothing has come from for too long."""

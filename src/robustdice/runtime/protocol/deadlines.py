@@ -10,7 +10,7 @@ from typing import Any
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
 
 RATE_SECONDS = 5.0
 
@@ -42,6 +42,8 @@ class Estimate:
         return min(max(self.bound, settings.minimum_wait), settings.maximum_wait)
 
 
+EXTENSION = 3.0
+"""So much longer may a device take that nobody can stand in for."""
 GENEROSITY = 1.5
 ALONE = 1.5
 """So much longer may computing take when a device has to stand in for others."""
@@ -85,6 +87,10 @@ class Deadlines:
     def pass_after(self) -> float:
         """How long a client's frame may be on its way after a peer has spoken of it."""
         return min(max(self._settings.pass_after, self.introductions.bound), self._settings.maximum_wait)
+
+    def early_until(self, early: Early) -> float:
+        """How long a frame that only peers speak of may be on its way; how long it is remembered afterwards."""
+        return early.since + (self._settings.maximum_wait if early.told else self.pass_after())
 
     def hurry_at(self, frame: InFlight) -> float:
         """From when on a frame waits for nothing, so that its answer leaves in time."""

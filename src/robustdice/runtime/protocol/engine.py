@@ -9,19 +9,18 @@ holders' task at once. Whose shards are merely on a slow way is not: the frame w
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.protocol import notes
 from robustdice.runtime.protocol.contact import Contacts
-from robustdice.runtime.protocol.deadlines import Deadlines, Record
+from robustdice.runtime.protocol.deadlines import EXTENSION, Deadlines, Record
 from robustdice.runtime.protocol.events import (
     Action,
     Computed,
     Event,
     Forget,
-    Note,
     PeerDown,
     PeerUp,
     Received,
@@ -31,18 +30,14 @@ from robustdice.runtime.protocol.events import (
     Tick,
 )
 from robustdice.runtime.protocol.frames import Frames
-from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight, Phase
 from robustdice.runtime.protocol.lateness import judge
+from robustdice.runtime.protocol.lineage import Ancestry
 from robustdice.runtime.protocol.membership import Membership
+from robustdice.runtime.protocol.oneway import OneWay
 from robustdice.runtime.protocol.outbox import Outbox
+from robustdice.runtime.protocol.workload import Workload
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Pulse, Shards, Want
-
-EXTENSION = 3.0
-"""So much longer may a device take that nobody can stand in for."""
-
-
-QUEUED_TASKS = 2
-"""That the executor is given at once."""
 
 
 class Engine:
@@ -56,24 +51,23 @@ class Engine:
         self.membership = Membership(self.me, manifest.devices, self.settings)
         self._incarnation = incarnation
         self.frames = Frames(self.settings)
-        self._tasks: deque[Task] = deque()
-        """What the executor computes, and what it does next: at most ``QUEUED_TASKS``, of different frames. With one
-        in reserve it need not wait while this device hands over what it has just computed."""
-        self._computing_since = 0.0
-        """When the executor began with the first of them."""
+        self._workload = Workload()
         self._head: FrameId | None = None
         """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
         younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
         self._deadlines = Deadlines(manifest, self.settings)
         self._contacts = Contacts(self.me, manifest.devices, self.settings)
+        self._ancestry = Ancestry(manifest)
         self._record = Record()
+        self._one_way = OneWay(self.settings)
         self._out = Outbox(self.me, self.membership, self._contacts)
         """The actions of the event being handled; empty between events."""
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""
-        if isinstance(event, Received) and isinstance(event.message, Hello | Pulse | Shards | Want | Pass):
-            self._hear(event.message.sender, now)
+        said = event.message if isinstance(event, Received) else None
+        if isinstance(said, Hello | Pulse | Shards | Want | Pass) and self._contacts.of[said.sender].heard(now):
+            self.membership.evidence(said.sender)
         match event:
             case Received(Frame() as message):
                 self._on_frame(message, now)
@@ -104,22 +98,17 @@ class Engine:
 
     def next_due(self) -> float | None:
         """When a Tick is needed, if no other event comes before."""
-        times = [self._contacts.pulse_at] if self.membership.reachable else []
+        times = [self._contacts.pulse_at]
         times += [self._contacts.of[device].silent_at(self.settings) for device in self.membership.admitted]
-        times += [early.since + self._early_seconds(early) for _, early in self.frames.early_ones()]
-        times += [hurry_at for _, hurry_at in self._deadlines.hurries(self.frames.pending())]
-        for frame in self.frames:
-            if frame.phase is Phase.WAITING and frame.id == self._head:
-                times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
-            elif frame.phase is Phase.DONE:
-                times.append(frame.deadline)
-        return min(times, default=None)
+        times += self.frames.due(self._deadlines, self._head)
+        return min(times)
 
     def status(self, now: float) -> dict[str, Any]:
         """For ``robustdice status``: who is up in this device's view, frames per second, the last fault."""
         return {
             "up": self.membership.up(now),
             "in_flight": self.frames.in_flight,
+            "one_way": self._one_way.status(now),
             **self._record.status(now),
         }
 
@@ -139,33 +128,26 @@ class Engine:
             return
         live, entering = self.membership.admit(now)
         for device in entering:
-            number = message.frame.number
-            text = f"device {device} takes part from frame {number} on"
-            self._out.add(Note(text, "admitted", peer=device, frame=number))
+            self._out.add(notes.admitted(device, message.frame.number))
         deadline = now + message.timeout_seconds
-        frame = InFlight(message.frame, self.manifest, now, deadline, live, frozenset(live), message.array)
+        known = message.frame, self.manifest, self._ancestry
+        frame = InFlight(*known, now, deadline, live, frozenset(live), message.array)
         early = self.frames.admit(frame)
         if early:
             self._deadlines.introductions.observe(now - early.since)
         contacts, others = self._contacts.of, sorted(frame.live - {self.me})
         self._part(frame, [device for device in others if contacts[device].far(self.settings, now)], now)
 
-    def _hear(self, sender: int, now: float) -> None:
-        if self._contacts.of[sender].heard(now):
-            self.membership.evidence(sender)
-
     def _on_pulse(self, message: Pulse, now: float) -> None:
         contact, sender = self._contacts.of[message.sender], message.sender
         contact.take_pulse(message, now)
+        if self.membership.told(sender, message.hears):
+            self._blame([sender], now, "it hears nothing of this device")
         if message.reply:
-            self._out.pulse([sender], self._owing(), now)
+            self._out.pulse([sender], self.frames.owing(), now)
         head = self.frames.head()
         if head is not None and head.phase is Phase.WAITING and contact.has_delivered(head.id) and now >= head.asked_at:
             self._out.want(head, sender)
-
-    def _owing(self) -> list[FrameId]:
-        """Frames that wait for nothing but this device's own work."""
-        return [frame.id for frame in self.frames if frame.phase in {Phase.READY, Phase.COMPUTING} or frame.owes]
 
     def _on_shards(self, message: Shards, now: float) -> None:
         self._contacts.of[message.sender].take_shards(message.serial, now)
@@ -173,14 +155,23 @@ class Engine:
         if frame is None:
             if early := self.frames.early(message.frame, now):
                 for shard, array in zip(message.shards, message.arrays, strict=True):
-                    early.shards.setdefault(shard, (array, message.sender))
+                    early.shards.setdefault((shard, message.sender), (array, message.lineage))
             return
         if frame.phase is Phase.DONE:
             return
         self._judge(frame, message, now)
         if message.stage >= frame.stage:
-            frame.offer(zip(message.shards, message.arrays, strict=True), message.sender)
+            frame.offer(zip(message.shards, message.arrays, strict=True), message.sender, message.lineage)
+            if message.stage == frame.stage and frame.phase is not Phase.READY:
+                self._weigh(frame, now)
             self._complete(frame, now)
+
+    def _weigh(self, frame: InFlight, now: float) -> None:
+        """Ask others than those that have turned out to have built on less."""
+        if poorer := frame.poorer():
+            for device in sorted(poorer & frame.live):
+                self._out.add(notes.poor(device, frame.id.number, frame.stage))
+            self._revise(frame, set(), poorer, now)
 
     def _judge(self, frame: InFlight, message: Shards, now: float) -> None:
         """Does this message show that a suspect keeps up? If it is only a little slow, deadlines learn from it."""
@@ -227,11 +218,11 @@ class Engine:
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
         for frame in self.frames:
-            if len(self._tasks) == QUEUED_TASKS:
-                return
-            if not (frame.owes or frame.phase in {Phase.READY, Phase.COMPUTING}) or frame.id not in self.frames:
+            if not (frame.owes or frame.hurried or frame.phase is Phase.READY) or frame.id not in self.frames:
                 continue
-            if any(task.frame == frame.id for task in self._tasks):
+            if self._workload.full:
+                return
+            if self._workload.of(frame.id):
                 if frame.hurried:
                     return  # its next stage must find the executor free
                 continue
@@ -243,22 +234,16 @@ class Engine:
                 self._run(frame.enter(self.me), now)
 
     def _run(self, task: Task, now: float) -> None:
-        if not self._tasks:
-            self._computing_since = now
-        self._tasks.append(task)
+        self._workload.add(task, now)
         self._out.add(task)
 
     def _on_computed(self, event: Computed, now: float) -> None:
-        task, started = event.task, self._computing_since
-        self._tasks.popleft()
-        self._computing_since = now
+        task, started = event.task, self._workload.done(now)
         frame = self.frames.get(task.frame)
         if frame is None:
             return
         if event.error is not None:
-            number = task.frame.number
-            text = f"frame {number} failed in stage {task.stage}: {event.error}"
-            self._out.add(Note(text, "failed", frame=number, reason=event.error))
+            self._out.add(notes.failed(task.frame.number, task.stage, event.error))
             self._give_up(frame, f"device {self.me} could not compute stage {task.stage}: {event.error}", now)
             return
         frame.own.update(event.shards)
@@ -274,6 +259,7 @@ class Engine:
         frame.clean, frame.extended = True, False
         frame.asked_again.clear()
         self._await(frame, now)
+        self._weigh(frame, now)
         self._complete(frame, now)
         if frame.hurried and frame.phase is Phase.WAITING and now >= self._deadlines.hurry_at(frame):
             self._hurry(frame, now)
@@ -309,8 +295,7 @@ class Engine:
         if frozen:
             self._contacts.stood_still(now - due, now)
         if now >= self._contacts.pulse_at:
-            self._contacts.pulse_at = now + self.settings.pulse
-            self._out.pulse(self.membership.reachable, self._owing(), now)
+            self._keep_contact(now)
         for device in self._contacts.silent(self.membership.admitted, now):
             self._contacts.of[device].lost = True
             self._blame([device], now, f"nothing came from it for {now - self._contacts.of[device].heard_at:.3f} s")
@@ -321,12 +306,20 @@ class Engine:
             if frame.phase is Phase.WAITING:
                 self._on_wait(frame, frozen, hurry_at, now)
         for frame_id, early in self.frames.early_ones():
-            if now >= early.since + self._early_seconds(early):
+            if now >= self._deadlines.early_until(early):
                 if early.told:
                     self.frames.forget(frame_id)
                 else:
                     self._out.tell_all(Pass(self.me, frame_id))
                     early.told = True
+
+    def _keep_contact(self, now: float) -> None:
+        self._contacts.pulse_at = now + self.settings.pulse
+        self._out.pulse(self.membership.reachable, self.frames.owing(), now)
+        for note in self._one_way.look(self.membership, self._contacts, now):
+            self._out.add(note)
+        for device in self._one_way.unheard:
+            self._out.send(device, Hello(self.me, self._incarnation, reply=True))
 
     def _on_wait(self, frame: InFlight, frozen: bool, hurry_at: float, now: float) -> None:
         if now >= hurry_at:
@@ -344,7 +337,7 @@ class Engine:
             self._suspect(frame, now)
         elif frame.nudge_at is not None and now >= frame.nudge_at:
             frame.nudge_at, frame.asked_at = None, now
-            self._out.pulse(frame.awaited(self.me), self._owing(), now, reply=True)
+            self._out.pulse(frame.awaited(self.me), self.frames.owing(), now, reply=True)
 
     def _hurry(self, frame: InFlight, now: float) -> None:
         """Go on with what there is."""
@@ -381,10 +374,8 @@ class Engine:
 
     def _part(self, frame: InFlight, late: list[int], now: float) -> None:
         """Go on without devices that are well, but too far away for this frame."""
-        number, reason = frame.id.number, "its shards are still on their way"
         for device in late:
-            text = f"frame {number} goes on without device {device}: {reason}"
-            self._out.add(Note(text, "late", peer=device, frame=number, reason=reason))
+            self._out.add(notes.late(device, frame.id.number))
         frame.parted.update(late)
         for device in late:
             self._out.send(device, Pass(self.me, frame.id))
@@ -401,16 +392,20 @@ class Engine:
         gone = set(devices)
         for device in gone:
             self._record.fault = device, now, reason
-            self._out.add(Note(f"device {device} is suspect: {reason}", "suspect", device, frame, reason))
+            self._out.add(notes.suspect(device, frame, reason))
         for each in self.frames:
             self._shrink(each, gone, now)
 
     def _shrink(self, frame: InFlight, gone: set[int], now: float) -> None:
-        """Take devices out of a frame's view, and take over at once what has become this device's task."""
-        if not frame.live & gone:
-            return
+        """Take devices out of a frame's view."""
+        if frame.live & gone:
+            self._revise(frame, gone, set(), now)
+
+    def _revise(self, frame: InFlight, gone: set[int], poorer: set[int], now: float) -> None:
+        """Count on other devices, and take over at once what has become this device's task."""
         before = frame.missing() if frame.phase is Phase.WAITING else {}
         frame.live -= gone
+        frame.lesser |= poorer
         if frame.phase is Phase.DONE:
             return
         frame.owes, frame.clean = True, False
@@ -432,7 +427,7 @@ class Engine:
         late, seconds = tuple(sorted(frame.parted)), now - frame.admitted_at
         answer = Answer(
             *(self.me, frame.id, outputs, coverage, from_spares, sources, down, late, seconds),
-            expected=frame.expected_accuracy(sources),
+            expected=frame.expected_accuracy(),
         )
         self._out.send(frame.id.client, answer)
         self._record.answer(now)
@@ -452,6 +447,3 @@ class Engine:
     def _drop(self, frame_id: FrameId) -> None:
         self.frames.forget(frame_id)
         self._out.add(Forget(frame_id))
-
-    def _early_seconds(self, early: Early) -> float:
-        return self.settings.maximum_wait if early.told else self._deadlines.pass_after()

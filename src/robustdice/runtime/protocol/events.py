@@ -29,6 +29,8 @@ class Settings:
     """So often a device says that it is there."""
     silence: float = 0.3
     """A peer that nothing comes from for this time is gone; it gets more where words are long under way."""
+    one_way: float = 1.0
+    """A peer that hears this device and is not heard, or the reverse, is named after this time."""
     given_up: float = 5.0
     """Shards that were not acknowledged after this time were lost."""
     late_timer: float = 0.02
@@ -123,7 +125,7 @@ class Note:
 
     text: str
     event: str
-    """``suspect``, ``admitted``, ``late`` or ``failed``."""
+    """``suspect``, ``admitted``, ``late``, ``poor``, ``one-way``, ``both-ways`` or ``failed``."""
     peer: int | None = None
     frame: int | None = None
     reason: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from robustdice.runtime.protocol.deadlines import Deadlines
 from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
 from robustdice.runtime.wire.messages import FrameId
@@ -47,8 +48,8 @@ class Frames:
             frame.live -= early.passed
             frame.parted |= early.passed
             frame.wanted = early.wanted
-            for shard, (array, source) in early.shards.items():
-                frame.offer([(shard, array)], source)
+            for (shard, source), (array, lineage) in early.shards.items():
+                frame.offer([(shard, array)], source, lineage)
         return early
 
     def early(self, frame_id: FrameId, now: float) -> Early | None:
@@ -63,6 +64,17 @@ class Frames:
     def early_ones(self) -> list[tuple[FrameId, Early]]:
         """All frames that only peers spoke of."""
         return list(self._early.items())
+
+    def due(self, deadlines: Deadlines, head: FrameId | None) -> list[float]:
+        """When something is to be done about a frame, or at least looked at; stage deadlines run for the head alone."""
+        times = [deadlines.early_until(early) for early in self._early.values()]
+        times += [hurry_at for _, hurry_at in deadlines.hurries(self.pending())]
+        for frame in self._admitted.values():
+            if frame.phase is Phase.WAITING and frame.id == head:
+                times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
+            elif frame.phase is Phase.DONE:
+                times.append(frame.deadline)
+        return times
 
     def forget(self, frame_id: FrameId) -> None:
         """The frame is over: nothing that is said about it matters any more."""
@@ -80,6 +92,10 @@ class Frames:
     def head(self) -> InFlight | None:
         """The oldest frame that is not DONE."""
         return next((frame for frame in self._admitted.values() if frame.phase is not Phase.DONE), None)
+
+    def owing(self) -> list[FrameId]:
+        """Those that wait for nothing but this device's own work."""
+        return [frame.id for frame in self if frame.phase in {Phase.READY, Phase.COMPUTING} or frame.owes]
 
     def pending(self) -> list[InFlight]:
         """Those admitted that are not DONE, the oldest first."""

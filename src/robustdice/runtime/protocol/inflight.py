@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.plan import publishers
 from robustdice.runtime.protocol.events import RunPieces, RunStage
-from robustdice.runtime.wire.messages import Array, FrameId, ShardId
+from robustdice.runtime.protocol.lineage import TOLERANCE, Ancestry
+from robustdice.runtime.wire.messages import Array, FrameId, Lineage, ShardId
 
 
 class Phase(enum.Enum):
@@ -27,6 +27,7 @@ class InFlight:
 
     id: FrameId
     manifest: Manifest
+    ancestry: Ancestry
     admitted_at: float
     deadline: float
     live: set[int]
@@ -39,9 +40,16 @@ class InFlight:
     """Only grows. All earlier stages have been entered; this one too, unless the phase is READY."""
     phase: Phase = Phase.READY
     got: dict[ShardId, Array] = field(default_factory=dict)
-    """Shards of this stage and later ones, from whoever came first; own ones only while this device is publisher."""
+    """Shards of this stage and later ones, the first of those that are built on most; own ones only while this device
+    is publisher."""
     sources: dict[ShardId, int] = field(default_factory=dict)
     """For every shard of ``got``, and those that earlier stages were assembled from: the device it came from."""
+    lineages: dict[ShardId, Lineage] = field(default_factory=dict)
+    """For every shard of ``sources``: what it was built on there."""
+    built: list[Lineage] = field(default_factory=lambda: [Lineage()])
+    """For every stage that was entered: what this device's part of it is built on."""
+    lesser: set[int] = field(default_factory=set)
+    """Devices that have built on less than this one: whoever else holds a shard is asked for it first."""
     own: dict[ShardId, Array] = field(default_factory=dict)
     """Everything computed here, kept until the frame is forgotten, published or not."""
     published: set[ShardId] = field(default_factory=set)
@@ -78,29 +86,35 @@ class InFlight:
         """The devices that take no part, in the frame's view."""
         return frozenset(range(self.manifest.devices)) - self.live
 
-    def expected_accuracy(self, sources: tuple[tuple[int, ...], ...]) -> float | None:
+    def expected_accuracy(self) -> float | None:
         """What was measured for the devices that are down, if the frame was computed from first to last as it was
-        measured: in one view, every shard from its publisher. None where nobody has measured it."""
-        certificate, view = self.manifest.certificate, frozenset(self.live)
-        if certificate is None or view != self.admitted_with:
+        measured: in one view, every shard from its publisher, here and wherever they were computed. None where nobody
+        has measured it."""
+        certificate, view = self.manifest.certificate, tuple(sorted(self.live))
+        settled = not self.manifest.exchanges or self.built[-1].view == view
+        if certificate is None or not settled or frozenset(view) != self.admitted_with:
             return None
-        for exchange, found in zip(self.manifest.exchanges, sources, strict=True):
-            due = publishers(exchange.shards, self.down)
-            settled = [-1 if device is None else device for device in due]
-            if any(a != b for a, b, shard in zip(found, settled, exchange.shards, strict=True) if shard.neurons):
-                return None
         return certificate.expected(self.down)
 
     def publisher(self, shard: ShardId) -> int | None:
-        """The first holder in this frame's view; of a parity shard, only while one of its members has none."""
+        """The first holder in this frame's view, of those that have not built on less if there is one; of a parity
+        shard, only while one of its members has none."""
         number, position = shard
         shards = self.manifest.exchanges[number].shards
-        alone = [m for m in shards[position].parity_of if self._holder((number, m)) is None]
-        return None if shards[position].parity_of and len(alone) != 1 else self._holder(shard)
+        alone = [m for m in shards[position].parity_of if self._whole_holder((number, m)) is None]
+        if shards[position].parity_of:
+            return self._whole_holder(shard) if len(alone) == 1 else None
+        return self._holder(shard)
 
     def _holder(self, shard: ShardId) -> int | None:
+        """The first live one of most worth."""
         holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
-        return next((device for device in holders if device in self.live), None)
+        whole = self._whole_holder(shard) if self.lesser else None
+        return next((device for device in holders if device in self.live), None) if whole is None else whole
+
+    def _whole_holder(self, shard: ShardId) -> int | None:
+        holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
+        return next((device for device in holders if device in self.live and device not in self.lesser), None)
 
     def replaceable(self, device: int) -> bool:
         """Whether this stage can have everything that it misses from ``device`` without it, in this frame's view."""
@@ -111,12 +125,23 @@ class InFlight:
             for shard in lost
         )
 
-    def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int) -> None:
-        """Take shards for this stage or later ones; the first copy of each wins."""
+    def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int, lineage: Lineage) -> None:
+        """Take shards for this stage or later ones, of one lineage; of several copies the first that is worth most."""
         for shard, array in shards:
-            if shard not in self.sources:
-                self.got[shard] = array
-                self.sources[shard] = source
+            if shard in self.sources:
+                known, stage = self.lineages[shard], self.ancestry.stage_of(shard)
+                if shard not in self.got or not self.ancestry.less(known, lineage, stage):
+                    continue
+            self.got[shard], self.sources[shard], self.lineages[shard] = array, source, lineage
+
+    def poor(self, shard: ShardId) -> bool:
+        """Whether a shard of this stage came from a device that has built on less than this one."""
+        return shard in self.sources and self.ancestry.less(self.lineages[shard], self.built[self.stage], self.stage)
+
+    def poorer(self) -> set[int]:
+        """Devices that this stage shows to have built on less, and that were not known to."""
+        held = [shard for shard in self.shards_of(self.stage) if shard in self.sources]
+        return {self.sources[shard] for shard in held if self.poor(shard)} - self.lesser
 
     def shards_of(self, stage: int) -> list[ShardId]:
         """All shards of a stage's exchanges."""
@@ -124,21 +149,29 @@ class InFlight:
         return [(e, s) for e in self.manifest.stages[stage].exchanges for s in range(len(exchanges[e].shards))]
 
     def missing(self) -> dict[ShardId, int]:
-        """What this stage still waits for: shards that have not come, and their live publishers."""
+        """What this stage still waits for: shards that have not come, and their live publishers. Of a shard that is
+        poor, another holder's copy; of holders that have built on less, only what nobody else can give."""
         found: dict[ShardId, int] = {}
         for exchange in self.manifest.stages[self.stage].exchanges:
             shards = self.manifest.exchanges[exchange].shards
-            absent = [(exchange, s) for s in range(len(shards)) if (exchange, s) not in self.sources]
-            holders = {shard: self._holder(shard) for shard in absent}
-            lost = [shard for shard, device in holders.items() if device is None and not self._is_parity(shard)]
+            absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
+            if not absent:
+                continue
+            holders = {s: self._whole_holder((exchange, s)) for s in absent}
             # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
-            found.update(
-                {
-                    shard: device
-                    for shard, device in holders.items()
-                    if device is not None and (len(lost) == 1 or not self._is_parity(shard))
-                }
-            )
+            lost = [s for s, device in holders.items() if device is None and not shards[s].parity_of]
+            parity = len(shards) - 1 if shards[-1].parity_of else None
+            found.update({(exchange, s): d for s, d in holders.items() if d is not None and s != parity})
+            if parity is not None and len(lost) == 1:
+                if parity not in absent:
+                    continue
+                if (stand_in := holders[parity]) is not None:
+                    found[exchange, parity] = stand_in
+                    continue
+            for s in lost:
+                device = self._holder((exchange, s))
+                if device is not None and (exchange, s) not in self.sources:
+                    found[exchange, s] = device
         return found
 
     def awaited(self, me: int) -> list[int]:
@@ -150,9 +183,21 @@ class InFlight:
 
     def gather(self, stage: int, me: int) -> dict[ShardId, Array]:
         """Take a finished stage's shards out of ``got``; a spare of our own stands in for what did not come."""
-        shards = self.shards_of(stage)
-        self.offer(((shard, self.own[shard]) for shard in shards if shard in self.own), me)
-        return {shard: self.got.pop(shard) for shard in shards if shard in self.got}
+        shards, mine = self.shards_of(stage), self.built[stage]
+        self.offer(((shard, self.own[shard]) for shard in shards if shard in self.own), me, mine)
+        held = {shard: self.sources[shard] for shard in shards if shard in self.sources}
+        poor = {shard for shard in held if self.ancestry.less(self.lineages[shard], mine, stage)}
+        taken = {shard: source for shard, source in held.items() if shard not in poor}
+        built = self.ancestry.after(stage, mine, self.live, taken, self.lineages)
+        for device in sorted({held[shard] for shard in poor}):
+            more = taken | {shard: device for shard in poor if held[shard] == device}
+            other = self.ancestry.after(stage, mine, self.live, more, self.lineages)
+            if self.ancestry.worth(other, stage + 1) > self.ancestry.worth(built, stage + 1) - TOLERANCE:
+                taken, built = more, other
+        self.built.append(built)
+        for shard in held.keys() - taken.keys():
+            del self.sources[shard], self.got[shard]
+        return {shard: self.got.pop(shard) for shard in taken}
 
     def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
         """Pieces of a stage that hold a shard which is neither computed nor anybody else's task."""
@@ -183,23 +228,11 @@ class InFlight:
         return task
 
     def coverage(self) -> tuple[float, float, tuple[tuple[int, ...], ...]]:
-        """Least share of neurons present and largest share from a spare, over the exchanges; and all sources."""
-        present, spares, sources = 1.0, 0.0, []
-        for number, exchange in enumerate(self.manifest.exchanges):
-            origin = [self.sources.get((number, s), -1) for s in range(len(exchange.shards))]
-            members = exchange.shards[-1].parity_of
-            if origin[-1] >= 0 and [origin[m] for m in members].count(-1) == 1:
-                origin[origin.index(-1)] = origin[-1]
-            sizes = [len(shard.neurons) for shard in exchange.shards]
-            there = sum(size for size, source in zip(sizes, origin, strict=True) if source >= 0)
-            from_spare = sum(
-                size
-                for size, source, shard in zip(sizes, origin, exchange.shards, strict=True)
-                if source not in {-1, shard.devices[0]}
-            )
-            present, spares = min(present, there / sum(sizes)), max(spares, from_spare / sum(sizes))
-            sources.append(tuple(origin))
-        return present, spares, tuple(sources)
+        """Least share of neurons present and largest share from a spare, over the exchanges, in all that the output is
+        built on; and where this device had each shard from."""
+        shares = self.ancestry.shares(self.built[-1], len(self.built) - 1)
+        sources = tuple(self.ancestry.row(e, self.sources) for e in range(len(self.manifest.exchanges)))
+        return min(shares.present, default=1.0), max(shares.spares, default=0.0), sources
 
 
 @dataclass
@@ -207,7 +240,8 @@ class Early:
     """What peers said about a frame before its client did."""
 
     since: float
-    shards: dict[ShardId, tuple[Array, int]] = field(default_factory=dict)
+    shards: dict[tuple[ShardId, int], tuple[Array, Lineage]] = field(default_factory=dict)
+    """By shard and sender."""
     wanted: dict[ShardId, set[int]] = field(default_factory=dict)
     passed: set[int] = field(default_factory=set)
     told: bool = False

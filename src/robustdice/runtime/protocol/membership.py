@@ -15,8 +15,11 @@ class Peer:
     """The transport says so; nothing is sent to a peer that is not."""
     incarnation: str | None = None
     """From its last Hello; None before the first."""
+    hears: bool = True
+    """It does not say that it hears nothing of this device."""
     admitted: bool = False
-    """New frames wait for its shards. Implies ``connected``."""
+    """New frames wait for its shards. Implies ``connected`` and ``hears``: what only one of two hears of the other,
+    the two would compute differently."""
     ready: bool = False
     """It has shown since its last fault that it keeps up. Only matters while it is not admitted."""
     relapses: int = 0
@@ -62,7 +65,15 @@ class Membership:
 
     def connected(self, device: int) -> None:
         """The connection to a peer stands (again)."""
-        self.peers[device].connected = True
+        self.peers[device].connected = self.peers[device].hears = True
+
+    def told(self, device: int, hears: bool) -> bool:
+        """A peer says whether it hears this device; True, and a fault is due, when it does not and was admitted."""
+        peer = self.peers[device]
+        if hears and not peer.hears:
+            peer.ready = True
+        peer.hears = hears
+        return peer.admitted and not hears
 
     def disconnected(self, device: int, now: float) -> bool:
         """The connection is gone: True, and a fault, when the peer was admitted."""
@@ -97,4 +108,4 @@ class Membership:
 
 
 def _admissible(peer: Peer, now: float) -> bool:
-    return peer.connected and peer.ready and now >= peer.not_before
+    return peer.connected and peer.hears and peer.ready and now >= peer.not_before

@@ -60,7 +60,7 @@ class Outbox:
         self.publish(frame, stage, due, [d for d in self._membership.reachable if d not in frame.parted], now)
         frame.published.update(due)
         if stage >= frame.stage and frame.phase is not Phase.DONE:
-            frame.offer(((shard, frame.own[shard]) for shard in due), self._me)
+            frame.offer(((shard, frame.own[shard]) for shard in due), self._me, frame.built[stage])
         requests: dict[int, list[ShardId]] = {}
         for shard in mine:
             for device in frame.wanted.pop(shard, ()):
@@ -75,6 +75,6 @@ class Outbox:
         if ordered:
             arrays = tuple(frame.own[shard] for shard in ordered)
             serial = self._contacts.hand_over(to, now)
-            message = Shards(self._me, serial, frame.id, stage, ordered, arrays)
+            message = Shards(self._me, serial, frame.id, stage, ordered, arrays, frame.built[stage])
             for device in to:
                 self.send(device, message)

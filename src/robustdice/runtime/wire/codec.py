@@ -29,6 +29,7 @@ from robustdice.runtime.wire.messages import (
     Frame,
     FrameId,
     Hello,
+    Lineage,
     Message,
     Pass,
     Pulse,
@@ -74,6 +75,7 @@ class Codec:
         elif isinstance(message, Pulse):
             header.update(clock=message.clock, echo=message.echo, reply=int(message.reply))
             header.update(sent=message.sent, got=message.got)
+            header.update(hears=int(message.hears))
             header["owes"] = [[frame.client, frame.number] for frame in message.owes]
         elif isinstance(message, Frame):
             header.update(oldest=message.oldest, timeout=message.timeout_seconds)
@@ -83,6 +85,7 @@ class Codec:
             body = [np.asarray(message.shards, "<u4").tobytes()]
             if isinstance(message, Shards):
                 header["serial"] = message.serial
+                body += _encoded(message.lineage, header)
                 body += map(_raw, message.arrays)
         elif isinstance(message, Answer):
             header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
@@ -130,13 +133,34 @@ class Codec:
         _count(body, 0)
         clock, echo = header.number("clock"), None if header.is_null("echo") else header.number("echo")
         reply, sent, got = header.whole("reply") > 0, header.whole("sent"), header.whole("got")
-        return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64))
+        hears = header.whole("hears") > 0
+        return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64), hears)
 
     def _shards(self, header: _Header, body: Sequence[Any]) -> Message:
         sender, stage, shards = self._positions(header, body, header.device())
-        _count(body, 1 + len(shards))
-        arrays = tuple(_array(raw, self._shapes[e][s]) for raw, (e, s) in zip(body[1:], shards, strict=True))
-        return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays)
+        lineage, rest = self._lineage(header, body[1:], stage)
+        _count(rest, len(shards))
+        arrays = tuple(_array(raw, self._shapes[e][s]) for raw, (e, s) in zip(rest, shards, strict=True))
+        return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays, lineage)
+
+    def _lineage(self, header: _Header, body: Sequence[Any], stage: int) -> tuple[Lineage, Sequence[Any]]:
+        """What the shards of a message were built on, and the frames of it that follow."""
+        manifest = self._known()
+        if header.has("view"):
+            mask = header.whole("view")
+            if mask >> manifest.devices:
+                raise MessageError(f"a view of {mask:#b}, the plan has {manifest.devices} devices")
+            return Lineage(tuple(device for device in range(manifest.devices) if mask >> device & 1)), body
+        count = sum(len(earlier.exchanges) for earlier in manifest.stages[:stage])
+        if not count:
+            return Lineage(), body
+        if not body or len(body[0]) != 16 * count:
+            raise MessageError(f"shards of stage {stage} must say what they are built on: 2 float64 for each exchange")
+        shares = np.frombuffer(body[0], "<f8").reshape(2, count)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise MessageError("shards that are built on shares beyond 0 to 1")
+        present, spares = (tuple(float(share) for share in row) for row in shares)
+        return Lineage(None, present, spares), body[1:]
 
     def _want(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 1)
@@ -303,6 +327,15 @@ def _json_object(raw: Any, limit: int) -> dict[str, Any]:
 def _count(body: Sequence[Any], expected: int) -> None:
     if len(body) != expected:
         raise MessageError(f"{len(body)} frames after the header, expected {expected}")
+
+
+def _encoded(lineage: Lineage, header: dict[str, Any]) -> list[bytes]:
+    """A view goes into the header; shares are a frame, as far as there are any."""
+    if lineage.view is not None:
+        header["view"] = sum(1 << device for device in lineage.view)
+    elif lineage.present:
+        return [np.asarray([lineage.present, lineage.spares], "<f8").tobytes()]
+    return []
 
 
 def _raw(array: Any) -> memoryview:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEADER_LIMIT = 64 * 2**10
 DOCUMENT_LIMIT = 2**20
 OUTPUTS_LIMIT = 2**20
@@ -52,7 +52,7 @@ class Pulse:
     """``sender`` is there. ``clock`` is its clock in seconds, ``echo`` what the receiver's clock must be by the last
     pulse that came from it (None: none came); ``sent`` the serial number of the last shards sent to the receiver, 0 for
     none; ``got`` that of the last that came from it; ``owes`` the frames that wait for nothing but the sender's own
-    work. ``reply`` asks for a pulse at once."""
+    work. ``reply`` asks for a pulse at once. ``hears`` says whether anything has come from the receiver lately."""
 
     sender: int
     clock: float
@@ -61,12 +61,24 @@ class Pulse:
     sent: int
     got: int
     owes: tuple[FrameId, ...]
+    hears: bool = True
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What something that was computed is built on. Either all was built in one ``view`` (device numbers, ascending),
+    every shard taken from its publisher there. Or, with no view, for every exchange of the stages before: the share of
+    its neurons that is ``present`` in it, and the share that came from ``spares``; both 0 to 1."""
+
+    view: tuple[int, ...] | None = None
+    present: tuple[float, ...] = ()
+    spares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shards:
     """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]``, float32 [1, ...]. ``serial``
-    grows from 1 with every such message of the sender, whoever it is for."""
+    grows from 1 with every such message of the sender, whoever it is for. All were built on ``lineage``."""
 
     sender: int
     serial: int
@@ -74,6 +86,7 @@ class Shards:
     stage: int
     shards: tuple[ShardId, ...]
     arrays: tuple[Array, ...]
+    lineage: Lineage = Lineage()
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,8 @@ class Answer:
     """The network's output, float32 [outputs], and what it was computed with.
 
     ``sources[e][s]`` is the device that a shard came from, or -1 where it was missing; ``coverage`` and
-    ``from_spares`` are fractions of neurons (least and largest over the exchanges); ``down`` the devices that did
+    ``from_spares`` are fractions of neurons (least and largest over the exchanges), in all that the output was computed
+    from, on whichever device; ``down`` the devices that did
     not take part, and ``late`` those among them that are well, but were not waited for any longer. With no class score
     left every output is minus infinity. ``seconds`` passed between the frame's arrival and this answer.
     ``expected`` is the accuracy that was measured of what is computed in this way, if it was.
