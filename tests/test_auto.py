@@ -4,8 +4,10 @@ import pytest
 
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
-from robustdice.auto import Candidate, best_first, candidates, tabulate
+from robustdice import auto
+from robustdice.auto import Candidate, affordable, best_first, candidates, tabulate
 from robustdice.errors import PlanError
+from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
 from robustdice.report import tables
 from robustdice.workshop import choose_from, choose_plan
@@ -96,6 +98,17 @@ def test_considered_plans_say_what_they_cost() -> None:
     unfit = next(each for each in found if not each.fits)
     assert f"needs {100 * unfit.plan.memory_share:.1f} %" in rows[unfit.family]
     assert tables.considered_summary(found).startswith(f"Taken: {found[0].family}.")
+
+
+def test_large_networks_make_do_with_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = shared_network(Plain, 1, 8, 8), random_images(64, (1, 8, 8))
+    assert len(affordable(network, images, 48)) == 48
+    monkeypatch.setattr(auto, "PASS_MACS", forward_macs(network) * 64)
+    assert len(affordable(network, images, 48)) == 24
+    assert len(affordable(network, images, 8)) == 8  # no more than are wanted
+    assert len(tabulate(network, images, devices=2).images) == 32
+    monkeypatch.setattr(auto, "PASS_MACS", 1)
+    assert len(affordable(network, images, 48)) == auto.FEWEST_IMAGES
 
 
 def test_budgets_that_share_a_table_get_the_plans_that_they_get_alone() -> None:

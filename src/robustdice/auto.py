@@ -16,7 +16,7 @@ from robustdice.failure.copies import Copies, intact, state_of
 from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.passes import run_under
 from robustdice.failure.sensitivity import Sensitivity, measure
-from robustdice.importance.score import score
+from robustdice.importance.score import forward_macs, score
 from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
@@ -32,6 +32,10 @@ ROUNDING_IMAGES = 128
 """Enough to round by for the table; the plan itself is rounded with all images."""
 TRIAL_IMAGES = 128
 """On which candidates are compared."""
+PASS_MACS = 5 * 10**11
+"""What a pass over images may cost; large networks make do with fewer images."""
+FEWEST_IMAGES = 12
+"""But not with less than so many."""
 MEASURED = ("int8", "int4", "int3", "int2")
 """Of float16 nobody sees a difference, nor how it is rounded."""
 TRIES = 3
@@ -98,14 +102,23 @@ def tabulate(
     of the images where ``importance`` is not given. PlanError when there are not so many devices."""
     check_max_failed(devices, survive)
     survive = devices - 1 if survive is None else survive
+    images = affordable(network, images, len(images))
     if importance is None:
-        importance = score(network, images[:SCORING_SAMPLES], s3="fisher")
+        importance = score(network, affordable(network, images, SCORING_SAMPLES), s3="fisher")
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
-    rounded = round_network(network, every, images[:ROUNDING_IMAGES])
+    rounded = round_network(network, every, affordable(network, images, ROUNDING_IMAGES))
     table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}))
     spreads = [*_spreads(devices), *_thin(devices)]
-    found = measure(network, rounded, table.units, spreads, devices, survive, images[:TABLE_IMAGES], on_progress)
+    seen = affordable(network, images, TABLE_IMAGES)
+    found = measure(network, rounded, table.units, spreads, devices, survive, seen, on_progress)
     return replace(table, sensitivity=found)
+
+
+def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
+    """The first ``wanted`` images, or fewer where one of them takes the network long; the fewer are wanted, the more
+    passes there will be."""
+    count = PASS_MACS * wanted // (TRIAL_IMAGES * forward_macs(network))
+    return images[: min(wanted, max(FEWEST_IMAGES, count))]
 
 
 def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
@@ -154,7 +167,8 @@ def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> 
     """The plan with what it keeps, where it fits."""
     if any(held > allowed for held, allowed in zip(plan.bytes_per_device, budgets, strict=True)):
         return Candidate(family, plan)
-    return Candidate(family, plan, agreement(table.network, plan, table.images[:TRIAL_IMAGES], table.survive))
+    seen = affordable(table.network, table.images, TRIAL_IMAGES)
+    return Candidate(family, plan, agreement(table.network, plan, seen, table.survive))
 
 
 def choose(

@@ -51,19 +51,17 @@ def gptq(weights: torch.Tensor, curvature: Curvature, scales: torch.Tensor, kind
     """Levels [neurons, K] for ``weights`` (float32 [neurons, K]) with little error in what they give for inputs of this
     ``curvature``. ``scales`` [neurons, K] are each weight's."""
     order, upper = curvature.order, curvature.upper.to(torch.float32)
-    left = weights[:, order].clone()
-    steps = scales[:, order]
+    # Weights of one column follow each other in memory: columns are what is worked on.
+    left, steps = weights.T[order].contiguous(), scales.T[order].contiguous()
     levels = torch.empty_like(left)
-    columns = left.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = torch.empty(left.shape[0], stop - start)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = torch.empty_like(left[start:stop])
         for at in range(start, stop):
-            levels[:, at] = to_levels(left[:, at], steps[:, at], kind)
-            error = (left[:, at] - levels[:, at] * steps[:, at]) / upper[at, at]
-            left[:, at:stop] -= error[:, None] * upper[None, at, at:stop]
-            errors[:, at - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+            levels[at] = to_levels(left[at], steps[at], kind)
+            torch.sub(left[at], levels[at] * steps[at], out=errors[at - start]).div_(upper[at, at])
+            left[at:stop].addr_(upper[at, at:stop], errors[at - start], alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(levels)
-    restored[:, order] = levels
-    return restored
+    restored[order] = levels
+    return restored.T.contiguous()

@@ -10,7 +10,7 @@ from torch.nn import functional
 from robustdice.model.canonical import CONVOLUTIONS, arguments
 from robustdice.model.layers import NetworkLayer
 
-MAX_COLUMNS = 20_000
+MAX_COLUMNS = 8_192
 """So many inputs of a filter say enough; of more, some are taken at even distances."""
 
 
