@@ -106,7 +106,7 @@ def test_a_lost_neuron_that_never_changes_is_made_up_for_exactly() -> None:
         for each in (plan, calibrated)
     )
     assert (zero_filled - exact).abs().max() > 0.5
-    torch.testing.assert_close(corrected, exact, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(corrected, exact, rtol=0, atol=float(exact.abs().max()) / 200)  # corrections are bytes
 
 
 def test_sets_that_change_nothing_and_the_intact_cluster_have_no_corrections() -> None:

@@ -224,7 +224,7 @@ def coarse_layer(document: Any) -> Any:
         (lambda d: coarse_layer(d)["coarse"].update(shift=10**9), "weights beyond the end"),
         (lambda d: coarse_layer(d).update(neurons=10**9), "weights beyond the end"),
         (lambda d: coarse_layer(d).update(neurons=0), "at least 1"),
-        (lambda d: coarse_layer(d).update(corrections=[0]), "its corrections"),
+        (lambda d: coarse_layer(d).update(corrections=[None]), "its corrections"),
         (lambda d: coarse_layer(d)["coarse"]["filters"][0].update(offset=-1), "at least 0"),
         (
             lambda d: coarse_layer(d)["coarse"]["filters"][0].update(representation="int5"),

@@ -168,7 +168,7 @@ def test_bytes_of_a_device_are_those_of_its_copies_and_corrections() -> None:
                     group = None if kept is None else kept.filter.group
                     expected += len(shard.neurons) * neuron_bytes(layer, holder.representation, group)
                     expected += (
-                        4
+                        2
                         * len(shard.neurons)
                         * sum(
                             device not in failed and each[index] is not None

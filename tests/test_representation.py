@@ -12,6 +12,7 @@ from robustdice.representation import (
     BITS,
     REPRESENTATIONS,
     CoarseFilter,
+    Correction,
     code_offset,
     code_range,
     filter_bytes,
@@ -73,3 +74,29 @@ def test_bytes_count_codes_and_scales() -> None:
 def test_arrays_that_are_no_coarse_filter_are_refused(codes: NDArray[Any], scales: NDArray[Any], group: int) -> None:
     with pytest.raises(ValueError, match=r"codes|scales|filter"):
         CoarseFilter("int3", codes, scales, group)
+
+
+SCALES = st.floats(1 / 8, 8, width=32)
+
+
+@given(st.lists(st.tuples(SCALES, st.floats(-6e4, 6e4, width=32)), min_size=1, max_size=20))
+def test_corrections_are_kept_in_a_byte_each_and_are_the_same_when_given_again(
+    wanted: list[tuple[float, float]],
+) -> None:
+    scale, shift = np.array(wanted, np.float32).T
+    kept = Correction(scale, shift)
+    assert kept.codes.dtype == np.int8
+    assert kept.codes.shape == (2, len(wanted))
+    largest = np.abs(np.log(scale)).max()
+    assert np.abs(np.log(kept.scale) - np.log(scale)).max() <= 0.51 * largest / 127 + 1e-6
+    assert np.abs(kept.shift - shift).max() <= 0.51 * np.abs(shift).max() / 127 + 1e-6
+    again = Correction(kept.scale, kept.shift)
+    assert np.array_equal(again.codes, kept.codes)
+    assert np.array_equal(again.steps, kept.steps)
+    assert np.array_equal(again.scale, kept.scale)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [([0.0], [0.0]), ([-1.0], [0.0]), ([1.0], [np.inf]), ([1.0, 1.0], [0.0])])
+def test_what_is_no_correction_is_refused(scale: list[float], shift: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"finite, and scales positive|a scale and a shift for each neuron"):
+        Correction(np.array(scale, np.float32), np.array(shift, np.float32))

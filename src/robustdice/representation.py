@@ -172,21 +172,41 @@ def neuron_bytes(layer: Layer, representation: str, group: int | None = None) ->
 @dataclass(frozen=True, eq=False)
 class Correction:
     """What makes up for what a layer's neurons compute under one failure set: ``scale * y + shift`` of each neuron's
-    value behind the affine chain, float16 [neurons] each. ValueError when they do not belong together."""
+    value behind the affine chain, float32 [neurons] each.
 
-    scale: NDArray[np.float16]
-    shift: NDArray[np.float16]
+    Both are kept in 8 bits for a neuron: ``codes``, int8 [2, neurons], times ``steps``, float16 [2], which hold for all
+    neurons, are the logarithms of the scales and the shifts. What is given is rounded to such numbers; they stay what
+    they are when they are given again. ValueError for what is no scale and shift of each neuron.
+    """
+
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    codes: NDArray[np.int8] = field(init=False)
+    steps: NDArray[np.float16] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.shift.shape or np.ndim(self.scale) != 1:
             raise ValueError(f"a scale and a shift for each neuron, not {self.scale.shape} and {self.shift.shape}")
-        if not (np.isfinite(self.scale).all() and np.isfinite(self.shift).all()):
-            raise ValueError("corrections must be finite")
-        object.__setattr__(self, "scale", _frozen(self.scale, np.float16))
-        object.__setattr__(self, "shift", _frozen(self.shift, np.float16))
+        if not (np.isfinite(self.scale).all() and np.isfinite(self.shift).all() and (self.scale > 0).all()):
+            raise ValueError("corrections must be finite, and scales positive")
+        wanted = np.stack([np.log(self.scale.astype(np.float64)), self.shift.astype(np.float64)])
+        steps = np.clip(np.abs(wanted).max(1, initial=0) / 127, 2.0**-24, 500.0).astype(np.float16)
+        codes = np.clip(np.rint(wanted / steps[:, None].astype(np.float64)), -127, 127)
+        object.__setattr__(self, "codes", _frozen(codes, np.int8))
+        object.__setattr__(self, "steps", _frozen(steps, np.float16))
+        for name, values in zip(("scale", "shift"), corrections_of(self.codes, self.steps), strict=True):
+            object.__setattr__(self, name, _frozen(values, np.float32))
 
 
-CORRECTION_BYTES = 4
+def corrections_of(
+    codes: NDArray[np.int8], steps: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The scales and shifts, float32 [neurons], that a :class:`Correction` with these codes and steps applies."""
+    logarithms, shifts = codes.astype(np.float64) * steps.astype(np.float64)[:, None]
+    return np.exp(logarithms).astype(np.float32), shifts.astype(np.float32)
+
+
+CORRECTION_BYTES = 2
 """Of one neuron under one failure set."""
 
 

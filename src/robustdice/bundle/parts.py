@@ -68,19 +68,28 @@ class Coarse:
 
 
 @dataclass(frozen=True)
+class Corrected:
+    """A :class:`robustdice.representation.Correction`: the ``offset`` in the weights of its codes, all scales first,
+    and its two ``steps``."""
+
+    offset: int
+    steps: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Affine:
     """What a model takes from the weights for one layer: what it scales and shifts neurons by, directly behind the
     layer's affine chain, and the filters of ``coarse`` copies.
 
     ``scale`` and ``shift`` are inputs of the model, float32 [neurons]: 1 and 0 as long as nothing else is said. For
-    each of ``Manifest.calibrated``, ``corrections`` has the offset in the weights of a scale and a shift of every
-    neuron, all scales first, float16; None where the layer is not corrected.
+    each of ``Manifest.calibrated``, ``corrections`` has the codes of a scale and a shift of every neuron and their
+    steps; None where the layer is not corrected.
     """
 
     scale: str
     shift: str
     neurons: int
-    corrections: tuple[int | None, ...]
+    corrections: tuple[Corrected | None, ...]
     coarse: Coarse | None = None
 
 
@@ -122,7 +131,7 @@ def extent(part: Part) -> int:
     """Where what a part takes from the weights ends; 0 when it takes nothing."""
     ends = [0]
     for affine in part.affine:
-        ends += [offset + CORRECTION_BYTES * affine.neurons for offset in affine.corrections if offset is not None]
+        ends += [each.offset + CORRECTION_BYTES * affine.neurons for each in affine.corrections if each is not None]
         if (coarse := affine.coarse) is not None:
             if coarse.shift is not None:
                 ends.append(coarse.shift + SHIFT_BYTES * affine.neurons)
@@ -162,10 +171,17 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_affine(document: Mapping[str, Any]) -> Affine:
-    offsets = [None if offset is None else _whole(offset, 0) for offset in document["corrections"]]
+    corrections = tuple(None if each is None else _parse_corrected(each) for each in document["corrections"])
     coarse = None if document["coarse"] is None else _parse_coarse(document["coarse"])
     neurons = _whole(document["neurons"], 1)
-    return Affine(str(document["scale"]), str(document["shift"]), neurons, tuple(offsets), coarse)
+    return Affine(str(document["scale"]), str(document["shift"]), neurons, corrections, coarse)
+
+
+def _parse_corrected(document: Mapping[str, Any]) -> Corrected:
+    scale, shift = map(float, document["steps"])
+    if not (math.isfinite(scale) and math.isfinite(shift)):
+        raise ValueError(f"steps of {scale} and {shift}")
+    return Corrected(_whole(document["offset"], 0), (scale, shift))
 
 
 def _parse_coarse(document: Mapping[str, Any]) -> Coarse:

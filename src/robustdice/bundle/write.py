@@ -17,13 +17,13 @@ from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Exchange, Fi
 from robustdice.bundle.models import Model, Models, Taken, merged, neurons_of
 from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
-from robustdice.bundle.parts import Affine, Coarse, Filter, Part, Piece
+from robustdice.bundle.parts import Affine, Coarse, Corrected, Filter, Part, Piece
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
 from robustdice.model.canonical import attribute
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.plan import Plan
-from robustdice.representation import CoarseFilter, pack
+from robustdice.representation import CoarseFilter, Correction, pack
 
 SPARES = ("standby", "hot")
 _BESIDE_BUNDLES = {"plan.json", "cluster.toml", "client.key"}
@@ -195,14 +195,17 @@ class _Device:
     def _affine(self, taken: Taken) -> Affine:
         index, neurons = taken.layer, taken.neurons
         layer = self.network.layers[index]
-        offsets: list[int | None] = []
-        for failed in self.calibrated:
-            correction = self.plan.corrections[failed][index]
-            offsets.append(None if correction is None else self._keep(correction.scale[neurons]))
-            if correction is not None:
-                self._keep(correction.shift[neurons])
+        corrections = tuple(
+            self._corrected(self.plan.corrections[failed][index], neurons) for failed in self.calibrated
+        )
         coarse = None if taken.kind == "float32" else self._coarse(taken)
-        return Affine(scale_name(layer), shift_name(layer), len(neurons), tuple(offsets), coarse)
+        return Affine(scale_name(layer), shift_name(layer), len(neurons), corrections, coarse)
+
+    def _corrected(self, correction: Correction | None, neurons: NDArray[np.int64]) -> Corrected | None:
+        if correction is None:
+            return None
+        scale, shift = map(float, correction.steps)
+        return Corrected(self._keep(correction.codes[:, neurons]), (scale, shift))
 
     def _coarse(self, taken: Taken) -> Coarse:
         layer, neurons = self.network.layers[taken.layer], taken.neurons

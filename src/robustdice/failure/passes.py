@@ -116,8 +116,7 @@ def correct(layer: NetworkLayer, value: torch.Tensor, correction: Correction | N
         return value
     shape = [-1 if position == layer.affine_axis else 1 for position in range(value.ndim)]
     scale, shift = (
-        torch.from_numpy(each.astype(np.float32)).to(value.device).reshape(shape)
-        for each in (correction.scale, correction.shift)
+        torch.from_numpy(each.copy()).to(value.device).reshape(shape) for each in (correction.scale, correction.shift)
     )
     return value * scale + shift
 

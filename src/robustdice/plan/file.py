@@ -16,12 +16,21 @@ from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
 from robustdice.plan.shards import FailureSet, Holder, Shard
-from robustdice.representation import TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, Correction, Steps, pack, unpack
+from robustdice.representation import (
+    TAIL_REPRESENTATION,
+    CoarseFilter,
+    CoarseLayer,
+    Correction,
+    Steps,
+    corrections_of,
+    pack,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from robustdice.plan.plan import Plan
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 REMEDY = "make a new one with 'robustdice plan'"
 _DOCUMENT = "plan.json"
 _ARRAY_LIMIT = 2**31
@@ -123,7 +132,7 @@ def _arrays(plan: Plan) -> dict[str, NDArray[Any]]:
         for index, correction in enumerate(of_layers):
             if correction is not None:
                 name = f"corrections/{'-'.join(map(str, sorted(failed)))}/{index}"
-                arrays[name] = np.stack([correction.scale, correction.shift])
+                arrays[f"{name}/codes"], arrays[f"{name}/steps"] = correction.codes, correction.steps
     return arrays
 
 
@@ -164,8 +173,8 @@ def corrections_from(body: Mapping[str, Any], arrays: Arrays) -> dict[FailureSet
         failed = [int(device) for device in entry["failed"]]
         of_layers: list[Correction | None] = [None] * len(body["layers"])
         for index in entry["layers"]:
-            scale, shift = arrays[f"corrections/{'-'.join(map(str, sorted(failed)))}/{index}"]
-            of_layers[index] = Correction(scale, shift)
+            name = f"corrections/{'-'.join(map(str, sorted(failed)))}/{index}"
+            of_layers[index] = Correction(*corrections_of(arrays[f"{name}/codes"], arrays[f"{name}/steps"]))
         found[frozenset(failed)] = tuple(of_layers)
     return found
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.bundle.parts import Filter, Part
-from robustdice.representation import BITS, SCALE_BYTES, code_offset, code_range, unpack
+from robustdice.representation import BITS, SCALE_BYTES, code_offset, code_range, corrections_of, unpack
 
 Floats = NDArray[np.float32]
 
@@ -41,8 +41,9 @@ class Weights:
                 scale = scale * np.float32(coarse.factor)
                 if coarse.shift is not None:
                     shift = self._array(coarse.shift, "<f4", affine.neurons)
-            if calibrated is not None and (offset := affine.corrections[calibrated]) is not None:
-                factor, summand = self._array(offset, "<f2", 2 * affine.neurons).reshape(2, -1)
+            if calibrated is not None and (corrected := affine.corrections[calibrated]) is not None:
+                codes = self._array(corrected.offset, "i1", 2 * affine.neurons).reshape(2, -1)
+                factor, summand = corrections_of(codes, np.array(corrected.steps))
                 scale, shift = scale * factor, shift * factor + summand
             found[affine.scale], found[affine.shift] = scale, shift
         return found
