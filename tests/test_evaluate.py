@@ -113,6 +113,7 @@ def test_failures_that_leave_the_same_neurons_share_their_passes(
         run(module, nodes, values)
 
     monkeypatch.setattr("robustdice.failure.passes.execute", counted)
+    monkeypatch.setattr("robustdice.failure.copies.execute", counted)
     found = evaluate(network, plan, dataset)
     assert len(found.accuracy) == 15
     assert set(found.accuracy.values()) == {found.clean}
@@ -135,6 +136,7 @@ def test_what_comes_before_the_first_difference_is_computed_once(
         run(module, nodes, values)
 
     monkeypatch.setattr("robustdice.failure.passes.execute", counted)
+    monkeypatch.setattr("robustdice.failure.copies.execute", counted)
     plan = random_plan(network, 3, seed=4, everywhere=(0, 1))
     sets = [plan.surviving_neurons(failed) for size in range(3) for failed in failure_sets(3, size)]
     run_under(network, torch.from_numpy(IMAGES[:2]), lost_states(sets), Copies(network, {}))
