@@ -201,8 +201,8 @@ def _kept(found: Point, goal: float) -> str:
 
 def comparison_table(points: Sequence[Point]) -> str:
     """Where ``auto`` is below a competitor that fits the same budget."""
-    counted = [f"{method} {sum(each.method == method and not each.down for each in points)}" for method in STYLES]
-    lines = [f"Plans of competitors: {', '.join(counted)}."]
+    counted = [f"{method}: {sum(each.method == method and not each.down for each in points)}" for method in STYLES]
+    lines = [f"Plans of competitors: {'; '.join(counted)}."]
     found = list(comparisons(points))
     if not found:
         return lines[0]
