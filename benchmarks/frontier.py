@@ -191,6 +191,7 @@ def residents(subject: Subject, network: Network, work: Path) -> Iterator[dict[s
             "device_bytes": max(plan.bytes_per_device),
             "resident_bytes": now,
             "peak_bytes": most,
+            "commit": commit() or "unknown",
         }
 
 
