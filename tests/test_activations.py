@@ -211,6 +211,9 @@ def test_steps_are_positive_and_zero_is_one_of_them(steps: tuple[float, int]) ->
 def test_the_command_asks_for_images_and_knows_what_there_is(tmp_path: Path) -> None:
     arguments = ("plan", "nets:plain", "--devices", "2", "-o", tmp_path / "plan.json", "--precision", "int8")
     assert "give --data DATA" in run(*arguments, "--activations", "int8", status=1).stderr
+    other = ("--activations", "int8", "--data", "digits")
+    assert "give --precision int8" in run(*arguments[:-1], "int4", *other, status=1).stderr
+    assert "no --method auto" in run(*arguments, "--method", "auto", *other, status=1).stderr
     assert "known: float32, int8" in run(*arguments, "--activations", "int4", status=1).stderr
 
 

@@ -120,7 +120,7 @@ def plan(
     plots.check_name(plot)
     if normalisation not in NORMALISATIONS:
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
-    _check_activations(activations, data)
+    _check_activations(activations, data, method, {precision, spare_precision or precision})
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     importance = columns = images = None
@@ -142,12 +142,11 @@ def plan(
             considered = rd.choose_plan(
                 network, images.images(), devices=devices, memory=memory, survive=survive, on_progress=advance
             )
-        best = _with_activations(activations, network, considered[0].plan, images.images())
-        _finish(best, output, plot, as_json, images, considered)
+        _finish(considered[0].plan, output, plot, as_json, images, considered)
         return
     coarse = {precision, spare_precision or precision} != {"float32"}
     seen = None
-    if data is not None and (coarse or activations == "int8"):
+    if coarse and data is not None:
         images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
         seen = images.images()
     with progress("rounding") if coarse else contextlib.nullcontext(silent) as advance:
@@ -171,11 +170,17 @@ def plan(
         out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
 
 
-def _check_activations(activations: str, data: str | None) -> None:
+def _check_activations(activations: str, data: str | None, method: str, kinds: set[str]) -> None:
     if activations not in ACTIVATIONS:
         raise PlanError(f"unknown activations {activations!r}; known: {', '.join(ACTIVATIONS)}")
-    if activations == "int8" and data is None:
+    if activations == "float32":
+        return
+    if data is None:
         raise RobustdiceError("activations in 8 bits are fitted to unlabelled images: give --data DATA")
+    if method == "auto" or kinds != {"int8"}:
+        raise PlanError(
+            "8 bits are multiplied where all copies are in int8: give --precision int8, and no --method auto"
+        )
 
 
 def _with_activations(
