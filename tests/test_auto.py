@@ -1,5 +1,6 @@
 """Plans for a budget: what is chosen keeps to it, survives, and beats what anybody would do by hand."""
 
+import numpy as np
 import pytest
 
 import robustdice as rd
@@ -109,6 +110,11 @@ def test_large_networks_make_do_with_fewer_images(monkeypatch: pytest.MonkeyPatc
     assert len(tabulate(network, images, devices=2).images) == 32
     monkeypatch.setattr(auto, "PASS_MACS", 1)
     assert len(affordable(network, images, 48)) == auto.FEWEST_IMAGES
+
+
+def test_some_of_the_images_are_of_all_kinds_though_they_come_class_by_class() -> None:
+    images = np.repeat(np.arange(10, dtype=np.float32), 7)[:, None, None, None] * np.ones((1, 8, 8), np.float32)
+    assert set(affordable(shared_network(Plain, 1, 8, 8), images, 20)[:, 0, 0, 0]) == set(range(10))
 
 
 def test_budgets_that_share_a_table_get_the_plans_that_they_get_alone() -> None:

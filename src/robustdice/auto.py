@@ -115,10 +115,11 @@ def tabulate(
 
 
 def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
-    """The first ``wanted`` images, or fewer where one of them takes the network long; the fewer are wanted, the more
-    passes there will be."""
+    """``wanted`` of the images, or fewer where one of them takes the network long; the fewer are wanted, the more
+    passes there will be. At even distances, as images tend to come class by class."""
     count = PASS_MACS * wanted // (TRIAL_IMAGES * forward_macs(network))
-    return images[: min(wanted, max(FEWEST_IMAGES, count))]
+    chosen = min(len(images), wanted, max(FEWEST_IMAGES, count))
+    return images[np.arange(chosen) * len(images) // chosen] if chosen < len(images) else images
 
 
 def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
