@@ -87,9 +87,13 @@ def test_what_is_no_pt2_file_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "missing.pt2"))
     source = save(seeded(Plain), tmp_path / "net.pt2", 1, 8, 8)
     content = Path(source).read_bytes()
-    for damaged in (b"", b"hello", content[: len(content) // 2]):
+    for damaged, why in {
+        b"": " model: it is empty",
+        b"hello": r" torch\.export program",
+        content[: len(content) // 2]: " model: it is a zip archive that is damaged or was cut short",
+    }.items():
         Path(source).write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"net\.pt2 is (not a model: it is empty|not a torch\.export program)"):
+        with pytest.raises(ModelError, match=rf"net\.pt2 is not a{why}"):
             load_model(source)
     with pytest.raises(ModelError, match=r"--random-weights is for .* a \.pt2 file brings its weights"):
         load_model(source, random_weights=True)
