@@ -33,15 +33,15 @@ from frontier_report import write_report
 from numpy.typing import NDArray
 
 import robustdice as rd
-from robustdice.auto import Table, candidates, tabulate
+from robustdice.auto import Table, tabulate
 from robustdice.errors import PlanError
 from robustdice.files import write_csv
 from robustdice.model.network import Network
-from robustdice.partitioning.budget import parse_memory
 from robustdice.plan import Plan
 from robustdice.plan.certificate import wilson
 from robustdice.provenance import commit
 from robustdice.representation import ROUNDING_SAMPLES
+from robustdice.workshop import choose_from
 
 SHARED = Path(__file__).parents[2] / "shared"
 DEVICES = 4
@@ -122,7 +122,7 @@ def autos(network: Network, images: NDArray[np.float32], budgets: tuple[float, .
         return tabulate(network, images, devices=DEVICES)
 
     def answer(budget: float) -> Plan:
-        return candidates(table(), parse_memory(budget, 4 * network.parameters))[0].plan
+        return choose_from(table(), budget)[0].plan
 
     for budget in budgets:
         yield Entry("auto", "", budget, partial(answer, budget))

@@ -319,7 +319,7 @@ def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
         failed: tuple(
             None
             if random.random() < 0.3
-            else Correction(
+            else Correction.of(
                 random.uniform(0.5, 1.5, layer.neurons).astype(np.float16),
                 random.standard_normal(layer.neurons).astype(np.float16),
             )

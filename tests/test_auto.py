@@ -1,15 +1,20 @@
 """Plans for a budget: what is chosen keeps to it, survives, and beats what anybody would do by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
 from robustdice import auto
-from robustdice.auto import Candidate, affordable, best_first, candidates, tabulate
+from robustdice.auto import Candidate, affordable, agreement, best_first, candidates, tabulate
 from robustdice.errors import PlanError
+from robustdice.failure.sensitivity import divergence
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
+from robustdice.plan import Holder, Shard
 from robustdice.report import tables
 from robustdice.workshop import choose_from, choose_plan
 
@@ -43,8 +48,42 @@ def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
     network = shared_network(Plain, 1, 8, 8)
-    with pytest.raises(PlanError, match=r"need .* bytes per device, 40 are allowed"):
+    with pytest.raises(PlanError, match=r"need .* bytes on each device, 40 are allowed: --memory 0\.\d+"):
         candidates(tabulate(network, random_images(8, (1, 8, 8)), devices=4), 40)
+
+
+@pytest.mark.parametrize("memory", ["0MB,1MB,1MB,1MB", "1B", "1MB,1MB"])
+def test_amounts_that_cannot_be_are_refused(memory: str) -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    with pytest.raises(PlanError, match=r"need .* bytes on each device|amounts for 4 devices|memory"):
+        choose_plan(network, random_images(8, (1, 8, 8)), devices=4, memory=memory)
+
+
+def test_every_budget_above_the_least_has_a_plan() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    table = tabulate(network, random_images(8, (3, 8, 8)), devices=4)
+
+    def fit(budget: int) -> bool:
+        try:
+            return candidates(table, budget)[0].fits
+        except PlanError:
+            return False
+
+    fits = [fit(total_bytes(network) * percent // 100) for percent in range(2, 14)]
+    assert fits == sorted(fits)
+    assert fits[-1]
+    assert not fits[0]
+
+
+def test_an_answer_that_has_lost_all_classes_costs_much_and_agrees_with_nothing() -> None:
+    exact = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    lost = torch.full((2, 2), -torch.inf)
+    assert 20 < divergence(exact, lost) < 30
+    network = shared_network(Plain, 1, 8, 8)
+    plan = rd.partition(network, devices=2, method="lop")
+    last = (*plan.shards[:-1], (Shard(tuple(range(plan.layers[-1].neurons)), (Holder(0),)),))
+    alone = replace(plan, shards=last)  # without device 0 there is no answer at all
+    assert agreement(network, alone, random_images(16, (1, 8, 8)), 1)[1] == 0.0
 
 
 def test_devices_with_more_room_hold_more_and_equal_amounts_are_one_amount() -> None:

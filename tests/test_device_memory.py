@@ -98,7 +98,7 @@ def test_status_says_whose_corrections_are_applied(tmp_path: Path) -> None:
     network = shared_network(Plain, 1, 8, 8)
     plan = random_plan(network, 3, 1)
     fixed = tuple(
-        Correction(np.ones(layer.neurons, np.float16), np.zeros(layer.neurons, np.float16)) for layer in plan.layers
+        Correction.of(np.ones(layer.neurons, np.float16), np.zeros(layer.neurons, np.float16)) for layer in plan.layers
     )
     plan = replace(plan, corrections={frozenset({1}): fixed})
     with LocalCluster(build(network, plan, tmp_path / "build"), timeout_seconds=30.0) as cluster:

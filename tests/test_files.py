@@ -35,6 +35,14 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    read, write = os.pipe()
+    write_atomically(Path(f"/dev/fd/{write}"), b"content")
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.read() == b"content"
+
+
 def test_what_cannot_be_written_is_left_alone_and_named(tmp_path: Path) -> None:
     (tmp_path / "self").symlink_to("self")
     for path in (tmp_path, tmp_path / "no" / "where"):

@@ -84,19 +84,36 @@ def test_corrections_are_kept_in_a_byte_each_and_are_the_same_when_given_again(
     wanted: list[tuple[float, float]],
 ) -> None:
     scale, shift = np.array(wanted, np.float32).T
-    kept = Correction(scale, shift)
+    kept = Correction.of(scale, shift)
     assert kept.codes.dtype == np.int8
     assert kept.codes.shape == (2, len(wanted))
     largest = np.abs(np.log(scale)).max()
-    assert np.abs(np.log(kept.scale) - np.log(scale)).max() <= 0.51 * largest / 127 + 1e-6
-    assert np.abs(kept.shift - shift).max() <= 0.51 * np.abs(shift).max() / 127 + 1e-6
-    again = Correction(kept.scale, kept.shift)
+    least = 127 * 2.0**-25 + 1e-6  # steps are float16: the smallest is 2^-24
+    assert np.abs(np.log(kept.scale) - np.log(scale)).max() <= 0.51 * largest / 127 + least
+    assert np.abs(kept.shift - shift).max() <= 0.51 * np.abs(shift).max() / 127 + least
+    again = Correction(kept.codes, kept.steps)  # as they are read from a file
     assert np.array_equal(again.codes, kept.codes)
     assert np.array_equal(again.steps, kept.steps)
     assert np.array_equal(again.scale, kept.scale)
 
 
+@pytest.mark.parametrize("largest", [1e-5, 2e-4, 8e-4])
+def test_next_to_no_correction_is_the_same_when_it_is_read_again(largest: float) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        kept = Correction.of(np.exp(random.uniform(-largest, largest, 32)), random.uniform(-largest, largest, 32))
+        again = Correction(kept.codes, kept.steps)
+        assert np.array_equal(again.codes, kept.codes)
+        assert np.array_equal(again.steps, kept.steps)
+
+
+@pytest.mark.parametrize("steps", [(500.0, 1.0), (np.nan, 1.0), (1.0, np.inf)])
+def test_codes_that_give_no_numbers_are_refused(steps: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Correction(np.full((2, 3), 100, np.int8), np.array(steps, np.float16))
+
+
 @pytest.mark.parametrize(("scale", "shift"), [([0.0], [0.0]), ([-1.0], [0.0]), ([1.0], [np.inf]), ([1.0, 1.0], [0.0])])
 def test_what_is_no_correction_is_refused(scale: list[float], shift: list[float]) -> None:
     with pytest.raises(ValueError, match=r"finite, and scales positive|a scale and a shift for each neuron"):
-        Correction(np.array(scale, np.float32), np.array(shift, np.float32))
+        Correction.of(np.array(scale, np.float32), np.array(shift, np.float32))

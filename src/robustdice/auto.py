@@ -20,6 +20,7 @@ from robustdice.importance.score import forward_macs, score
 from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
+from robustdice.partitioning.budget import share_of
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
@@ -134,8 +135,6 @@ def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
     if len(budgets) != table.devices:
         raise PlanError(f"{len(budgets)} budgets for {table.devices} devices; give one for each")
     offered = _spreads(table.devices)
-    if not _fits(table, offered[-1], budgets):
-        offered += _thin(table.devices)
     whole = offered[:1]
     sizes = range(table.survive + 1)
     families = {
@@ -149,9 +148,9 @@ def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
         try:
             kept, rooms = choose(table, spreads, weights, budgets)
         except PlanError:
-            if spreads is whole and len(offered) > 1:
+            if spreads is whole:
                 continue
-            raise
+            kept, rooms = choose(table, [*spreads, *_thin(table.devices)], weights, budgets)
         if kept in tried:
             continue
         tried.append(kept)
@@ -187,9 +186,8 @@ def choose(
     corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
     costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices]) for i, _ in layers]
     allowed = np.array(budgets, dtype=np.int64) - 4 * network.shared_weights
-    if allowed.min() < 0:
-        needed, given = 4 * network.shared_weights, min(budgets)
-        raise PlanError(f"what is outside of layers needs {needed:,} bytes per device, {given:,} are allowed")
+    if allowed.min() <= 0:
+        raise _too_little(network, 4 * network.shared_weights + 1, budgets)
     uneven = len(set(budgets)) > 1
     scale = allowed.min() / np.maximum(allowed, 1)
     rooms: Rooms = tuple(allowed.tolist()) if uneven else None
@@ -201,10 +199,12 @@ def choose(
             np.array([_largest(held_bytes(layer, kept, devices, i, corrections, rooms), scale) for kept in choices])
             for i, layer in layers
         ]
+        if (smallest := sum(int(of_layer.min()) for of_layer in sizes)) > room:
+            raise _too_little(network, smallest + 4 * network.shared_weights, budgets)
         numbers = allocate(costs, sizes, room)
         chosen = [choices[number] for number in numbers]
         everywhere, rest = _held(network, chosen, devices, corrections, rooms)
-        unused = int(((allowed - everywhere - rest) * scale).min())
+        unused = math.floor(((allowed - everywhere - rest) * scale).min())
         cost = sum(float(costs[i][number]) for i, number in enumerate(numbers))
         if unused < 0:
             break
@@ -215,6 +215,13 @@ def choose(
             rooms = tuple((allowed - everywhere).tolist())
     assert best is not None  # the first choice is counted at its largest device in every layer
     return best
+
+
+def _too_little(network: Network, needed: int, budgets: Sequence[int]) -> PlanError:
+    share = share_of(needed, 4 * network.parameters)
+    return PlanError(
+        f"the smallest copies need {needed:,} bytes on each device, {min(budgets):,} are allowed: --memory {share}"
+    )
 
 
 def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:
@@ -233,7 +240,8 @@ def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive
         batch = on_best_device(torch.from_numpy(images[start : start + at_once]))
         (exact,) = run_under(network, batch, [intact(network)], Copies(network, {}))
         for number, scores in enumerate(run_under(network, batch, different, Copies.of(network, plan))):
-            right[number] += int((scores.argmax(1) == exact.argmax(1)).sum())
+            answered = scores.isfinite().any(1)
+            right[number] += int((answered & (scores.argmax(1) == exact.argmax(1))).sum())
     by_key = {state.key: count / len(images) for state, count in zip(different, right, strict=True)}
     return tuple(
         min(by_key[states[failed].key] for failed in sets if len(failed) == size) for size in range(survive + 1)
@@ -251,15 +259,6 @@ def _spreads(devices: int) -> list[Spread]:
 def _thin(devices: int) -> list[Spread]:
     """What is for budgets in which nothing else fits: neurons on one device alone."""
     return [Spread(1, 0.5), Spread(1, 0.25), Spread(1)] if devices > 2 else []
-
-
-def _fits(table: Table, smallest: Spread, budgets: Sequence[int]) -> bool:
-    network, devices = table.network, table.devices
-    kept = [Kept(smallest, REPRESENTATIONS[-1])] * len(network.layers)
-    corrections = CORRECTION_BYTES * _corrected_sets([smallest], devices, table.survive)
-    rooms = tuple(budgets) if len(set(budgets)) > 1 else None
-    held = 4 * network.shared_weights + sum(_held(network, kept, devices, corrections, rooms))
-    return bool((held <= np.array(budgets)).all())
 
 
 def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> int:

@@ -20,10 +20,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = None
     try:
-        place = Path(os.path.realpath(path))  # which a link to itself is no error for
-        if place.exists() and not place.is_file() and not place.is_dir():
+        if path.exists() and not path.is_file() and not path.is_dir():
             path.write_bytes(content)
             return
+        place = Path(os.path.realpath(path))  # which a link to itself is no error for
         handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,27 +176,43 @@ class Correction:
     value behind the affine chain, float32 [neurons] each.
 
     Both are kept in 8 bits for a neuron: ``codes``, int8 [2, neurons], times ``steps``, float16 [2], which hold for all
-    neurons, are the logarithms of the scales and the shifts. What is given is rounded to such numbers; they stay what
-    they are when they are given again. ValueError for what is no scale and shift of each neuron.
+    neurons, are the logarithms of the scales and the shifts. ValueError for what is no scale and shift of each neuron.
     """
 
-    scale: NDArray[np.float32]
-    shift: NDArray[np.float32]
-    codes: NDArray[np.int8] = field(init=False)
-    steps: NDArray[np.float16] = field(init=False)
+    codes: NDArray[np.int8]
+    steps: NDArray[np.float16]
 
     def __post_init__(self) -> None:
-        if self.scale.shape != self.shift.shape or np.ndim(self.scale) != 1:
-            raise ValueError(f"a scale and a shift for each neuron, not {self.scale.shape} and {self.shift.shape}")
-        if not (np.isfinite(self.scale).all() and np.isfinite(self.shift).all() and (self.scale > 0).all()):
+        if np.ndim(self.codes) != 2 or len(self.codes) != 2 or self.steps.shape != (2,):
+            raise ValueError(f"codes and steps of scales and shifts, not {self.codes.shape} and {self.steps.shape}")
+        object.__setattr__(self, "codes", _frozen(self.codes, np.int8))
+        object.__setattr__(self, "steps", _frozen(self.steps, np.float16))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = corrections_of(self.codes, self.steps)
+        if not (np.isfinite(values).all() and (values[0] > 0).all()):
             raise ValueError("corrections must be finite, and scales positive")
-        wanted = np.stack([np.log(self.scale.astype(np.float64)), self.shift.astype(np.float64)])
+
+    @classmethod
+    def of(cls, scale: NDArray[np.floating[Any]], shift: NDArray[np.floating[Any]]) -> Correction:
+        """The nearest to these scales and shifts, [neurons] each."""
+        if scale.shape != shift.shape or np.ndim(scale) != 1:
+            raise ValueError(f"a scale and a shift for each neuron, not {scale.shape} and {shift.shape}")
+        if not (np.isfinite(scale).all() and np.isfinite(shift).all() and (scale > 0).all()):
+            raise ValueError("corrections must be finite, and scales positive")
+        wanted = np.stack([np.log(scale.astype(np.float64)), shift.astype(np.float64)])
         steps = np.clip(np.abs(wanted).max(1, initial=0) / 127, 2.0**-24, 500.0).astype(np.float16)
         codes = np.clip(np.rint(wanted / steps[:, None].astype(np.float64)), -127, 127)
-        object.__setattr__(self, "codes", _frozen(codes, np.int8))
-        object.__setattr__(self, "steps", _frozen(steps, np.float16))
-        for name, values in zip(("scale", "shift"), corrections_of(self.codes, self.steps), strict=True):
-            object.__setattr__(self, name, _frozen(values, np.float32))
+        return cls(codes.astype(np.int8), steps)
+
+    @cached_property
+    def scale(self) -> NDArray[np.float32]:
+        """Of each neuron."""
+        return _frozen(corrections_of(self.codes, self.steps)[0], np.float32)
+
+    @cached_property
+    def shift(self) -> NDArray[np.float32]:
+        """Of each neuron."""
+        return _frozen(corrections_of(self.codes, self.steps)[1], np.float32)
 
 
 def corrections_of(

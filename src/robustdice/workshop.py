@@ -129,6 +129,7 @@ def choose_plan(
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
     ``survive`` the number of devices down at once that the plan is made for (all but one). PlanError when nothing fits.
     """
+    parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
     table = tabulate(network, images, devices=devices, survive=survive, on_progress=on_progress)
     return choose_from(table, memory)
 
@@ -136,7 +137,10 @@ def choose_plan(
 def choose_from(table: Table, memory: float | str) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
-    return best_first([*candidates(table, budgets), *rivals(table, budgets)])
+    found = best_first([*candidates(table, budgets), *rivals(table, budgets)])
+    if not found[0].fits:
+        raise PlanError(f"no plan was found that keeps to {memory}; allow a little more")
+    return found
 
 
 def calibrate(

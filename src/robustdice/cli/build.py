@@ -68,6 +68,11 @@ def build(
         out.print(line, soft_wrap=True)
     need = tables.process_memory(max(made.bytes_per_device))
     out.print(f"Each device's process will need about {need} of memory (estimated, while loading).", soft_wrap=True)
+    if made.certificate is None:
+        out.print(
+            "How accurate the answers are has not been measured: after robustdice evaluate they say what to expect.",
+            soft_wrap=True,
+        )
     if rebuilt:
         out.print("Devices that run now serve the build before this one until they are started again.", soft_wrap=True)
     there = "robustdice up {0} to try it here" if cluster.here else "robustdice device {0}/device-K on device K"

@@ -125,6 +125,8 @@ def plan(
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
+    if survive is not None and method != "auto":
+        raise PlanError("--survive is for --method auto: other methods make plans for any number of failures")
     if method not in WITHOUT_SCORES and method != "auto":
         columns = use.split(",")
         if scores is not None:
@@ -135,6 +137,10 @@ def plan(
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     if method == "auto":
+        chosen = {"--scores": scores, "--threshold": threshold, "--spare-precision": spare_precision}
+        chosen["--precision"] = None if precision == "float32" else precision
+        if given := [option for option, value in chosen.items() if value is not None]:
+            raise PlanError(f"auto chooses by itself; leave out {', '.join(given)}, or choose another --method")
         if data is None or memory is None:
             raise RobustdiceError("auto needs --memory, what each device may hold, and unlabelled images: --data DATA")
         images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)

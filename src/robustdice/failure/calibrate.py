@@ -90,9 +90,9 @@ def _matching(now: Statistics, target: Statistics) -> Correction:
     (mean, spread), (wanted_mean, wanted_spread) = now, target
     dead = (spread < 1e-6) | (wanted_spread < 1e-6)
     scale = torch.where(dead, 1.0, wanted_spread / spread.clamp_min(1e-6)).clamp(1 / MAX_GAIN, MAX_GAIN)
-    kept = Correction(scale.cpu().numpy(), np.zeros(len(scale), np.float32)).scale
+    kept = Correction.of(scale.cpu().numpy(), np.zeros(len(scale), np.float32)).scale
     shift = wanted_mean.cpu().numpy() - kept * mean.cpu().numpy()
-    return Correction(kept, shift.clip(-60000, 60000))
+    return Correction.of(kept, shift.clip(-60000, 60000))
 
 
 class _Pass:

@@ -87,5 +87,5 @@ def divergence(exact: torch.Tensor, scores: torch.Tensor) -> float:
     """Mean Kullback-Leibler divergence (nats) of the class probabilities of ``scores`` [n, classes] from the exact
     ones'. A lost class counts as one that is next to impossible."""
     probable = torch.log_softmax(exact.double(), 1)
-    found = torch.log_softmax(scores.double(), 1).clamp_min(-30.0)
+    found = torch.log_softmax(scores.double(), 1).nan_to_num(nan=-30.0).clamp_min(-30.0)  # NaN where all are lost
     return float((probable.exp() * (probable - found)).sum(1).mean())

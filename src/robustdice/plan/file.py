@@ -22,7 +22,6 @@ from robustdice.representation import (
     CoarseLayer,
     Correction,
     Steps,
-    corrections_of,
     pack,
     unpack,
 )
@@ -174,7 +173,7 @@ def corrections_from(body: Mapping[str, Any], arrays: Arrays) -> dict[FailureSet
         of_layers: list[Correction | None] = [None] * len(body["layers"])
         for index in entry["layers"]:
             name = f"corrections/{'-'.join(map(str, sorted(failed)))}/{index}"
-            of_layers[index] = Correction(*corrections_of(arrays[f"{name}/codes"], arrays[f"{name}/steps"]))
+            of_layers[index] = Correction(arrays[f"{name}/codes"], arrays[f"{name}/steps"])
         found[frozenset(failed)] = tuple(of_layers)
     return found
 
