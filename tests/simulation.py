@@ -190,7 +190,7 @@ class World:
     def _set_timer(self, node: Node) -> None:
         """Let the engine's timer go off when it is due; one that is set to go off earlier will look again."""
         assert node.engine is not None
-        due = node.engine.next_due()
+        due = node.engine.next_due(self.now)
         if due is not None and (node.tick_at is None or due < node.tick_at):
             node.tick_at = max(due, self.now)
             self.at(node.tick_at, self._tick, node.device, node.incarnation, node.tick_at)
@@ -202,7 +202,7 @@ class World:
         if node.tick_at != set_for:
             return  # an earlier one took its place
         node.tick_at = None
-        due = node.engine.next_due()
+        due = node.engine.next_due(self.now)
         if due is not None and due <= self.now:
             self._deliver(device, incarnation, Tick(due))
         else:

@@ -8,9 +8,20 @@ import pytest
 
 from bundles import make_manifest, make_plan
 from robustdice.runtime.protocol.engine import Engine
-from robustdice.runtime.protocol.events import Action, Computed, Forget, PeerUp, Received, RunStage, Send, Settings
+from robustdice.runtime.protocol.events import (
+    Action,
+    Computed,
+    Forget,
+    PeerUp,
+    Received,
+    RunPieces,
+    RunStage,
+    Send,
+    Settings,
+    Tick,
+)
 from robustdice.runtime.protocol.membership import Membership
-from robustdice.runtime.wire.messages import Frame, FrameId, Pass, Refused, Shards
+from robustdice.runtime.wire.messages import Frame, FrameId, Hello, Pass, Pulse, Refused, Shards, Want
 from simulation import Network, World
 
 FAULTS = (
@@ -345,7 +356,26 @@ def test_a_computation_that_fails_costs_the_frame_only() -> None:
     assert [type(message) for message in sent] == [Refused, Pass]
     assert isinstance(sent[0], Refused)
     assert "out of memory" in sent[0].reason
+    asked = engine.handle(Received(Want(1, task.frame, 0, ((0, 0),))), 1.2)
+    assert not [action for action in asked if isinstance(action, RunPieces)], "it is not tried again"
     assert [type(action) for action in admitted(engine, 1)] == [RunStage]
+
+
+def test_a_frame_with_next_to_no_time_takes_none_from_those_before_it() -> None:
+    manifest = make_manifest(make_plan(2, holders=1), 0)
+    engine = Engine(manifest)
+    engine.handle(PeerUp(1), 0.5)
+    engine.handle(Received(Hello(1, "7", reply=False)), 0.6)
+    engine.handle(Received(Pulse(1, 0.6, 0.5, False, 0, 0, ())), 0.6)
+    (task,) = [action for action in admitted(engine, 0) if isinstance(action, RunStage)]
+    computed = {
+        shard: "own" for piece in make_manifest(make_plan(2, holders=1), 0).stages[0].pieces for shard in piece.shards
+    }
+    engine.handle(Computed(task, computed), 1.01)
+    hurried = Frame(FrameId("c1", 0), 0, 0.001, "input")
+    actions = [*engine.handle(Received(hurried), 1.02), *engine.handle(Tick(1.03), 1.03)]
+    later = [action for action in actions if isinstance(action, RunStage) and action.frame == task.frame]
+    assert not later, "the first one still waits for the other device's shards"
 
 
 def test_backoff_doubles_per_relapse_and_is_forgiven() -> None:

@@ -143,6 +143,7 @@ def zipped(*names: str) -> bytes:
         (b"<?xml version='1.0'?><net/>", "net.xml", "an OpenVINO model; give"),
         (b"hello", "net.bin", r"expected a torch\.export program \(\.pt2\) or an ONNX file"),
     ],
+    ids=lambda value: "content" if isinstance(value, bytes) else None,  # archives have the time of day in them
 )  # fmt: skip
 def test_files_are_called_by_their_name(content: bytes, name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)

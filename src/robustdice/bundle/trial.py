@@ -17,8 +17,8 @@ TOLERANCE = 1e-3
 wrong neuron of a thousand shows."""
 
 ROUNDED_TOLERANCE = 2e-2
-"""Likewise where inputs are rounded to 8 bits. What lies between two steps may go to the other one where numbers before
-it were added up in another order; a wrong kernel is off by more."""
+"""Likewise for each layer in a row that reads inputs rounded to 8 bits. What lies between two steps may go to the other
+one where numbers before it were added up in another order, and the next layers make more of that."""
 
 Array = NDArray[Any]
 

@@ -60,7 +60,9 @@ def steps_for(value: torch.Tensor) -> Steps:
     """The steps with the least squared error for ``value``."""
     flat = value.flatten()
     low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
-    some = flat[:: max(1, flat.numel() // _MOST)]
+    # Not at even distances, which may be those of a map's columns.
+    chosen = torch.randint(flat.numel(), (_MOST,), generator=torch.Generator().manual_seed(0))
+    some = flat if flat.numel() <= _MOST else flat[chosen.to(flat.device)]
     tried = []
     for shrink in torch.linspace(1.0, 0.5, SHRINKS).tolist():
         scale = max((high - low) * shrink / 255, 1e-12)

@@ -186,7 +186,7 @@ class Loop:
             self._turn()
 
     def _turn(self) -> None:
-        due = self._engine.next_due()
+        due = self._engine.next_due(time.monotonic())
         now = time.monotonic()
         wait = LONGEST_POLL_SECONDS if due is None else min(max(due - now, 0.0), LONGEST_POLL_SECONDS)
         for rest in reversed(range(DRAIN_ROUNDS)):  # what has arrived comes before any timer
@@ -198,7 +198,8 @@ class Loop:
                 else:
                     self._act(self._engine.handle(event, time.monotonic()))
             self._collect()
-            due, now = self._engine.next_due(), time.monotonic()
+            now = time.monotonic()
+            due = self._engine.next_due(now)
             if due is None or now < due:
                 return
             if not events or not rest:

@@ -91,21 +91,26 @@ class Executor:
         """Run every part on made-up values; BundleError when one does not compute what the workshop said it would."""
         manifest = self.manifest
         values: Values = {manifest.input: stand_in(manifest.input, manifest.input_shape)}
+        depths: dict[str, int] = {}
         for number, stage in enumerate(manifest.stages):
             for part in stage.local:
-                values.update(self._try_part(part, values))
+                values.update(self._try_part(part, values, depths))
             for piece in stage.pieces:
-                self._try_part(piece, values)
+                self._try_part(piece, values, depths)
             values = self.keep(number, values)
             for exchange in (manifest.exchanges[position] for position in stage.exchanges):
                 values[exchange.value] = stand_in(exchange.value, exchange.shape)
+                depths.pop(exchange.value, None)
                 if exchange.mask is not None:
                     values[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
 
-    def _try_part(self, part: Part, values: Values) -> Values:
+    def _try_part(self, part: Part, values: Values, depths: dict[str, int]) -> Values:
+        """``depths`` says of values how many layers in a row read rounded inputs before them, where any did."""
         found = self._run(part, values, ())
+        depth = max((depths.get(name, 0) for name in part.inputs), default=0) + sum(c.rounded for c in part.coarse)
+        depths.update(dict.fromkeys(part.outputs, depth))
+        allowed = ROUNDED_TOLERANCE * depth if depth else TOLERANCE
         for output, expected in zip(part.outputs, part.trial, strict=False):  # a bundle without trials has none
-            allowed = ROUNDED_TOLERANCE if any(coarse.rounded for coarse in part.coarse) else TOLERANCE
             if (wrong := deviation(summary(found[output]), expected)) > allowed:
                 raise BundleError(
                     f"{part.file} computes something else here than where it was built: {output} deviates by "

@@ -97,15 +97,18 @@ class Deadlines:
         usual = (self._hurries.mean or 0.0) * (len(self.computes) - frame.stage)
         return frame.deadline - self._settings.answer_margin - ALONE * max(self._computing(frame), usual)
 
-    def hurries(self, frames: Iterable[InFlight]) -> Iterator[tuple[InFlight, float]]:
+    def hurries(self, frames: Iterable[InFlight], now: float) -> Iterator[tuple[InFlight, float]]:
         """As ``hurry_at`` for all that are waiting, the youngest first, where ``frames`` are all that are not answered,
-        the oldest first: one must also leave the younger ones the time for their work, which comes after its own."""
+        the oldest first: one must also leave the younger ones the time for their work, which comes after its own. But
+        not those that are too late already, as one with next to no time is from the start."""
         younger = math.inf
         for frame in reversed(list(frames)):
-            due = min(self.hurry_at(frame), younger - self._computing(frame))
+            own = self.hurry_at(frame)
+            due = min(own, younger - self._computing(frame))
             if frame.phase is Phase.WAITING:
                 yield frame, due
-            younger = due
+            if own >= now:
+                younger = due
 
     def _computing(self, frame: InFlight) -> float:
         """What the stages after its current one usually take."""

@@ -96,11 +96,11 @@ class Engine:
         self._lead(now)
         return self._out.take()
 
-    def next_due(self) -> float | None:
+    def next_due(self, now: float) -> float | None:
         """When a Tick is needed, if no other event comes before."""
         times = [self._contacts.pulse_at]
         times += [self._contacts.of[device].silent_at(self.settings) for device in self.membership.admitted]
-        times += self.frames.due(self._deadlines, self._head)
+        times += self.frames.due(self._deadlines, self._head, now)
         return min(times)
 
     def status(self, now: float) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class Engine:
         for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)
-        for frame, hurry_at in reversed(list(self._deadlines.hurries(self.frames.pending()))):
+        for frame, hurry_at in reversed(list(self._deadlines.hurries(self.frames.pending(), now))):
             if frame.phase is Phase.WAITING:
                 self._on_wait(frame, frozen, hurry_at, now)
         for frame_id, early in self.frames.early_ones():
@@ -435,6 +435,7 @@ class Engine:
 
     def _give_up(self, frame: InFlight, reason: str, now: float) -> None:
         self._out.refuse(frame.id, reason)
+        frame.failed = True
         self._retire(frame, now)
 
     def _retire(self, frame: InFlight, now: float) -> None:

@@ -65,10 +65,10 @@ class Frames:
         """All frames that only peers spoke of."""
         return list(self._early.items())
 
-    def due(self, deadlines: Deadlines, head: FrameId | None) -> list[float]:
+    def due(self, deadlines: Deadlines, head: FrameId | None, now: float) -> list[float]:
         """When something is to be done about a frame, or at least looked at; stage deadlines run for the head alone."""
         times = [deadlines.early_until(early) for early in self._early.values()]
-        times += [hurry_at for _, hurry_at in deadlines.hurries(self.pending())]
+        times += [hurry_at for _, hurry_at in deadlines.hurries(self.pending(), now)]
         for frame in self._admitted.values():
             if frame.phase is Phase.WAITING and frame.id == head:
                 times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)

@@ -58,6 +58,8 @@ class InFlight:
     """Shards that peers asked for, and that are not computed yet."""
     owes: bool = False
     """There may be pieces of an entered stage that have to be computed now: looked at when the executor is free."""
+    failed: bool = False
+    """It could not be computed, and is not tried again."""
     since: dict[int, float] = field(default_factory=dict)
     """When the waiting for a stage began."""
     nudge_at: float | None = None
@@ -211,8 +213,8 @@ class InFlight:
         )
 
     def owed(self, me: int) -> RunPieces | None:
-        """What has to be computed of stages that were entered."""
-        for stage in range(self.stage + (self.phase is not Phase.READY)):
+        """What has to be computed of stages that were entered; nothing more once that has failed."""
+        for stage in range(0 if self.failed else self.stage + (self.phase is not Phase.READY)):
             if pieces := self.pieces_due(stage, me):
                 return RunPieces(self.id, stage, pieces, self.down)
         self.owes = False
