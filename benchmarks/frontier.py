@@ -43,6 +43,7 @@ from robustdice.provenance import commit
 from robustdice.representation import ROUNDING_SAMPLES
 from robustdice.workshop import choose_from
 
+WORK = Path(__file__).parents[1] / "build" / "frontier"
 SHARED = Path(__file__).parents[2] / "shared"
 DEVICES = 4
 RESIDENT_AT = (0.06, 0.1, 0.25)
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the float32 bytes")
     parser.add_argument("--images", type=int, default=500, help="images to measure accuracies on")
     parser.add_argument("--shared", type=Path, default=SHARED, help="where models/ and data/ are")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/frontier"), help="where plans are kept")  # noqa: S108
+    parser.add_argument("--work", type=Path, default=WORK, help="where plans are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "frontier")
     parser.add_argument("--resident", action="store_true", help="measure device processes, of plans that are made")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw what there is")

@@ -18,6 +18,7 @@ from commands import COMMAND, fails, run, run_json, without_workshop
 from nets import Plain, save, seeded
 from robustdice import terminal
 from robustdice.failure.evaluate import Evaluation
+from robustdice.plan.certificate import wilson
 from robustdice.report import cluster_tables, tables
 from robustdice.report.sheet import Sheet
 from robustdice.runtime.answer import Answer
@@ -209,9 +210,9 @@ def test_every_document_carries_its_version(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(("accuracy", "samples"), [(0.0, 10), (1.0, 10), (0.5, 100), (0.8, 5000)])
 def test_an_interval_holds_the_accuracy_and_narrows_with_samples(accuracy: float, samples: int) -> None:
-    low, high = tables.confidence_interval(accuracy, samples)
+    low, high = wilson(accuracy, samples)
     assert 0 <= low <= accuracy <= high <= 1
-    wider = tables.confidence_interval(accuracy, samples // 2)
+    wider = wilson(accuracy, samples // 2)
     assert 0 < high - low < wider[1] - wider[0]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from robustdice.bundle.onnx_graph import Array, OnnxGraph, cut
-from robustdice.model.canonical import CONVOLUTIONS, arguments, aten
+from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, per_axis
 from robustdice.model.layers import NetworkLayer
 from robustdice.representation import Steps
 
@@ -118,7 +117,7 @@ def _columns(
     of their result, and arrays."""
     name, kernel, outputs = layer.node.name, shape[1:], layer.own_shape[1:]
     _, _, _, stride, padding, dilation, _ = arguments(layer.node, None, None, None, 1, 0, 1, 1)
-    stride, padding, dilation = (_per_axis(each, len(kernel)) for each in (stride, padding, dilation))
+    stride, padding, dilation = (per_axis(each, len(kernel)) for each in (stride, padding, dilation))
     axes = len(kernel) + 2
     last = f"{name}/@channels last"
     arrays: dict[str, Array] = {}
@@ -141,11 +140,6 @@ def _columns(
         return nodes, parts[0], arrays
     nodes.append(helper.make_node("Concat", parts, [f"{name}/@columns"], axis=axes - 1))
     return nodes, f"{name}/@columns", arrays
-
-
-def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _steps(name: str, steps: Steps) -> dict[str, Array]:

@@ -193,6 +193,12 @@ def arguments(node: fx.Node, *defaults: Any) -> tuple[Any, ...]:
     return (*node.args, *defaults[len(node.args) :])
 
 
+def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """A convolution's stride, padding or dilation along each of ``axes`` axes, of which one number stands for all."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
 def _replace(graph: fx.Graph, node: fx.Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     with graph.inserting_before(node):
         new = graph.call_function(target, arguments)

@@ -65,8 +65,9 @@ class Certificate:
 
 
 def wilson(share: float, samples: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share that was measured on ``samples`` (Wilson 1927)."""
+    """The 95 % confidence interval of a share that was measured on ``samples`` (Wilson 1927):
+    unlike the textbook's, it is no point at 0 and 1."""
     z2 = CONFIDENCE_Z**2 / samples
     middle = (share + z2 / 2) / (1 + z2)
     half = CONFIDENCE_Z / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from robustdice.costs import costs_of
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
+from robustdice.plan.certificate import wilson
 from robustdice.report.sheet import Sheet
 
 if TYPE_CHECKING:
@@ -239,14 +239,14 @@ def evaluation_json(result: Evaluation, expectation: Expectation | None = None) 
             "worst": summary.worst,
             "mean": summary.mean,
             "best": summary.best,
-            "worst_interval": list(confidence_interval(summary.worst, result.samples)),
+            "worst_interval": list(wilson(summary.worst, result.samples)),
             "sets": sets,
         }
         if summary.sampled:
             failures[str(size)] |= {"sampled": True, "of": summary.of}
     return {
         "clean": result.clean,
-        "clean_interval": list(confidence_interval(result.clean, result.samples)),
+        "clean_interval": list(wilson(result.clean, result.samples)),
         "samples": result.samples,
         "data": result.data,
         "memory_share": result.memory_share,
@@ -254,17 +254,6 @@ def evaluation_json(result: Evaluation, expectation: Expectation | None = None) 
         "failures": failures,
         **({} if expectation is None else {"availability": expectation_json(expectation)}),
     }
-
-
-def confidence_interval(accuracy: float, samples: int) -> tuple[float, float]:
-    """Where the accuracy on all such images lies, 95 % sure, when ``accuracy`` was measured on ``samples`` of them.
-
-    Wilson's score interval: unlike the textbook's, it is no point at 0 and 1.
-    """
-    z2 = 1.959964**2
-    middle = (accuracy + z2 / (2 * samples)) / (1 + z2 / samples)
-    half = math.sqrt(z2 * (accuracy * (1 - accuracy) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)
-    return max(0.0, min(middle - half, accuracy)), min(1.0, max(middle + half, accuracy))
 
 
 def expectation_json(expectation: Expectation) -> dict[str, Any]:
@@ -310,7 +299,7 @@ def evaluation_table(result: Evaluation) -> Sheet:
 
 
 def _measured_on(result: Evaluation) -> str:
-    spread = max(b - a for a, b in (confidence_interval(a, result.samples) for a in result.accuracy.values())) / 2
+    spread = max(b - a for a, b in (wilson(a, result.samples) for a in result.accuracy.values())) / 2
     return (
         f"Top-1 accuracy measured on {result.samples:,} images of {result.data}: each figure may be off by up to "
         f"{100 * spread:.1f} points (95 %), for they are a sample."

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 
-from robustdice.model.canonical import CONVOLUTIONS, arguments
+from robustdice.model.canonical import CONVOLUTIONS, arguments, per_axis
 from robustdice.model.layers import NetworkLayer
 
 MAX_COLUMNS = 8_192
@@ -24,7 +22,7 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
         return None
     _, _, _, stride, padding, dilation, groups = arguments(layer.node, None, None, None, 1, 0, 1, 1)
     kernel = size[2:]
-    steps = [_per_axis(each, len(kernel)) for each in (stride, padding, dilation)]
+    steps = [per_axis(each, len(kernel)) for each in (stride, padding, dilation)]
     if layer.node.target is CONVOLUTIONS[1]:
         x, kernel = x[:, :, None], (1, *kernel)
         steps = [(neutral, *each) for neutral, each in zip((1, 0, 1), steps, strict=True)]
@@ -39,11 +37,6 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
     places = torch.cat(taken)
     found = windows[images, places // wide, places % wide]
     return found.reshape(len(found), groups, -1).transpose(0, 1)
-
-
-def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _thinned(found: torch.Tensor) -> torch.Tensor:
