@@ -26,7 +26,7 @@ class Costs:
 
 def costs_of(plan: Plan) -> Costs:
     """The costs of a plan."""
-    exchanges = sum(not plan.held_by_all(layer) for layer in range(len(plan.layers)))
+    exchanges = plan.exchanges
     share = plan.healthy_compute_share
     speedup = float(plan.devices) if not exchanges else 1 / share
     return Costs(exchanges, 4 * plan.exchanged_activations, share, not exchanges, speedup)

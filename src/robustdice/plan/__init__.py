@@ -18,6 +18,7 @@ from robustdice.plan.shards import (
     publishers,
     shard_width,
 )
+from robustdice.plan.strips import Strips
 
 __all__ = [
     "MAX_DEVICES",
@@ -28,6 +29,7 @@ __all__ = [
     "ModelReference",
     "Plan",
     "Shard",
+    "Strips",
     "check_max_failed",
     "failure_sets",
     "nearest_calibrated",

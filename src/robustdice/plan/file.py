@@ -29,7 +29,7 @@ from robustdice.representation import (
 if TYPE_CHECKING:
     from robustdice.plan.plan import Plan
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 REMEDY = "make a new one with 'robustdice plan'"
 _DOCUMENT = "plan.json"
 _ARRAY_LIMIT = 2**31
@@ -98,6 +98,8 @@ def _body(plan: Plan, arrays: Arrays) -> dict[str, Any]:
             {"layer": index, "scale": steps.scale, "zero": steps.zero}
             for index, steps in sorted(plan.activations.items())
         ]
+    if plan.strips:
+        body["strips"] = [asdict(run) for run in plan.strips]
     if plan.corrections:
         body["corrections"] = [
             {"failed": sorted(failed), "layers": [index for index, each in enumerate(of_layers) if each is not None]}

@@ -35,6 +35,7 @@ from robustdice.plan.shards import (
     publishers,
     shard_width,
 )
+from robustdice.plan.strips import Strips, strips_from_json
 from robustdice.representation import (
     CORRECTION_BYTES,
     LOST,
@@ -65,8 +66,9 @@ class Plan:
     ``coarse`` has the weights of every (layer, representation) that a holder keeps, other than float32.
     ``activations`` are the layers that read their inputs rounded to 8 bits, and how; these have no copies in float32 or
     float16. ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by
-    (None: a layer that needs nothing). ``certificate`` is what was measured of the plan; it is no part of what the plan
-    says.
+    (None: a layer that needs nothing). ``strips`` are runs of layers that every device holds whole, in float32, and
+    that are computed in strips of rows. ``certificate`` is what was measured of the plan; it is no part of what the
+    plan says.
     """
 
     devices: int
@@ -80,6 +82,7 @@ class Plan:
     coarse: Mapping[tuple[int, str], CoarseLayer] = field(default_factory=dict)
     activations: Mapping[int, Steps] = field(default_factory=dict)
     corrections: Mapping[FailureSet, tuple[Correction | None, ...]] = field(default_factory=dict)
+    strips: tuple[Strips, ...] = ()
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
@@ -134,28 +137,51 @@ class Plan:
         """Whether devices hand each other pre-activations, and each computes the whole tail: sums need that."""
         return any(shard.parity_of for shard in self.shards[layer])
 
+    def run_of(self, layer: int) -> Strips | None:
+        """The run that a layer is computed in strips with, if it is."""
+        return next((run for run in self.strips if layer in run.layers), None)
+
+    def split(self, layer: int) -> str:
+        """How a layer is dealt out: ``neurons``, ``rows`` (in a run of strips) or ``whole`` (everyone computes it)."""
+        if self.run_of(layer) is not None:
+            return "rows"
+        return "whole" if self.held_by_all(layer) else "neurons"
+
+    def exchanged(self, layer: int) -> int:
+        """Activations of one image that are handed over after a layer while every device is up, each counted once."""
+        each, run = self.layers[layer], self.run_of(layer)
+        if self.held_by_all(layer) and (run is None or run.layers[-1] != layer):
+            return 0
+        return each.neurons * (each.neuron_preactivations if self.exchanged_before_tail(layer) else each.neuron_outputs)
+
+    @property
+    def exchanges(self) -> int:
+        """After how many layers devices hand each other anything."""
+        return sum(self.exchanged(layer) > 0 for layer in range(len(self.layers)))
+
     @property
     def exchanged_activations(self) -> int:
         """Activations of one image that are handed over while every device is up, each counted once."""
-        return sum(
-            layer.neurons * (layer.neuron_preactivations if self.exchanged_before_tail(index) else layer.neuron_outputs)
-            for index, layer in enumerate(self.layers)
-            if not self.held_by_all(index)
-        )
+        return sum(map(self.exchanged, range(len(self.layers))))
+
+    def work(self, layer: int) -> NDArray[np.float64]:
+        """A layer's multiply-adds on each device while every device is up and spares stand by, [devices]."""
+        each, run = self.layers[layer], self.run_of(layer)
+        if run is not None:
+            return run.shares(layer) * each.neurons * each.neuron_macs
+        if self.held_by_all(layer):
+            return np.full(self.devices, float(each.neurons * each.neuron_macs))
+        by_all = each.tail_macs if self.exchanged_before_tail(layer) else 0
+        work = np.full(self.devices, float(each.neurons * by_all))
+        for shard in self.shards[layer]:
+            work[shard.devices[0]] += len(shard.neurons) * (each.neuron_macs - by_all)
+        return work
 
     @property
     def healthy_compute_share(self) -> float:
         """The largest device's share of the model's multiply-adds while every device is up and spares
         stand by."""
-        work = np.zeros(self.devices)
-        for index, (layer, shards) in enumerate(zip(self.layers, self.shards, strict=True)):
-            if self.held_by_all(index):
-                work += layer.neurons * layer.neuron_macs
-            else:
-                by_all = layer.tail_macs if self.exchanged_before_tail(index) else 0
-                work += layer.neurons * by_all
-                for shard in shards:
-                    work[shard.devices[0]] += len(shard.neurons) * (layer.neuron_macs - by_all)
+        work = np.sum([self.work(layer) for layer in range(len(self.layers))], axis=0)
         return float(work.max() / sum(layer.neurons * layer.neuron_macs for layer in self.layers))
 
     def publishers(self, failed: Iterable[int]) -> tuple[tuple[int | None, ...], ...]:
@@ -251,6 +277,7 @@ def _load(path: Path) -> Plan:
             coarse=file.coarse_from(body, arrays),
             activations=file.activations_from(body),
             corrections=file.corrections_from(body, arrays),
+            strips=tuple(map(strips_from_json, body.get("strips", ()))),
             certificate=Certificate.from_json(document.get("certificate")),
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -279,6 +306,7 @@ def _check(plan: Plan) -> None:
         if problem := parity_problem(shards):
             raise PlanError(f"layer {layer.name}: {problem}")
     _check_coarse(plan)
+    _check_strips(plan)
     for failed, of_layers in plan.corrections.items():
         of_this = len(of_layers) == len(plan.layers) and all(
             each is None or len(each.scale) == layer.neurons
@@ -310,3 +338,20 @@ def _check_coarse(plan: Plan) -> None:
             raise PlanError(
                 f"layer {plan.layers[index].name}: its input is rounded to 8 bits, so no copy can be in {fine[0]}"
             )
+
+
+def _check_strips(plan: Plan) -> None:
+    seen: set[int] = set()
+    for run in plan.strips:
+        if problem := run.problem(plan.devices):
+            raise PlanError(f"the run of layers {list(run.layers)} cannot be computed in strips: {problem}")
+        for index in run.layers:
+            if not 0 <= index < len(plan.layers) or index in seen:
+                raise PlanError(f"layer {index}, to be computed in strips, is not of this plan or in two runs")
+            seen.add(index)
+            kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
+            if not plan.held_by_all(index) or kinds != {"float32"}:
+                raise PlanError(
+                    f"layer {plan.layers[index].name}: it is computed in strips, so every device has to hold the whole "
+                    "layer in float32"
+                )

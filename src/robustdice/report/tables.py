@@ -201,14 +201,14 @@ def considered_summary(considered: Sequence[Candidate]) -> str:
 def plan_table(plan: Plan) -> Sheet:
     """For every layer, how many neurons have how many holders."""
     counts = map(str, range(1, plan.devices + 1))
-    table = Sheet("How many neurons 1, 2, ... devices hold", "layer", "neurons", *counts, "exchange")
+    table = Sheet("How many neurons 1, 2, ... devices hold", "layer", "neurons", *counts, "split", "exchange")
     for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
         held = [0] * plan.devices
         for shard in shards:
             held[len(shard.holders) - 1] += len(shard.neurons)
-        each = layer.neuron_preactivations if plan.exchanged_before_tail(index) else layer.neuron_outputs
-        exchange = "none" if plan.held_by_all(index) else f"{4 * layer.neurons * each / 1e3:.1f} kB"
-        table.add_row(layer.name, str(layer.neurons), *(str(n) if n else "" for n in held), exchange)
+        handed = plan.exchanged(index)
+        exchange = f"{4 * handed / 1e3:.1f} kB" if handed else "none"
+        table.add_row(layer.name, str(layer.neurons), *(str(n) if n else "" for n in held), plan.split(index), exchange)
     return table
 
 
@@ -216,7 +216,7 @@ def plan_summary(plan: Plan) -> str:
     """A plan's costs in one paragraph."""
     sizes = ", ".join(f"{size / 1e6:.2f}" for size in plan.bytes_per_device)
     after = sum(
-        layer.neurons * layer.neuron_outputs for index, layer in enumerate(plan.layers) if not plan.held_by_all(index)
+        layer.neurons * layer.neuron_outputs for index, layer in enumerate(plan.layers) if plan.exchanged(index)
     )
     parity = any(map(plan.exchanged_before_tail, range(len(plan.layers))))
     before = f", before the layers' tails ({after:,} behind them), which every device then computes" if parity else ""
