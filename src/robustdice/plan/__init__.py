@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from robustdice.plan.certificate import Certificate
 from robustdice.plan.file import shard_from_json, shard_to_json
+from robustdice.plan.pairs import added_up, column_weights, folded
 from robustdice.plan.plan import ModelReference, Plan
 from robustdice.plan.shards import (
     MAX_DEVICES,
@@ -30,8 +31,11 @@ __all__ = [
     "Plan",
     "Shard",
     "Strips",
+    "added_up",
     "check_max_failed",
+    "column_weights",
     "failure_sets",
+    "folded",
     "nearest_calibrated",
     "parity_problem",
     "publishers",

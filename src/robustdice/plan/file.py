@@ -98,6 +98,8 @@ def _body(plan: Plan, arrays: Arrays) -> dict[str, Any]:
             {"layer": index, "scale": steps.scale, "zero": steps.zero}
             for index, steps in sorted(plan.activations.items())
         ]
+    if plan.pairs:
+        body["pairs"] = [[first, second] for first, second in sorted(plan.pairs.items())]
     if plan.strips:
         body["strips"] = [asdict(run) for run in plan.strips]
     if plan.corrections:
@@ -186,6 +188,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
         "neurons": list(shard.neurons),
         "holders": [[holder.device, holder.representation] for holder in shard.holders],
         **({"parity_of": list(shard.parity_of)} if shard.parity_of else {}),
+        **({"after": list(shard.after)} if shard.after else {}),
     }
 
 
@@ -195,6 +198,7 @@ def shard_from_json(document: Mapping[str, Any]) -> Shard:
         neurons=tuple(int(neuron) for neuron in document["neurons"]),
         holders=tuple(Holder(int(device), str(kind)) for device, kind in document["holders"]),
         parity_of=tuple(int(number) for number in document.get("parity_of", ())),
+        after=tuple(int(device) for device in document.get("after", ())),
     )
 
 

@@ -23,6 +23,7 @@ from robustdice.files import write_atomically
 from robustdice.markup import html_table
 from robustdice.plan import file
 from robustdice.plan.certificate import Certificate
+from robustdice.plan.pairs import added_up, column_weights, pair_problem
 from robustdice.plan.shards import (
     MAX_DEVICES,
     FailureSet,
@@ -67,8 +68,10 @@ class Plan:
     ``activations`` are the layers that read their inputs rounded to 8 bits, and how; these have no copies in float32 or
     float16. ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by
     (None: a layer that needs nothing). ``strips`` are runs of layers that every device holds whole, in float32, and
-    that are computed in strips of rows. ``certificate`` is what was measured of the plan; it is no part of what the
-    plan says.
+    that are computed in strips of rows. ``pairs`` are layers that are dealt out together with the one layer that reads
+    them, first layer to second: the shards are the first one's, and of the second, one shard that all devices hold, in
+    float32, each has the weights for the neurons that it holds of the first. ``certificate`` is what was measured of
+    the plan; it is no part of what the plan says.
     """
 
     devices: int
@@ -83,6 +86,7 @@ class Plan:
     activations: Mapping[int, Steps] = field(default_factory=dict)
     corrections: Mapping[FailureSet, tuple[Correction | None, ...]] = field(default_factory=dict)
     strips: tuple[Strips, ...] = ()
+    pairs: Mapping[int, int] = field(default_factory=dict)
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
@@ -117,9 +121,13 @@ class Plan:
         return tuple(int(b) for b in held)
 
     def neuron_bytes(self, layer: int, representation: str) -> int:
-        """Bytes of one neuron of a layer in a representation that the plan has it in."""
-        kept = self.coarse.get((layer, representation))
-        return neuron_bytes(self.layers[layer], representation, kept.filter.group if kept else None)
+        """Bytes of one neuron of a layer in a representation that the plan has it in. In a pair a neuron of the first
+        layer has the weights that read it, and one of the second only what all devices have of it."""
+        kept, each = self.coarse.get((layer, representation)), self.layers[layer]
+        needed = neuron_bytes(each, representation, kept.filter.group if kept else None)
+        if layer in self.pairs:
+            needed += 4 * column_weights(each, self.layers[self.pairs[layer]])
+        return needed - 4 * each.filter_weights if layer in self.pairs.values() else needed
 
     @property
     def memory_share(self) -> float:
@@ -142,14 +150,22 @@ class Plan:
         return next((run for run in self.strips if layer in run.layers), None)
 
     def split(self, layer: int) -> str:
-        """How a layer is dealt out: ``neurons``, ``rows`` (in a run of strips) or ``whole`` (everyone computes it)."""
+        """How a layer is dealt out: ``neurons``, ``hidden`` (both of a pair), ``rows`` (in a run of strips) or, on
+        everyone, ``whole``."""
         if self.run_of(layer) is not None:
             return "rows"
+        if layer in self.pairs or layer in self.pairs.values():
+            return "hidden"
         return "whole" if self.held_by_all(layer) else "neurons"
 
     def exchanged(self, layer: int) -> int:
-        """Activations of one image that are handed over after a layer while every device is up, each counted once."""
+        """Activations of one image that are handed over after a layer while every device is up, each counted once;
+        those of a pair, which are sums, after its first layer, one for every device that has a part in them."""
         each, run = self.layers[layer], self.run_of(layer)
+        if layer in self.pairs:
+            second = self.layers[self.pairs[layer]]
+            handed = sum(not shard.after for shard in added_up(self.shards[layer]))
+            return handed * second.neurons * second.neuron_preactivations
         if self.held_by_all(layer) and (run is None or run.layers[-1] != layer):
             return 0
         return each.neurons * (each.neuron_preactivations if self.exchanged_before_tail(layer) else each.neuron_outputs)
@@ -165,16 +181,23 @@ class Plan:
         return sum(map(self.exchanged, range(len(self.layers))))
 
     def work(self, layer: int) -> NDArray[np.float64]:
-        """A layer's multiply-adds on each device while every device is up and spares stand by, [devices]."""
+        """A layer's multiply-adds on each device while every device is up and spares stand by, [devices]; of a pair,
+        those of the second layer's filters count as the first one's."""
         each, run = self.layers[layer], self.run_of(layer)
         if run is not None:
             return run.shares(layer) * each.neurons * each.neuron_macs
+        if layer in self.pairs.values():
+            return np.full(self.devices, float(each.neurons * each.tail_macs))
         if self.held_by_all(layer):
             return np.full(self.devices, float(each.neurons * each.neuron_macs))
         by_all = each.tail_macs if self.exchanged_before_tail(layer) else 0
+        by_holder = float(each.neuron_macs - by_all)
+        if layer in self.pairs:
+            second = self.layers[self.pairs[layer]]
+            by_holder += second.neurons * (second.neuron_macs - second.tail_macs) / each.neurons
         work = np.full(self.devices, float(each.neurons * by_all))
         for shard in self.shards[layer]:
-            work[shard.devices[0]] += len(shard.neurons) * (each.neuron_macs - by_all)
+            work[shard.devices[0]] += len(shard.neurons) * by_holder
         return work
 
     @property
@@ -278,6 +301,7 @@ def _load(path: Path) -> Plan:
             activations=file.activations_from(body),
             corrections=file.corrections_from(body, arrays),
             strips=tuple(map(strips_from_json, body.get("strips", ()))),
+            pairs={int(first): int(second) for first, second in body.get("pairs", ())},
             certificate=Certificate.from_json(document.get("certificate")),
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -307,6 +331,7 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"layer {layer.name}: {problem}")
     _check_coarse(plan)
     _check_strips(plan)
+    _check_pairs(plan)
     for failed, of_layers in plan.corrections.items():
         of_this = len(of_layers) == len(plan.layers) and all(
             each is None or len(each.scale) == layer.neurons
@@ -355,3 +380,18 @@ def _check_strips(plan: Plan) -> None:
                     f"layer {plan.layers[index].name}: it is computed in strips, so every device has to hold the whole "
                     "layer in float32"
                 )
+
+
+def _check_pairs(plan: Plan) -> None:
+    members = [index for pair in plan.pairs.items() for index in pair]
+    if len(set(members)) < len(members) or not set(members) <= set(range(len(plan.layers))):
+        raise PlanError(f"pairs of layers {sorted(plan.pairs.items())}: not of this plan, or a layer is in two of them")
+    for pair in plan.pairs.items():
+        (first, of_first), (second, of_second) = ((plan.layers[index], plan.shards[index]) for index in pair)
+        problem = pair_problem(plan.devices, (first, second), of_first, of_second)
+        if plan.held_by_all(pair[0]):
+            problem = f"every device holds {first.name}, so there is nothing to be added up"
+        if pair[1] in plan.activations or plan.run_of(pair[1]) is not None:
+            problem = f"{second.name} reads rounded inputs or is computed in strips"
+        if problem:
+            raise PlanError(f"layers {first.name} and {second.name} cannot be dealt out as a pair: {problem}")

@@ -62,11 +62,15 @@ class Shard:
 
     A *parity* shard has no neurons of its own: it is the sum of the layer's shards ``parity_of`` (positions), each
     padded with zeros to the longest. It is a spare of all of them: whichever one is missing is it minus the others.
+
+    Only in bundles, where sums are handed over (:func:`robustdice.plan.pairs.added_up`), a shard has one holder and is
+    published just while the devices ``after`` which it comes are all down.
     """
 
     neurons: tuple[int, ...]
     holders: tuple[Holder, ...]
     parity_of: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -78,9 +82,10 @@ class Shard:
         return next(holder.representation for holder in self.holders if holder.device == device)
 
     def publisher(self, failed: Iterable[int]) -> int | None:
-        """The first holder that is not in ``failed``, or None when nobody is left."""
+        """The first holder that is not in ``failed``, or None when nobody is left, or it is not the shard's turn."""
         down = frozenset(failed)
-        return next((device for device in self.devices if device not in down), None)
+        its_turn = down.issuperset(self.after)
+        return next((device for device in self.devices if its_turn and device not in down), None)
 
 
 def shard_width(shards: Sequence[Shard], number: int) -> int:
@@ -142,6 +147,8 @@ def check_shard(devices: int, layer: Layer, shard: Shard) -> None:
     groups = {neuron // layer.group for neuron in shard.neurons}
     if len(groups) * layer.group != len(shard.neurons):
         raise PlanError(f"layer {layer.name}: a shard splits a group of {layer.group} neurons")
+    if shard.after:
+        raise PlanError(f"layer {layer.name}: a plan's shard is published whoever is down, not after {shard.after}")
     if not shard.holders or len(set(shard.devices)) != len(shard.devices):
         raise PlanError(f"layer {layer.name}: a shard needs different holders, at least one; got {shard.devices}")
     for holder in shard.holders:
