@@ -2,15 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from torch import Tensor, nn
 
+from nets import Branches, ChannelsLast, Plain, Residual, shared_network
 from robustdice.errors import PlanError
+from robustdice.importance.values import Importance
+from robustdice.model.network import Network
+from robustdice.model.pairs import choose_pairs, possible_pairs
+from robustdice.partitioning import METHODS, Request
 from robustdice.plan import Layer, Plan, added_up, failure_sets
+from robustdice.workshop import partition
 from test_plan import example, shard
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's blocks, one of which adds its input to what it makes of it: [3, 8, 8] -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+        self.expand = nn.Conv2d(4, 24, 1, bias=False)
+        self.expand_norm = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(24)
+        self.project = nn.Conv2d(24, 4, 1, bias=False)
+        self.project_norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = nn.functional.relu6(self.expand_norm(self.expand(x)))
+        y = nn.functional.relu6(self.depthwise_norm(self.depthwise(y)))
+        x = x + self.project_norm(self.project(y))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+class Unlike(nn.Module):
+    """What reads a layer, but not as the second of a pair would: along another axis, twice, in groups, or as an output
+    that is read as well: [2, 6, 6] -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Conv2d(2, 6, 1)
+        self.across = nn.Linear(6, 6)
+        self.twice = nn.Conv2d(6, 4, 1)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.flat = nn.Conv2d(4, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.across(self.rows(x))
+        x = self.twice(x.relu())
+        x = self.grouped((x - 1) * x)
+        result: Tensor = (x.mean((2, 3)) + self.flat(x).flatten(1)).softmax(1)
+        return result
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "residual": (Residual, (3, 8, 8)),
+    "plain": (Plain, (1, 8, 8)),
+    "branches": (Branches, (2, 6, 6)),
+    "channels_last": (ChannelsLast, (3, 8, 8)),
+    "inverted": (Inverted, (3, 8, 8)),
+    "unlike": (Unlike, (2, 6, 6)),
+}
+
+
+def network(name: str) -> Network:
+    make, shape = NETS[name]
+    return shared_network(make, *shape)
+
+
+def named(network: Network, pairs: Mapping[int, int]) -> list[tuple[str, str]]:
+    return [(network.layers[first].layer.name, network.layers[second].layer.name) for first, second in pairs.items()]
+
 
 # conv hands over 6 neurons of 16 activations, flattened; each of fc's 2 neurons has 97 weights, 96 of them a filter.
 CONV = Layer("conv", neurons=6, group=1, neuron_weights=10, neuron_macs=100, neuron_outputs=16, filter_weights=9)
@@ -81,3 +153,72 @@ def test_pairs_are_part_of_what_a_plan_says(tmp_path: Path) -> None:
 def test_what_is_no_pair_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         paired(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("residual", []),  # the residual add reads each value, too, or groups do
+        ("plain", [("conv", "fc1"), ("fc1", "fc2")]),
+        ("branches", []),
+        ("channels_last", [("up", "down")]),
+        ("inverted", [("expand", "project")]),
+        ("unlike", []),
+    ],
+)
+def test_a_layer_that_one_other_alone_reads_whole_can_be_one_of_a_pair(name: str, found: list[tuple[str, str]]) -> None:
+    assert named(network(name), possible_pairs(network(name))) == found
+
+
+def test_pairs_are_made_where_sums_are_fewer_than_what_is_gathered() -> None:
+    plain = network("plain")
+    # Gathered: 96 activations of conv, 7 of fc1, 4 of fc2. Each device has 7 sums of fc1, or 4 of fc2.
+    assert named(plain, choose_pairs(plain, devices=2)) == [("conv", "fc1")]
+    assert named(plain, choose_pairs(plain, devices=14)) == [("conv", "fc1")]
+    assert named(plain, choose_pairs(plain, devices=15)) == []
+    inverted = network("inverted")
+    # 24 activations and 4 for every 4 sums: as many for seven devices, in one exchange less.
+    assert [len(choose_pairs(inverted, devices)) for devices in (2, 7, 8)] == [1, 1, 0]
+
+
+def scores_of(network: Network) -> Importance:
+    random = np.random.default_rng(0)
+    layers = network.plan_layers
+    scores = tuple(random.random((layer.neurons // layer.group, 1)) for layer in layers)
+    return Importance(tuple(layer.name for layer in layers), scores, ("s1",), network.reference)
+
+
+@pytest.mark.parametrize("memory", [0.6, 0.75, 1.0])
+def test_memory_is_kept_and_used_with_pairs(memory: float) -> None:
+    plain = network("plain")
+    plan = partition(plain, scores_of(plain), devices=3, memory=memory, split="hidden")
+    assert plan.memory_share <= memory
+    assert plan.memory_share > memory - 0.1
+    assert [plan.split(layer) for layer in range(2)] == ["whole" if memory == 1 else "hidden"] * 2
+
+
+def test_a_method_deals_out_the_neurons_of_a_pairs_first_layer_and_nothing_of_its_second() -> None:
+    plain = network("plain")
+    asked = []
+
+    def mine(request: Request) -> Any:
+        asked.append([(layer.name, layer.neuron_weights) for layer in request.layers])
+        return METHODS["lop"](request)
+
+    plan = partition(plain, devices=2, method=mine, split="hidden")
+    assert asked == [[("conv", 10 + 16 * 7), ("fc2", 8)]]
+    assert plan.shards[0] == partition(plain, devices=2, method="lop").shards[0]
+    assert (plan.pairs, len(plan.shards[1]), plan.settings["split"]) == ({0: 1}, 1, "hidden")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "sideways"}, "unknown split 'sideways'; known: neurons, hidden"),
+        ({"method": "cdc"}, "cdc hands over sums of its own"),
+        ({"precision": "int8"}, "second layer of a pair is kept in float32, not in int8"),
+    ],
+)
+def test_what_cannot_be_split_so_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        partition(network("plain"), **{"devices": 3, "method": "lop", "split": "hidden", **changes})

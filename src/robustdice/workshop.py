@@ -23,7 +23,8 @@ from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
-from robustdice.partitioning import Method
+from robustdice.model.pairs import choose_pairs
+from robustdice.partitioning import SPLITS, Method
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
@@ -49,15 +50,19 @@ def partition(
     precision: str = "float32",
     spare_precision: str | None = None,
     images: NDArray[np.float32] | None = None,
+    split: str = "neurons",
     on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
 
     Primaries are kept in ``precision``, spares in ``spare_precision`` (the same unless said otherwise); the first and
     the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
-    [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. PlanError also when a ``method``
-    of the user's own takes more memory than it was given.
+    [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
+    alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`. PlanError also when a
+    ``method`` of the user's own takes more memory than it was given.
     """
+    if split not in SPLITS:
+        raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     kinds = (precision, spare_precision or precision)
     plan = partition_layers(
         network.plan_layers,
@@ -72,7 +77,10 @@ def partition(
         model=network.reference,
         network=network,
         precision=kinds,
+        pairs=choose_pairs(network, devices) if split == "hidden" else {},
     )
+    if split != "neurons":
+        plan = replace(plan, settings={**plan.settings, "split": split})
     if kinds != ("float32", "float32"):
         plan = with_precision(network, plan, kinds_of(plan.layers, *kinds), images, on_progress)
     if memory is not None and max(plan.bytes_per_device) > parse_memory(memory, plan.total_bytes):

@@ -36,7 +36,7 @@ from robustdice.cli.options import (
 from robustdice.cli.usage import number, one_of
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
-from robustdice.partitioning import METHODS, WITHOUT_SCORES
+from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES
 from robustdice.progress import silent
 from robustdice.report import plots, tables
 from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES
@@ -98,6 +98,15 @@ def plan(
             autocompletion=one_of(*ACTIVATIONS),
         ),
     ] = "float32",
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="neurons (their outputs are gathered), or hidden: where that hands over less, a layer together with "
+            "the one that reads it, and partial sums are added up",
+            autocompletion=one_of(*SPLITS),
+        ),
+    ] = "neurons",
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
@@ -120,6 +129,8 @@ def plan(
     plots.check_name(plot)
     if normalisation not in NORMALISATIONS:
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
+    if split not in SPLITS:
+        raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
@@ -139,6 +150,7 @@ def plan(
     if method == "auto":
         chosen = {"--scores": scores, "--threshold": threshold, "--spare-precision": spare_precision}
         chosen["--precision"] = None if precision == "float32" else precision
+        chosen["--split"] = None if split == "neurons" else split
         if given := [option for option, value in chosen.items() if value is not None]:
             raise PlanError(f"auto chooses by itself; leave out {', '.join(given)}, or choose another --method")
         if data is None or memory is None:
@@ -168,6 +180,7 @@ def plan(
             precision=precision,
             spare_precision=spare_precision,
             images=seen,
+            split=split,
             on_progress=advance,
         )
     made = _with_activations(activations, network, made, seen)

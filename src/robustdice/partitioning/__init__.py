@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from robustdice.errors import PlanError
@@ -11,18 +12,21 @@ from robustdice.partitioning import own
 from robustdice.partitioning.cdc import cdc
 from robustdice.partitioning.distribute import to_shards
 from robustdice.partitioning.lop import lop
+from robustdice.partitioning.paired import check_pairs, with_seconds, without_seconds
 from robustdice.partitioning.replicate import full
 from robustdice.partitioning.request import Answer, Request, check_scores_fit
 from robustdice.partitioning.robust import robustdice
 from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
 from robustdice.provenance import versions
 
-__all__ = ["METHODS", "Answer", "Method", "Request", "partition", "to_shards"]
+__all__ = ["METHODS", "SPLITS", "Answer", "Method", "Request", "partition", "to_shards"]
 
 METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lop": lop, "cdc": cdc, "full": full}
 """The ways to partition, by name."""
 WITHOUT_SCORES = frozenset({"lop", "cdc", "full"})
 """Those that look at no scores."""
+SPLITS = ("neurons", "hidden")
+"""The ways to split layers that a plan can be asked for."""
 
 Method = str | own.Own
 """A way to partition: one of these names, ``package.module:function``, or a function."""
@@ -42,6 +46,7 @@ def partition(
     model: ModelReference,
     network: Any = None,
     precision: tuple[str, str] = ("float32", "float32"),
+    pairs: Mapping[int, int] = MappingProxyType({}),
 ) -> Plan:
     """A plan for ``layers`` on ``devices`` devices (2 to 16).
 
@@ -53,7 +58,9 @@ def partition(
     taken over (all there are), after ``normalisation`` (``minmax``, ``rank`` or ``none``) within each layer.
     ``shared_weights`` counts the parameters outside of all layers. Functions find ``network`` in their request.
     The plan's copies are float32; ``precision`` are the representations of primaries and spares that they will be
-    rounded to, for which ``memory`` is meant. PlanError when no such plan exists.
+    rounded to, for which ``memory`` is meant. Of ``pairs``, layers and the one layer that reads each alone
+    (:func:`robustdice.model.pairs.possible_pairs`), methods are asked about the first, as a layer whose neurons come
+    with the weights that read them. PlanError when no such plan exists.
     """
     if isinstance(method, str) and method not in METHODS and ":" not in method:
         raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
@@ -66,6 +73,8 @@ def partition(
     if importance is not None:
         check_scores_fit(importance, layers, model)
         importance = importance if columns is None else importance.select(columns)
+    name = method if isinstance(method, str) else own.name_of(method)
+    check_pairs(name, pairs, precision)
     request = Request(
         layers=layers,
         importance=importance,
@@ -78,22 +87,24 @@ def partition(
         network=network,
         precision=precision,
     )
-    if isinstance(method, str) and method in METHODS:
-        return _plan(request, method, METHODS[method](request))
-    function, name = (own.find(method), method) if isinstance(method, str) else (method, own.name_of(method))
+    asked = without_seconds(request, pairs)
+    if name in METHODS:
+        return _plan(request, name, METHODS[name](asked), pairs)
+    function = own.find(method) if isinstance(method, str) else method
     try:
-        return _plan(request, name, own.ask(function, name, request))
+        return _plan(request, name, own.ask(function, name, asked), pairs)
     except PlanError as error:
         raise error if name in str(error) else PlanError(f"method {name}: {error}") from error
 
 
-def _plan(request: Request, method: str, answer: Answer) -> Plan:
-    scores = request.importance
+def _plan(request: Request, method: str, answer: Answer, pairs: Mapping[int, int]) -> Plan:
+    scores, (shards, left) = request.importance, with_seconds(answer.shards, request, pairs)
     used = {} if scores is None else {"scores": {"digest": scores.digest, **scores.settings, **scores.provenance}}
     return Plan(
         devices=request.devices,
         layers=tuple(request.layers),
-        shards=answer.shards,
+        shards=shards,
+        pairs=left,
         shared_weights=request.shared_weights,
         method=method,
         model=request.model,

@@ -224,9 +224,23 @@ def plan_summary(plan: Plan) -> str:
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
         f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per image{before}."
+        f"{_pairs(plan)}"
         f" A device's process will need about {process_memory(max(plan.bytes_per_device))} of memory (estimated: its "
         f"weights {COPIES_WHILE_LOADING[0]} to {COPIES_WHILE_LOADING[1]} times while they are loaded, and "
         f"{PROCESS_BYTES / 1e6:.0f} MB)."
+    )
+
+
+def _pairs(plan: Plan) -> str:
+    """What pairs of layers are for."""
+    if not plan.pairs:
+        return ""
+    gathered = sum(plan.layers[i].neurons * plan.layers[i].neuron_outputs for pair in plan.pairs.items() for i in pair)
+    sums = sum(map(plan.exchanged, plan.pairs))
+    number = len(plan.pairs)
+    return (
+        f" {number} of the layers are split hidden, each with the one that reads it: {sums:,} of the activations are "
+        f"their partial sums, handed over in {number} exchanges; gathered they were {gathered:,} in {2 * number}."
     )
 
 

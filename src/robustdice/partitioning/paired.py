@@ -1,0 +1,68 @@
+"""What a method is asked where layers are dealt out as pairs, and the plan's shards that follow (NumPy only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from robustdice.errors import PlanError
+from robustdice.partitioning.replicate import whole
+from robustdice.partitioning.request import Request
+from robustdice.plan import Shard, folded
+
+
+def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str]) -> None:
+    """PlanError when a method cannot deal out pairs, or not in these representations."""
+    if pairs and method == "cdc":
+        raise PlanError(
+            "method cdc hands over sums of its own, so it deals out neurons only: split neurons, or take another method"
+        )
+    if pairs and precision != ("float32", "float32"):
+        raise PlanError(
+            f"the second layer of a pair is kept in float32, not in {' or '.join(sorted(set(precision)))}: "
+            "split neurons, or leave out the precisions"
+        )
+
+
+def without_seconds(request: Request, pairs: Mapping[int, int]) -> Request:
+    """The request with each pair as one layer: the first one's neurons, with the weights that read them. What everybody
+    has of the second layer counts with what is shared."""
+    if not pairs:
+        return request
+    dealt = [index for index in range(len(request.layers)) if index not in pairs.values()]
+    layers, importance, threshold = request.layers, request.importance, request.threshold
+    seconds = [layers[index] for index in pairs.values()]
+    if importance is not None:
+        names, scores = importance.names, importance.scores
+        kept = (tuple(names[index] for index in dealt), tuple(scores[index] for index in dealt))
+        importance = replace(importance, names=kept[0], scores=kept[1])
+    if threshold is not None and np.ndim(threshold) and len(threshold) == len(layers):  # type: ignore[arg-type]
+        threshold = [threshold[index] for index in dealt]  # type: ignore[index]
+    return replace(
+        request,
+        layers=[folded(layers[i], layers[pairs[i]]) if i in pairs else layers[i] for i in dealt],
+        importance=importance,
+        threshold=threshold,
+        shared_weights=request.shared_weights
+        + sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds),
+    )
+
+
+def with_seconds(
+    shards: Sequence[tuple[Shard, ...]], request: Request, pairs: Mapping[int, int]
+) -> tuple[tuple[tuple[Shard, ...], ...], dict[int, int]]:
+    """The shards of all layers of ``request``, from those of :func:`without_seconds`, and the pairs that are left:
+    where every device holds the first layer, all have the second as well, and nothing is to be added up."""
+    given = iter(shards)
+    found = [
+        whole(layer, request.devices) if index in pairs.values() else next(given)
+        for index, layer in enumerate(request.layers)
+    ]
+    left = {
+        first: second
+        for first, second in pairs.items()
+        if any(len(shard.holders) < request.devices for shard in found[first])
+    }
+    return tuple(found), left
