@@ -256,6 +256,7 @@ def _exchange(models: Models, index: int) -> Exchange:
         fill=layer.fill,
         mask=models.mask(index),
         shards=models.plan.shards[index],
+        wire=models.plan.wires[index],
     )
 
 
