@@ -24,6 +24,7 @@ from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
 from robustdice.model.pairs import choose_pairs
+from robustdice.model.strips import early_run
 from robustdice.partitioning import SPLITS, Method
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory
@@ -51,7 +52,6 @@ def partition(
     spare_precision: str | None = None,
     images: NDArray[np.float32] | None = None,
     split: str = "neurons",
-    wire: str = "float32",
     on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
@@ -59,9 +59,9 @@ def partition(
     Primaries are kept in ``precision``, spares in ``spare_precision`` (the same unless said otherwise); the first and
     the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
     [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
-    alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`. Devices hand each other values
-    as ``wire`` says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`). PlanError also when a
-    ``method`` of the user's own takes more memory than it was given.
+    alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with the run of
+    :func:`robustdice.model.strips.early_run`, of which nothing can be lost. PlanError also when a ``method`` of the
+    user's own takes more memory than it was given.
     """
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -80,12 +80,14 @@ def partition(
         network=network,
         precision=kinds,
         pairs=choose_pairs(network, devices) if split == "hidden" else {},
+        run=early_run(network, devices) if split == "rows" else None,
     )
-    plan = replace(plan, wire=wire)
     if split != "neurons":
         plan = replace(plan, settings={**plan.settings, "split": split})
     if kinds != ("float32", "float32"):
-        plan = with_precision(network, plan, kinds_of(plan.layers, *kinds), images, on_progress)
+        wanted = kinds_of(plan.layers, *kinds)
+        of_layers = [Kinds() if plan.run_of(index) else kind for index, kind in enumerate(wanted)]
+        plan = with_precision(network, plan, of_layers, images, on_progress)
     if memory is not None and max(plan.bytes_per_device) > parse_memory(memory, plan.total_bytes):
         raise PlanError(
             f"method {plan.method} puts {plan.memory_share:.4f} of the model on one device, {memory} are allowed: "
@@ -133,17 +135,15 @@ def choose_plan(
     devices: int,
     memory: float | str,
     survive: int | None = None,
-    wire: str = "float32",
     on_progress: Progress = silent,
 ) -> list[Candidate]:
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
     :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
-    ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
-    as. PlanError when nothing fits.
+    ``survive`` the number of devices down at once that the plan is made for (all but one). PlanError when nothing fits.
     """
     parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
-    table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=on_progress)
+    table = tabulate(network, images, devices=devices, survive=survive, on_progress=on_progress)
     return choose_from(table, memory)
 
 
@@ -219,13 +219,12 @@ class Verification:
     errors: dict[FailureSet, float]
     of: int
     rounds_inputs: bool = False
-    wire: str = "float32"
 
     @property
     def allowed_relative_error(self) -> float:
-        """What float32 arithmetic in another order explains; where inputs or what travels are rounded, that what lies
-        between two steps goes to the other one."""
-        return 5e-2 if self.rounds_inputs else {"float32": 1e-4, "float16": 5e-3, "uint8": 5e-2}[self.wire]
+        """What float32 arithmetic in another order explains; where inputs are rounded to 8 bits, that what lies between
+        two steps goes to the other one."""
+        return 5e-2 if self.rounds_inputs else 1e-4
 
     @property
     def max_relative_error(self) -> float:
@@ -271,7 +270,7 @@ def verify(
             (expected,) = run_under(network, torch.from_numpy(frames), [state_of(plan, failed)], copies)
             errors[failed] = relative_error(cluster.run(frames, failed), expected.numpy())
             told(len(errors), len(every))
-    return Verification(errors, of=2**plan.devices - 1, rounds_inputs=bool(plan.activations), wire=plan.wire)
+    return Verification(errors, of=2**plan.devices - 1, rounds_inputs=bool(plan.activations))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

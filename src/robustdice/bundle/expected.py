@@ -15,6 +15,7 @@ from robustdice.failure.copies import Copies
 from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
+from robustdice.model.strips import ROWS, Region, Rows
 from robustdice.plan import Plan
 from robustdice.representation import REPRESENTATIONS
 
@@ -24,8 +25,11 @@ Array = NDArray[Any]
 class Expected:
     """The values of one frame in which the input, and every exchanged value, is what stands for it in a trial."""
 
-    def __init__(self, network: Network, plan: Plan, exchanged: Mapping[int, NetworkLayer]) -> None:
-        """``exchanged`` has the layers that are exchanged, each up to the value that is handed over."""
+    def __init__(
+        self, network: Network, plan: Plan, exchanged: Mapping[int, NetworkLayer], regions: Mapping[int, Region]
+    ) -> None:
+        """``exchanged`` has the layers that are exchanged, each up to the value that is handed over; ``regions``, by
+        their last layers, what is computed in strips."""
         self._network, self._layers = network, {**dict(enumerate(network.layers)), **exchanged}
         self._copies = Copies.of(network, plan)
         self._of_layers: dict[tuple[int, str], torch.Tensor] = {}
@@ -35,9 +39,17 @@ class Expected:
         }
         starts = {layer.node: index for index, layer in enumerate(network.layers)}
         inside: set[fx.Node] = set()
+        in_regions = {node for region in regions.values() for node in region.nodes}
+        ends = {region.end: index for index, region in regions.items()}
         with torch.no_grad():
             for node in network.nodes:
-                if node in starts:
+                if node in in_regions:
+                    execute(network.module, [node], self._values)
+                    if node in ends:
+                        self._of_layers[ends[node], "float32"] = self._values[node]
+                        shape = network.shapes[node][1:]
+                        self._values[node] = torch.from_numpy(stand_in(node.name, shape))
+                elif node in starts:
                     inside.update(self._compute_layer(starts[node], plan, exchanged))
                 elif node not in inside:
                     execute(network.module, [node], self._values)
@@ -51,6 +63,11 @@ class Expected:
         layer, whole = self._layers[index], self._of_layers[index, kind]
         entries = (neurons[:, None] * layer.features + np.arange(layer.features)).ravel()
         return _numbers(whole.index_select(layer.axis, torch.from_numpy(entries)))
+
+    def of_strip(self, index: int, rows: Rows) -> Array:
+        """What the region that ends with a layer hands over of some rows."""
+        first, end = rows
+        return _numbers(self._of_layers[index, "float32"].narrow(ROWS, first, end - first))
 
     def of_sum(self, index: int, members: Sequence[NDArray[np.int64]]) -> Array:
         """What a layer's parity shard of these members hands over."""

@@ -38,14 +38,17 @@ from robustdice.bundle.onnx_graph import (
     cut_parity,
     make_model,
     mask_name,
+    weights_apart,
     with_mask,
 )
-from robustdice.bundle.stages import StageGraph
+from robustdice.bundle.stages import StageGraph, tensors_used
+from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
 from robustdice.errors import PlanError
 from robustdice.model.canonical import arguments, attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
+from robustdice.model.strips import ROWS, Region, region_of
 from robustdice.plan import Plan, Shard
 
 UNPACKED_WEIGHTS = 2**18
@@ -72,7 +75,8 @@ class Taken:
 @dataclass(frozen=True)
 class Model:
     """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
-    more than that. ``trial`` is a :class:`Part`'s."""
+    more than that. ``trial`` is a :class:`Part`'s. ``apart`` has weights that it shares with other models: the name of
+    their file, and its content."""
 
     content: bytes
     weight_bytes: int
@@ -80,6 +84,7 @@ class Model:
     outputs: tuple[str, ...]
     layers: tuple[Taken, ...] = ()
     trial: tuple[tuple[float, ...], ...] = ()
+    apart: tuple[str, bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,9 @@ class Models:
         """``graph`` is the network's export. PlanError for what cannot be built."""
         self.network, self.plan = network, plan
         self.exchanged: dict[int, NetworkLayer] = {}
-        """The layers that are exchanged, each up to the value that is handed over."""
+        """The layers that are exchanged, each up to the value that is handed over; of a run, the last one."""
+        self.regions = {run.layers[-1]: region_of(network, run.layers) for run in plan.strips}
+        """What is computed in strips, by the last layer."""
         self.coarse_everywhere: dict[int, NetworkLayer] = {}
         """The layers that every device computes from coarse copies."""
         self.corrected = {
@@ -109,6 +116,8 @@ class Models:
         for index, layer in enumerate(network.layers):
             if not plan.held_by_all(index):
                 self.exchanged[index] = layer.without_tail if plan.exchanged_before_tail(index) else layer
+            elif index in self.regions:
+                self.exchanged[index] = _handed_over(network, layer, self.regions[index])
             elif {holder.representation for shard in plan.shards[index] for holder in shard.holders} != {"float32"}:
                 self.coarse_everywhere[index] = layer
             if plan.exchanged_before_tail(index):
@@ -123,12 +132,13 @@ class Models:
         for index in self.corrected:
             graph = with_scale_and_shift(graph, network.layers[index])
         self._graph = graph
-        self._expected = Expected(network, plan, self.exchanged)
+        self._expected = Expected(network, plan, self.exchanged, self.regions)
 
     def mask(self, index: int) -> str | None:
         """The name of an exchange's mask: it needs one when a tail follows it."""
         layer = self.network.layers[index]
-        return mask_name(layer) if self.exchanged[index].value is not layer.value else None
+        before_tail = index not in self.regions and self.exchanged[index].value is not layer.value
+        return mask_name(layer) if before_tail else None
 
     def locals(self, stages: Sequence[StageGraph]) -> list[Model]:
         """What every device computes between two exchanges, in order. What fits into memory together is one model: each
@@ -170,9 +180,8 @@ class Models:
     def _needed_after(self, stages: Sequence[StageGraph]) -> set[str]:
         """The values that pieces of the last of these stages, or other ones behind it, read."""
         needed = {node.name for node in stages[-1].keep} | {self.network.output.name}
-        return needed | {
-            arguments(self.network.layers[index].node)[0].name for index in stages[-1].layers if index in self.exchanged
-        }
+        exchanged = [self.exchanged[index] for index in stages[-1].layers if index in self.exchanged]
+        return needed | {used.name for layer in exchanged for used in tensors_used(self.network, layer.node)}
 
     def _together(self, parts: Sequence[_Local], needed: set[str]) -> Model:
         """Parts that follow each other as one model that gives those of their values that are ``needed`` behind."""
@@ -303,6 +312,20 @@ class Models:
             inputs[arguments(layer.node)[0].name] = None
         return self._model(cuts, list(inputs), outputs, results, taken)
 
+    def strips(self, index: int, numbers: Sequence[int]) -> Model:
+        """The model of strips that follow each other, of the run that ends with a layer. Its weights are apart."""
+        run, region = self.plan.run_of(index), self.regions[index]
+        assert run is not None  # else there were no region
+        rows = run.bounds[numbers[0]], run.bounds[numbers[-1] + 1]
+        prefix = f"{self.plan.layers[index].name}/"
+        taken = [Taken(i, np.arange(self.plan.layers[i].neurons)) for i in run.layers if i in self.corrected]
+        given = [name for each in taken for name in self._scale_and_shift(each.layer)]
+        part = cut_strip(self._graph, self.network, region, rows, prefix, given)
+        result = self._expected.of_strip(index, rows)
+        return self._model(
+            [part], [region.source.name], [prefix + region.end.name], [result], taken, f"strips-{index:03d}.bin"
+        )
+
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:
         layer = self.exchanged.get(index, self.network.layers[index])
         given = self._scale_and_shift(index) if index in self.corrected else []
@@ -319,14 +342,22 @@ class Models:
         outputs: Sequence[str],
         results: Sequence[Array],
         layers: Sequence[Taken] = (),
+        apart: str | None = None,
     ) -> Model:
         given = [
             name for each in layers for name in (*self._scale_and_shift(each.layer), *self._filters(each.layer, each))
         ]
-        content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types)
-        weight_bytes = sum(part.weight_bytes for part in cuts)
+        content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types, apart)
+        weight_bytes = 0 if apart else sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()
-        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial=trial)
+        beside = (apart, weights_apart(cuts)) if apart else None
+        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial, beside)
+
+
+def _handed_over(network: Network, last: NetworkLayer, region: Region) -> NetworkLayer:
+    """A region as one layer whose neurons are rows; ``last`` is its last one."""
+    shape = network.shapes[region.end][1:]
+    return replace(last, node=region.nodes[0], value=region.end, shape=shape, axis=ROWS, features=1, fill=0.0)
 
 
 def neurons_of(shards: Sequence[Shard]) -> Neurons:

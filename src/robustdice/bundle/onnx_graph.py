@@ -330,15 +330,22 @@ def make_model(
     outputs: Sequence[str],
     opset: int,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    apart: str | None = None,
 ) -> bytes:
     """An ONNX model whose inputs and outputs may have any size along every axis.
 
-    ``types`` are an :class:`OnnxGraph`'s; what it does not know is float32, with any number of axes.
+    ``types`` are an :class:`OnnxGraph`'s; what it does not know is float32, with any number of axes. The weights are in
+    the model, or in the file ``apart`` beside it: :func:`weights_apart`.
     """
     nodes = [node for part in cuts for node in part.nodes]
     used = {name for node in nodes for name in node.input} | set(outputs)
     arrays = {name: array for part in cuts for name, array in part.arrays.items() if name in used}
     tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+    if apart is not None:
+        offsets = _offsets(cuts)
+        for tensor in (tensor for tensor in tensors if tensor.name in offsets):
+            onnx.external_data_helper.set_external_data(tensor, apart, offsets[tensor.name], len(tensor.raw_data))
+            tensor.ClearField("raw_data")
     described_inputs, described_outputs = ([_describe(name, types) for name in names] for names in (inputs, outputs))
     body = helper.make_graph(nodes, "robustdice", described_inputs, described_outputs, initializer=tensors)
     domains = {"": opset, **{node.domain: 1 for node in nodes if node.domain}}
@@ -347,6 +354,22 @@ def make_model(
     model.ir_version = IR_VERSION
     content: bytes = model.SerializeToString()
     return content
+
+
+def weights_apart(cuts: Sequence[Cut]) -> bytes:
+    """The content of a file with the weights of ``cuts``, which models can share."""
+    arrays = {name: np.ascontiguousarray(part.arrays[name]) for part in cuts for name in part.weights}
+    content = bytearray()
+    for name, offset in _offsets(cuts).items():
+        content += bytes(offset - len(content)) + arrays[name].tobytes()
+    return bytes(content)
+
+
+def _offsets(cuts: Sequence[Cut]) -> dict[str, int]:
+    """Where each weight lies in a file apart."""
+    sizes = {name: part.arrays[name].nbytes for part in cuts for name in part.weights}
+    names = sorted(sizes)
+    return dict(zip(names, np.cumsum([0, *(sizes[name] for name in names)]).tolist(), strict=False))
 
 
 def _describe(name: str, types: Mapping[str, tuple[int, int]]) -> onnx.ValueInfoProto:

@@ -100,7 +100,7 @@ class Part:
     ``affine`` are the layers whose neurons it scales and shifts, or whose filters are not in the file; where these are
     computed a few neurons at a time, there is one layer and one output. ``trial`` has, for every output, what it
     amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
-    not tried.
+    not tried. ``apart`` is a file of weights that the model reads, where it shares them with others.
     """
 
     file: str
@@ -108,6 +108,7 @@ class Part:
     outputs: tuple[str, ...]
     affine: tuple[Affine, ...] = field(default=(), kw_only=True)
     trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
+    apart: str | None = field(default=None, kw_only=True)
 
     @property
     def coarse(self) -> tuple[Coarse, ...]:
@@ -167,6 +168,7 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
         "outputs": outputs,
         "affine": affine,
         "trial": trial,
+        "apart": None if document["apart"] is None else str(document["apart"]),
     }
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
+from robustdice.bundle.manifest import APART_PATTERN, MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from robustdice.errors import BundleError
 
 MANIFEST_LIMIT = 64 * 2**20
@@ -55,7 +55,10 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     if named and int(named[1]) != manifest.device:
         raise BundleError(f"{path} holds the bundle of device {manifest.device}, not {named[1]}; {REMEDY}")
     unknown = sorted(
-        file.name for kind in ("*.onnx", WEIGHTS_NAME) for file in path.glob(kind) if file.name not in manifest.files
+        file.name
+        for kind in ("*.onnx", WEIGHTS_NAME, APART_PATTERN)
+        for file in path.glob(kind)
+        if file.name not in manifest.files
     )
     if unknown:
         raise BundleError(f"{path / unknown[0]} is not part of the bundle ({MANIFEST_NAME} does not list it); {REMEDY}")

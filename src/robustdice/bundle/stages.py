@@ -28,8 +28,9 @@ class StageGraph:
 def split_into_stages(network: Network, exchanged: Mapping[int, NetworkLayer]) -> list[StageGraph]:
     """Every node as early as possible: a stage has all layers whose inputs the exchanges before it complete.
 
-    ``exchanged`` has the layers that are exchanged, by their position in the network, each up to the value that is
-    handed over. Other layers are computed by every device, like all that lies between layers.
+    ``exchanged`` has the layers that are exchanged, by their position in the network, each from the node that begins it
+    (in a run, its first layer's) up to the value that is handed over. Other layers are computed by every device, like
+    all that lies between layers.
     """
     layers = {layer.node: index for index, layer in exchanged.items()}
     stage_of_value = {network.input: 0}  # the stage from which on a tensor is there
@@ -44,7 +45,7 @@ def split_into_stages(network: Network, exchanged: Mapping[int, NetworkLayer]) -
             layer = exchanged[layers[node]]
             stage_of_layer[layers[node]] = stage
             stage_of_value[layer.value] = stage + 1
-            inside.update(_tail(node, layer.value))
+            inside.update(_inside(network, layer))
         else:
             stage_of_value[node] = computed[node] = stage
     last = stage_of_value[network.output]
@@ -68,11 +69,17 @@ def tensors_used(network: Network, node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def _tail(node: fx.Node, value: fx.Node) -> list[fx.Node]:
-    nodes = [node]
-    while nodes[-1] is not value:
-        nodes.append(next(iter(nodes[-1].users)))
-    return nodes
+def _inside(network: Network, layer: NetworkLayer) -> set[fx.Node]:
+    """The nodes that compute a layer's value from what the layer reads."""
+    known = set(tensors_used(network, layer.node))
+    found: set[fx.Node] = set()
+    pending = [layer.value]
+    while pending:
+        node = pending.pop()
+        if node not in known and node not in found and node.op == "call_function":
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def _last_uses(
@@ -103,7 +110,7 @@ def _stage(
 ) -> StageGraph:
     here = [node for node, stage in computed.items() if stage == number]
     members = tuple(sorted(index for index, stage in stage_of_layer.items() if stage == number))
-    read_by_layers = {used for index in members for used in tensors_used(network, network.layers[index].node)}
+    read_by_layers = {used for index in members for used in tensors_used(network, exchanged[index].node)}
     outputs = tuple(node for node in here if node in read_by_layers or needed[node] > number or node is network.output)
     inputs: dict[fx.Node, None] = {}
     for node in here:

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, Exchange, FileEntry, Manifest, Stage
+from robustdice.bundle.manifest import (
+    APART_PATTERN,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Exchange,
+    FileEntry,
+    Manifest,
+    Stage,
+)
 from robustdice.bundle.models import Model, Models, Taken, merged, neurons_of
 from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
@@ -96,7 +104,9 @@ def _is_of_a_build(path: Path) -> bool:
         return path.name in _BESIDE_BUNDLES and path.is_file()
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(file.name in _IN_BUNDLES or file.suffix == ".onnx" for file in path.iterdir())
+    return all(
+        file.name in _IN_BUNDLES or file.suffix == ".onnx" or file.match(APART_PATTERN) for file in path.iterdir()
+    )
 
 
 class _Device:
@@ -170,13 +180,21 @@ class _Device:
 
     def _part(self, model: Model, file: str) -> Part:
         self._file(file, model.content, model.weight_bytes)
+        apart = None
+        if model.apart is not None:
+            apart, content = model.apart
+            if apart not in self.files:
+                self._file(apart, content, len(content))
         affine = tuple(map(self._affine, model.layers))
-        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial)
+        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial, apart=apart)
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
-        """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32."""
+        """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32; or its
+        strips, where it is ``rows``."""
         if kind == "float32":
             model = self.models.piece(shards)
+        elif kind == "rows":
+            model = self.models.strips(shards[0][0], [number for _, number in shards])
         else:
             index = shards[0][0]
             neurons = neurons_of([self.plan.shards[index][number] for _, number in shards])
@@ -190,6 +208,7 @@ class _Device:
             tuple((order.index(layer), number) for layer, number in shards),
             affine=part.affine,
             trial=part.trial,
+            apart=part.apart,
         )
 
     def _affine(self, taken: Taken) -> Affine:
@@ -255,8 +274,7 @@ def _exchange(models: Models, index: int) -> Exchange:
         features=layer.features,
         fill=layer.fill,
         mask=models.mask(index),
-        shards=models.plan.shards[index],
-        wire=models.plan.wires[index],
+        shards=models.plan.exchanged_shards(index),
     )
 
 
@@ -264,15 +282,17 @@ def _piece_shards(
     plan: Plan, layers: Sequence[int], device: int, spares: str
 ) -> list[tuple[list[tuple[int, int]], str]]:
     """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish and is
-    kept in float32, or is of one layer and one other representation, which is said beside them."""
+    kept in float32, or is of one layer and one other representation, which is said beside
+    them; ``rows``: strips."""
     pieces: dict[tuple[tuple[int, ...], int, str], list[tuple[int, int]]] = {}
     for layer in layers:
-        for number, shard in enumerate(plan.shards[layer]):
+        shards = plan.exchanged_shards(layer)
+        for number, shard in enumerate(shards):
             if device in shard.devices:
-                members = [plan.shards[layer][member].devices for member in shard.parity_of]
+                members = [shards[member].devices for member in shard.parity_of]
                 first = shard.devices[: shard.devices.index(device)]
                 before = frozenset(first).union(*members)  # a parity shard is a spare of all its members
-                kind = shard.representation_on(device)
+                kind = "rows" if plan.run_of(layer) else shard.representation_on(device)
                 key = (tuple(sorted(before)) if spares == "standby" else (), -1 if kind == "float32" else layer, kind)
                 pieces.setdefault(key, []).append((layer, number))
     in_order = sorted(pieces, key=lambda key: (len(key[0]), *key))

@@ -184,7 +184,7 @@ def _depthwise(node: fx.Node, channels: Channels, shapes: Shapes) -> Channels | 
     return replace(result, filters=channels.filters + filters, macs=channels.macs + macs)
 
 
-def _overloads(*names: str) -> list[torch._ops.OpOverload]:
+def overloads(*names: str) -> list[torch._ops.OpOverload]:
     """The overloads of ``aten`` with these names, without those that this version of torch lacks."""
     found = []
     for name in names:
@@ -199,18 +199,24 @@ clamp clamp_min clamp_max neg exp abs sqrt rsqrt square log_sigmoid softsign thr
 _POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_avg_pool3d _adaptive_avg_pool2d"""
 
+ELEMENTWISE = tuple(overloads(*(f"{name}.default" for name in _UNARY.split()), "pow.Tensor_Scalar"))
+"""Functions of one number."""
+ARITHMETIC = tuple(
+    overloads(*(f"{name}.{kind}" for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")))
+)
+"""Functions of two numbers."""
+
 _RULES: dict[Any, Rule] = {
-    **dict.fromkeys(_overloads(*(f"{name}.default" for name in _UNARY.split()), "pow.Tensor_Scalar"), _elementwise),
-    **dict.fromkeys(_overloads("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"), _arithmetic),
-    **dict.fromkeys(_overloads("add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar"), _arithmetic),
-    **dict.fromkeys(_overloads(*(f"{name}.default" for name in _POOLS.split())), _spatial),
-    **dict.fromkeys(_overloads("upsample_nearest2d.default", "upsample_nearest2d.vec"), _spatial),
-    **dict.fromkeys(_overloads("upsample_bilinear2d.default", "upsample_bilinear2d.vec"), _spatial),
-    **dict.fromkeys(_overloads("mean.dim", "sum.dim_IntList", "amax.default"), _reduce),
-    **dict.fromkeys(_overloads("permute.default", "transpose.int"), _permute),
-    **dict.fromkeys(_overloads("squeeze.default", "squeeze.dim", "squeeze.dims"), _squeeze),
-    **dict.fromkeys(_overloads("pad.default", "constant_pad_nd.default"), _pad),
-    **dict.fromkeys(_overloads("conv1d.default", "conv2d.default", "conv3d.default"), _depthwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(ARITHMETIC, _arithmetic),
+    **dict.fromkeys(overloads(*(f"{name}.default" for name in _POOLS.split())), _spatial),
+    **dict.fromkeys(overloads("upsample_nearest2d.default", "upsample_nearest2d.vec"), _spatial),
+    **dict.fromkeys(overloads("upsample_bilinear2d.default", "upsample_bilinear2d.vec"), _spatial),
+    **dict.fromkeys(overloads("mean.dim", "sum.dim_IntList", "amax.default"), _reduce),
+    **dict.fromkeys(overloads("permute.default", "transpose.int"), _permute),
+    **dict.fromkeys(overloads("squeeze.default", "squeeze.dim", "squeeze.dims"), _squeeze),
+    **dict.fromkeys(overloads("pad.default", "constant_pad_nd.default"), _pad),
+    **dict.fromkeys(overloads("conv1d.default", "conv2d.default", "conv3d.default"), _depthwise),
     aten.slice.Tensor: _slice,
     aten.unsqueeze.default: _unsqueeze,
     aten.flatten.using_ints: _flatten,

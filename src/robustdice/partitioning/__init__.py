@@ -12,11 +12,11 @@ from robustdice.partitioning import own
 from robustdice.partitioning.cdc import cdc
 from robustdice.partitioning.distribute import to_shards
 from robustdice.partitioning.lop import lop
-from robustdice.partitioning.paired import check_pairs, with_seconds, without_seconds
+from robustdice.partitioning.paired import check_pairs, with_all, without_some
 from robustdice.partitioning.replicate import full
 from robustdice.partitioning.request import Answer, Request, check_scores_fit
 from robustdice.partitioning.robust import robustdice
-from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan
+from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan, Strips
 from robustdice.provenance import versions
 
 __all__ = ["METHODS", "SPLITS", "Answer", "Method", "Request", "partition", "to_shards"]
@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lo
 """The ways to partition, by name."""
 WITHOUT_SCORES = frozenset({"lop", "cdc", "full"})
 """Those that look at no scores."""
-SPLITS = ("neurons", "hidden")
+SPLITS = ("neurons", "hidden", "rows")
 """The ways to split layers that a plan can be asked for."""
 
 Method = str | own.Own
@@ -47,6 +47,7 @@ def partition(
     network: Any = None,
     precision: tuple[str, str] = ("float32", "float32"),
     pairs: Mapping[int, int] = MappingProxyType({}),
+    run: Strips | None = None,
 ) -> Plan:
     """A plan for ``layers`` on ``devices`` devices (2 to 16).
 
@@ -60,7 +61,8 @@ def partition(
     The plan's copies are float32; ``precision`` are the representations of primaries and spares that they will be
     rounded to, for which ``memory`` is meant. Of ``pairs``, layers and the one layer that reads each alone
     (:func:`robustdice.model.pairs.possible_pairs`), methods are asked about the first, as a layer whose neurons come
-    with the weights that read them. PlanError when no such plan exists.
+    with the weights that read them; about those of a ``run`` that is computed in strips they are not asked. PlanError
+    when no such plan exists.
     """
     if isinstance(method, str) and method not in METHODS and ":" not in method:
         raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
@@ -87,24 +89,25 @@ def partition(
         network=network,
         precision=precision,
     )
-    asked = without_seconds(request, pairs)
+    asked = without_some(request, pairs, run)
     if name in METHODS:
-        return _plan(request, name, METHODS[name](asked), pairs)
+        return _plan(request, name, METHODS[name](asked), pairs, run)
     function = own.find(method) if isinstance(method, str) else method
     try:
-        return _plan(request, name, own.ask(function, name, asked), pairs)
+        return _plan(request, name, own.ask(function, name, asked), pairs, run)
     except PlanError as error:
         raise error if name in str(error) else PlanError(f"method {name}: {error}") from error
 
 
-def _plan(request: Request, method: str, answer: Answer, pairs: Mapping[int, int]) -> Plan:
-    scores, (shards, left) = request.importance, with_seconds(answer.shards, request, pairs)
+def _plan(request: Request, method: str, answer: Answer, pairs: Mapping[int, int], run: Strips | None) -> Plan:
+    scores, (shards, left) = request.importance, with_all(answer.shards, request, pairs, run)
     used = {} if scores is None else {"scores": {"digest": scores.digest, **scores.settings, **scores.provenance}}
     return Plan(
         devices=request.devices,
         layers=tuple(request.layers),
         shards=shards,
         pairs=left,
+        strips=() if run is None else (run,),
         shared_weights=request.shared_weights,
         method=method,
         model=request.model,

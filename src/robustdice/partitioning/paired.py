@@ -1,4 +1,5 @@
-"""What a method is asked where layers are dealt out as pairs, and the plan's shards that follow (NumPy only)."""
+"""What a method is asked where layers are dealt out as pairs, or computed in strips, and the plan's shards that follow
+(NumPy only)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 from robustdice.errors import PlanError
 from robustdice.partitioning.replicate import whole
 from robustdice.partitioning.request import Request
-from robustdice.plan import Shard, folded
+from robustdice.plan import Shard, Strips, folded
 
 
 def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str]) -> None:
@@ -26,39 +27,43 @@ def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str
         )
 
 
-def without_seconds(request: Request, pairs: Mapping[int, int]) -> Request:
-    """The request with each pair as one layer: the first one's neurons, with the weights that read them. What everybody
-    has of the second layer counts with what is shared."""
-    if not pairs:
+def without_some(request: Request, pairs: Mapping[int, int], run: Strips | None) -> Request:
+    """The request with each pair as one layer: the first one's neurons, with the weights that read them; and without
+    the layers of a run, which is computed in strips. What everybody has of these and of second layers counts with what
+    is shared. PlanError when nothing is left."""
+    in_run = () if run is None else run.layers
+    dealt = [index for index in range(len(request.layers)) if index not in {*pairs.values(), *in_run}]
+    if len(dealt) == len(request.layers):
         return request
-    dealt = [index for index in range(len(request.layers)) if index not in pairs.values()]
+    if not dealt:
+        raise PlanError("all layers would be computed in strips: there is nothing to deal out; split neurons")
     layers, importance, threshold = request.layers, request.importance, request.threshold
-    seconds = [layers[index] for index in pairs.values()]
     if importance is not None:
         names, scores = importance.names, importance.scores
         kept = (tuple(names[index] for index in dealt), tuple(scores[index] for index in dealt))
         importance = replace(importance, names=kept[0], scores=kept[1])
     if threshold is not None and np.ndim(threshold) and len(threshold) == len(layers):  # type: ignore[arg-type]
         threshold = [threshold[index] for index in dealt]  # type: ignore[index]
+    seconds, striped = ([layers[index] for index in of] for of in (pairs.values(), in_run))
+    by_all = sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds)
+    by_all += sum(layer.neurons * layer.neuron_weights for layer in striped)
     return replace(
         request,
         layers=[folded(layers[i], layers[pairs[i]]) if i in pairs else layers[i] for i in dealt],
         importance=importance,
         threshold=threshold,
-        shared_weights=request.shared_weights
-        + sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds),
+        shared_weights=request.shared_weights + by_all,
     )
 
 
-def with_seconds(
-    shards: Sequence[tuple[Shard, ...]], request: Request, pairs: Mapping[int, int]
+def with_all(
+    shards: Sequence[tuple[Shard, ...]], request: Request, pairs: Mapping[int, int], run: Strips | None
 ) -> tuple[tuple[tuple[Shard, ...], ...], dict[int, int]]:
-    """The shards of all layers of ``request``, from those of :func:`without_seconds`, and the pairs that are left:
+    """The shards of all layers of ``request``, from those of :func:`without_some`, and the pairs that are left:
     where every device holds the first layer, all have the second as well, and nothing is to be added up."""
-    given = iter(shards)
+    given, by_all = iter(shards), {*pairs.values(), *(() if run is None else run.layers)}
     found = [
-        whole(layer, request.devices) if index in pairs.values() else next(given)
-        for index, layer in enumerate(request.layers)
+        whole(layer, request.devices) if index in by_all else next(given) for index, layer in enumerate(request.layers)
     ]
     left = {
         first: second

@@ -19,13 +19,14 @@ class Strips:
     out: device d computes the rows ``bounds[d]`` to ``bounds[d + 1]`` of what the last one hands over.
 
     Neighbours' strips need some of the same rows before: ``heights`` are the layers' rows (before their tails), and
-    ``computed`` how many of them each device computes, [layers, devices].
+    ``computed`` how many of them each device computes, [layers, devices]. The last one hands over ``activations``.
     """
 
     layers: tuple[int, ...]
     bounds: tuple[int, ...]
     heights: tuple[int, ...]
     computed: tuple[tuple[int, ...], ...]
+    activations: int
 
     def shards(self) -> tuple[Shard, ...]:
         """The strips as shards whose neurons are rows: every device can compute each of them, its own one first."""
@@ -51,7 +52,7 @@ class Strips:
         for height, computed in zip(self.heights, self.computed, strict=True):
             if len(computed) != devices or not all(0 < rows <= height for rows in computed):
                 return f"devices compute {list(computed)} of {height} rows"
-        return None
+        return None if self.activations > 0 else f"{self.activations} activations are handed over"
 
 
 def strips_from_json(document: Mapping[str, Any]) -> Strips:
@@ -61,4 +62,5 @@ def strips_from_json(document: Mapping[str, Any]) -> Strips:
         bounds=tuple(map(int, document["bounds"])),
         heights=tuple(map(int, document["heights"])),
         computed=tuple(tuple(map(int, rows)) for rows in document["computed"]),
+        activations=int(document["activations"]),
     )

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from robustdice.bundle.manifest import WEIGHTS_NAME, Exchange
-from robustdice.bundle.parts import Part
+from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
 from robustdice.errors import BundleError, first_line
@@ -36,13 +36,27 @@ class Executor:
         """Load every model of the bundle."""
         self.manifest = manifest = bundle.manifest
         self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
-        self._sessions = {part.file: _session(bundle, part, threads) for part in manifest.parts}
+        self._bundle, self._threads = bundle, threads
+        self._sessions = {
+            part.file: _session(bundle, part, threads) for part in manifest.parts if not self._stands_by(part)
+        }
         give_back()
-        self._forms = [[e.form(shard) for shard in range(len(e.shards))] for e in manifest.exchanges]
         self._places = [
             [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges
         ]
+
+    def _stands_by(self, part: Part) -> bool:
+        """Whether a part computes nothing but other devices' strips: it is loaded when it is first needed."""
+        if part.apart is None or not isinstance(part, Piece):
+            return False
+        shards = (self.manifest.exchanges[exchange].shards[shard] for exchange, shard in part.shards)
+        return all(shard.devices[0] != self.manifest.device for shard in shards)
+
+    def _session(self, part: Part) -> Any:
+        if part.file not in self._sessions:
+            self._sessions[part.file] = _session(self._bundle, part, self._threads)
+        return self._sessions[part.file]
 
     def run_local(self, stage: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
         """``values`` together with what the stage's local parts make of them while the devices ``down`` are."""
@@ -54,7 +68,8 @@ class Executor:
     def run_piece(
         self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()
     ) -> dict[ShardId, Array]:
-        """The piece's shards as they travel, [batch, ...] each, while the devices ``down`` are."""
+        """The piece's shards, each [batch, ...] with its neurons along the exchange's axis, while the devices ``down``
+        are."""
         part = self.manifest.stages[stage].pieces[piece]
         outputs = self._run(part, values, down)
         shards: dict[ShardId, Array] = {}
@@ -63,21 +78,17 @@ class Executor:
             mine = [shard for other, shard in part.shards if other == position]
             widths = [exchange.entries(shard) for shard in mine]
             arrays = np.split(outputs[name], np.cumsum(widths)[:-1], axis=exchange.axis)
-            forms = [self._forms[position][shard] for shard in mine]
-            narrowed = (form.narrow(array) for form, array in zip(forms, arrays, strict=True))
-            shards.update({(position, shard): array for shard, array in zip(mine, narrowed, strict=True)})
+            shards.update({(position, shard): array for shard, array in zip(mine, arrays, strict=True)})
         return shards
 
     def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Values:
-        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number, as they travel), and its mask if
-        it has one.
+        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number), and its mask if it has one.
 
         A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise.
         """
         spec = self.manifest.exchanges[exchange]
         places = self._places[exchange]
-        forms = self._forms[exchange]
-        there = _repair(spec, {number: forms[number].widen(array) for number, array in shards.items()})
+        there = _repair(spec, shards)
         if len(places) == 1 and len(there) == 1:
             value = there[0]
         else:
@@ -111,6 +122,8 @@ class Executor:
     def _try_part(self, part: Part, values: Values, depths: dict[str, int]) -> Values:
         """``depths`` says of values how many layers in a row read rounded inputs before them, where any did."""
         found = self._run(part, values, ())
+        if self._stands_by(part):
+            del self._sessions[part.file]
         depth = max((depths.get(name, 0) for name in part.inputs), default=0) + sum(c.rounded for c in part.coarse)
         depths.update(dict.fromkeys(part.outputs, depth))
         allowed = ROUNDED_TOLERANCE * depth if depth else TOLERANCE
@@ -129,7 +142,7 @@ class Executor:
 
     def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
         calibrated = self.manifest.calibrated_for(down)
-        session, affine = self._sessions[part.file], self._weights.affine(part, calibrated)
+        session, affine = self._session(part), self._weights.affine(part, calibrated)
         inputs = {**{name: values[name] for name in part.inputs}, **affine}
         if not any(layer.coarse and layer.coarse.at_once < layer.neurons for layer in part.affine):
             outputs = session.run(list(part.outputs), {**inputs, **self._weights.filters(part)})
@@ -156,6 +169,11 @@ def _repair(exchange: Exchange, shards: Mapping[int, Array]) -> dict[int, Array]
         rest[(slice(None),) * exchange.axis + (slice(array.shape[exchange.axis]),)] -= array
     there[missing[0]] = rest[(slice(None),) * exchange.axis + (slice(exchange.entries(missing[0])),)]
     return there
+
+
+def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
+    """The shape of a shard's array, without the batch axis."""
+    return (*exchange.shape[: exchange.axis - 1], exchange.entries(shard), *exchange.shape[exchange.axis :])
 
 
 def open_session(model: Path | bytes, threads: int, shares_arena: bool = False) -> Any:
@@ -191,6 +209,8 @@ def _register_arena() -> None:
 
 def _session(bundle: Bundle, part: Part, threads: int) -> Any:
     path = bundle.path(part.file)
+    if part.apart is not None:
+        bundle.path(part.apart)
     try:
         return open_session(path, threads, shares_arena=bool(part.coarse))
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
