@@ -24,12 +24,18 @@ NEURONS = (8, 12, 10)
 INPUT_SHAPE = (1, 8, 8)
 
 
-def make_plan(devices: int, holders: int = 2, interleaved: bool = False, parity: bool = False) -> Plan:
+def make_plan(
+    devices: int, holders: int = 2, interleaved: bool = False, parity: bool = False, wire: str = "float32"
+) -> Plan:
     """Every neuron on ``holders`` devices; a shard per primary, with neighbouring or interleaved neurons.
 
     With ``parity`` the last device holds the sums of the others' shards, which have one holder each.
     """
-    layers = (Layer("conv1", 8, 1, 10, 640, 16), Layer("conv2", 12, 1, 73, 1152, 16), Layer("fc", 10, 1, 193, 192, 1))
+    layers = (
+        Layer("conv1", 8, 1, 10, 640, 16),
+        Layer("conv2", 12, 1, 73, 1152, 16),
+        Layer("fc", 10, 1, 193, 192, 1, gives_scores=True),
+    )
     return Plan(
         devices=devices,
         layers=layers,
@@ -42,6 +48,7 @@ def make_plan(devices: int, holders: int = 2, interleaved: bool = False, parity:
         shared_weights=0,
         method="test",
         model=ModelReference("test", "0" * 64),
+        wire=wire,
     )
 
 
@@ -68,8 +75,10 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     shapes = ((8, 4, 4), (12 * 16,), (10,))
     features = (1, 16, 1)
     exchanges = tuple(
-        Exchange(layer.name, value, shape, 1, width, -np.inf if value == "scores" else 0.0, None, shards)
-        for layer, value, shape, width, shards in zip(plan.layers, values, shapes, features, plan.shards, strict=True)
+        Exchange(layer.name, value, shape, 1, width, -np.inf if value == "scores" else 0.0, None, shards, wire)
+        for layer, value, shape, width, shards, wire in zip(
+            plan.layers, values, shapes, features, plan.shards, plan.wires, strict=True
+        )
     )
     inputs = (("x",), ("a",), ("b2",))
     stages = [

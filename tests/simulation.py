@@ -19,7 +19,6 @@ from typing import Any
 from bundles import make_manifest
 from robustdice.plan import Plan
 from robustdice.runtime.choice import Pace
-from robustdice.runtime.executor import shard_shape
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Computed,
@@ -143,7 +142,7 @@ class World:
         self.pace: Pace | None = None
         self._among: dict[int, int] = {}
         self._sizes = {
-            (e, s): math.prod(shard_shape(exchange, s))
+            (e, s): math.prod(exchange.form(s).shape)
             for e, exchange in enumerate(self.manifests[0].exchanges)
             for s in range(len(exchange.shards))
         }

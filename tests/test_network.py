@@ -64,7 +64,7 @@ RESIDUAL = (
         filter_weights=18,
         affine_weights=1,
     ),
-    Layer("head", 5, 1, 12 + 1, 12, 1, filter_weights=12, affine_weights=1),
+    Layer("head", 5, 1, 12 + 1, 12, 1, filter_weights=12, affine_weights=1, gives_scores=True),
 )
 CHANNELS_LAST = (
     Layer("stem", 6, 1, 3 * 4 + 1, 12 * 16, 16, neuron_preactivations=16, filter_weights=12, affine_weights=1),
@@ -93,18 +93,20 @@ CHANNELS_LAST = (
         filter_weights=12,
         affine_weights=2,
     ),
-    Layer("head", 4, 1, 6 + 1, 6, 1, filter_weights=6, affine_weights=1),
+    Layer("head", 4, 1, 6 + 1, 6, 1, filter_weights=6, affine_weights=1, gives_scores=True),
 )
 PLAIN = (
     Layer("conv", 6, 1, 9 + 1, 9 * 64, 16, neuron_preactivations=64, filter_weights=9, affine_weights=1),
     Layer("fc1", 7, 1, 96 + 1, 96, 1, filter_weights=96, affine_weights=1),
-    Layer("fc2", 4, 1, 7 + 1, 7, 1, filter_weights=7, affine_weights=1),
+    Layer("fc2", 4, 1, 7 + 1, 7, 1, filter_weights=7, affine_weights=1, gives_scores=True),
 )
 BRANCHES = (
     Layer("left", 4, 1, 2 + 1, 2 * 36, 36, neuron_preactivations=36, filter_weights=2, affine_weights=1),
     Layer("right", 6, 1, 18 + 1, 18 * 36, 36, neuron_preactivations=36, filter_weights=18, affine_weights=1),
     Layer("mix", 5, 1, 90 + 1, 90 * 16, 16, neuron_preactivations=16, filter_weights=90, affine_weights=1),
-    Layer("head", 3, 1, 5 + 1, 5 * 16, 1, neuron_preactivations=16, filter_weights=5, affine_weights=1),
+    Layer(
+        "head", 3, 1, 5 + 1, 5 * 16, 1, neuron_preactivations=16, filter_weights=5, affine_weights=1, gives_scores=True
+    ),
 )
 NETS: list[tuple[Callable[[], nn.Module], tuple[int, ...], tuple[Layer, ...]]] = [
     (Residual, (3, 8, 8), RESIDUAL),

@@ -71,7 +71,8 @@ class Candidate:
 class Table:
     """What plans for any budget are chosen from: the ``network`` on ``devices`` devices, of which up to ``survive`` may
     be down, its neurons' ``importance``, what each choice of each layer costs (``sensitivity``), and the coarse weights
-    that this was measured with (``rounded``, by layer and representation). Made by :func:`tabulate`."""
+    that this was measured with (``rounded``, by layer and representation); ``wire`` is what values travel as. Made by
+    :func:`tabulate`."""
 
     network: Network
     images: NDArray[np.float32]
@@ -80,6 +81,7 @@ class Table:
     importance: Importance
     rounded: Mapping[tuple[int, str], CoarseLayer]
     sensitivity: Sensitivity
+    wire: str = "float32"
 
     @property
     def units(self) -> list[NDArray[np.float64]]:
@@ -96,6 +98,7 @@ def tabulate(
     devices: int,
     survive: int | None = None,
     importance: Importance | None = None,
+    wire: str = "float32",
     on_progress: Progress = silent,
 ) -> Table:
     """What :func:`candidates` chooses from, for any number of budgets. ``images`` are unlabelled, [n, channels, height,
@@ -108,7 +111,7 @@ def tabulate(
         importance = score(network, affordable(network, images, SCORING_SAMPLES), s3="fisher")
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
     rounded = round_network(network, every, affordable(network, images, ROUNDING_IMAGES))
-    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}))
+    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}), wire)
     spreads = [*_spreads(devices), *_thin(devices)]
     seen = affordable(network, images, TABLE_IMAGES)
     found = measure(network, rounded, table.units, spreads, devices, survive, seen, on_progress)
@@ -306,5 +309,6 @@ def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
             "images": len(images),
         },
         coarse=round_network(network, wanted, images),
+        wire=table.wire,
     )
     return replace(plan, corrections=calibrate(network, plan, images, max_failed=survive))

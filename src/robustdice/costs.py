@@ -9,8 +9,8 @@ from robustdice.plan import Plan
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one frame: the number of ``exchanges``, the bytes that are handed over in them (float32, each activation
-    counted once), and the share of the multiply-adds that the busiest device computes. ``frame_parallel``: nothing is
+    """Of one frame: the number of ``exchanges``, the bytes that are handed over in them (each activation counted
+    once), and the share of the multiply-adds that the busiest device computes. ``frame_parallel``: nothing is
     exchanged, so that a device computes a frame alone while others compute the next ones.
 
     ``speedup`` is modelled: how many times the frames of one device with the whole model come out in a second. Devices
@@ -29,4 +29,4 @@ def costs_of(plan: Plan) -> Costs:
     exchanges = plan.exchanges
     share = plan.healthy_compute_share
     speedup = float(plan.devices) if not exchanges else 1 / share
-    return Costs(exchanges, 4 * plan.exchanged_activations, share, not exchanges, speedup)
+    return Costs(exchanges, sum(map(plan.exchanged_bytes, range(len(plan.layers)))), share, not exchanges, speedup)

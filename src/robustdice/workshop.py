@@ -52,6 +52,7 @@ def partition(
     spare_precision: str | None = None,
     images: NDArray[np.float32] | None = None,
     split: str = "neurons",
+    wire: str = "float32",
     on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
@@ -60,7 +61,8 @@ def partition(
     the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
     [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
     alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with the run of
-    :func:`robustdice.model.strips.early_run`, of which nothing can be lost. PlanError also when a ``method`` of the
+    :func:`robustdice.model.strips.early_run`, of which nothing can be lost. Devices hand each other values as ``wire``
+    says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`). PlanError also when a ``method`` of the
     user's own takes more memory than it was given.
     """
     if split not in SPLITS:
@@ -82,6 +84,7 @@ def partition(
         pairs=choose_pairs(network, devices) if split == "hidden" else {},
         run=early_run(network, devices) if split == "rows" else None,
     )
+    plan = replace(plan, wire=wire)
     if split != "neurons":
         plan = replace(plan, settings={**plan.settings, "split": split})
     if kinds != ("float32", "float32"):
@@ -135,15 +138,17 @@ def choose_plan(
     devices: int,
     memory: float | str,
     survive: int | None = None,
+    wire: str = "float32",
     on_progress: Progress = silent,
 ) -> list[Candidate]:
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
     :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
-    ``survive`` the number of devices down at once that the plan is made for (all but one). PlanError when nothing fits.
+    ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
+    as. PlanError when nothing fits.
     """
     parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
-    table = tabulate(network, images, devices=devices, survive=survive, on_progress=on_progress)
+    table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=on_progress)
     return choose_from(table, memory)
 
 
@@ -219,12 +224,13 @@ class Verification:
     errors: dict[FailureSet, float]
     of: int
     rounds_inputs: bool = False
+    wire: str = "float32"
 
     @property
     def allowed_relative_error(self) -> float:
-        """What float32 arithmetic in another order explains; where inputs are rounded to 8 bits, that what lies between
-        two steps goes to the other one."""
-        return 5e-2 if self.rounds_inputs else 1e-4
+        """What float32 arithmetic in another order explains; where inputs or what travels are rounded, that what lies
+        between two steps goes to the other one."""
+        return 5e-2 if self.rounds_inputs else {"float32": 1e-4, "float16": 5e-3, "uint8": 5e-2}[self.wire]
 
     @property
     def max_relative_error(self) -> float:
@@ -270,7 +276,7 @@ def verify(
             (expected,) = run_under(network, torch.from_numpy(frames), [state_of(plan, failed)], copies)
             errors[failed] = relative_error(cluster.run(frames, failed), expected.numpy())
             told(len(errors), len(every))
-    return Verification(errors, of=2**plan.devices - 1, rounds_inputs=bool(plan.activations))
+    return Verification(errors, of=2**plan.devices - 1, rounds_inputs=bool(plan.activations), wire=plan.wire)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -30,6 +30,7 @@ from robustdice.plan import (
     shard_to_json,
     shard_width,
 )
+from robustdice.wire_format import WIRES, WireForm
 
 FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
@@ -50,6 +51,8 @@ class Exchange:
 
     Where the exchange comes before the layer's tail, every device computes the tail of everything; ``mask`` then
     names a second value, bool[neurons], which says what was there, for a lost neuron counts as lost after its tail.
+
+    Shards travel as ``wire`` says.
     """
 
     layer: str
@@ -60,10 +63,16 @@ class Exchange:
     fill: float
     mask: str | None
     shards: tuple[Shard, ...]
+    wire: str = "float32"
 
     def entries(self, shard: int) -> int:
         """How many entries a shard's array has along the axis."""
         return shard_width(self.shards, shard) * self.features
+
+    def form(self, shard: int) -> WireForm:
+        """How a shard travels."""
+        shape = (*self.shape[: self.axis - 1], self.entries(shard), *self.shape[self.axis :])
+        return WireForm(self.wire, shape, self.axis, self.features)
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,7 @@ def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
         fill=float(document["fill"]),
         mask=None if document["mask"] is None else str(document["mask"]),
         shards=tuple(shard_from_json(shard) for shard in document["shards"]),
+        wire=str(document["wire"]),
     )
 
 
@@ -231,6 +241,8 @@ def _check(manifest: Manifest) -> None:
         require(bool(exchange.shards) and not parity_problem(exchange.shards), "a parity shard")
         require(all(bool(s.neurons) != bool(s.parity_of) for s in exchange.shards), "an empty shard")
         require(len(neurons) * exchange.features == width, "a layer's width")
+        require(exchange.wire in WIRES, "what its shards travel as")
+        require(exchange.wire == "float32" or not exchange.shards[-1].parity_of, "sums that are not float32")
     require(
         all(0 <= d < manifest.devices for failed in manifest.calibrated for d in failed), "a calibrated failure set"
     )

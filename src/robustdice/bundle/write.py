@@ -275,6 +275,7 @@ def _exchange(models: Models, index: int) -> Exchange:
         fill=layer.fill,
         mask=models.mask(index),
         shards=models.plan.exchanged_shards(index),
+        wire=models.plan.wires[index],
     )
 
 

@@ -37,10 +37,12 @@ from robustdice.cli.usage import number, one_of
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
 from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES
+from robustdice.plan import check_wire
 from robustdice.progress import silent
 from robustdice.report import plots, tables
 from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES
 from robustdice.terminal import out, print_json, progress, waiting
+from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
     from robustdice.auto import Candidate
@@ -108,6 +110,14 @@ def plan(
             autocompletion=one_of(*SPLITS),
         ),
     ] = "neurons",
+    wire: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="what devices hand each other values as: " + ", ".join(WIRES),
+            autocompletion=one_of(*WIRES),
+        ),
+    ] = "float32",
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
@@ -132,6 +142,7 @@ def plan(
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    check_wire(wire, sums=method == "cdc")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
@@ -159,7 +170,13 @@ def plan(
         images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
         with progress("choosing") as advance:
             considered = rd.choose_plan(
-                network, images.images(), devices=devices, memory=memory, survive=survive, on_progress=advance
+                network,
+                images.images(),
+                devices=devices,
+                memory=memory,
+                survive=survive,
+                wire=wire,
+                on_progress=advance,
             )
         _finish(considered[0].plan, output, plot, as_json, images, considered)
         return
@@ -182,6 +199,7 @@ def plan(
             spare_precision=spare_precision,
             images=seen,
             split=split,
+            wire=wire,
             on_progress=advance,
         )
     made = _with_activations(activations, network, made, seen)

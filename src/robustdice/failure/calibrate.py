@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.failure.copies import Copies, State, intact
-from robustdice.failure.passes import correct, fill
+from robustdice.failure.copies import Copies, State, intact, state_of
+from robustdice.failure.passes import as_received, correct, fill
 from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, check_plan_fits, together
@@ -47,8 +48,8 @@ def calibrate(
     check_max_failed(plan.devices, max_failed)
     largest = plan.devices - 1 if max_failed is None else max_failed
     sets = [failed for size in range(1, largest + 1) for failed in failure_sets(plan.devices, size)]
-    base = State(plan.copies(()))
-    states = {failed: State(plan.copies(failed)) for failed in sets}
+    base = replace(state_of(plan, frozenset()), corrections=None)
+    states = {failed: replace(state_of(plan, failed), corrections=None) for failed in sets}
     wanted: dict[bytes, list[FailureSet]] = {}
     for failed, state in states.items():
         if state.key != base.key:
@@ -179,7 +180,8 @@ class _Pass:
         if node in self.exchanges:
             index = self.exchanges[node]
             lost = np.flatnonzero(self.state.copies[index] == LOST)
-            values[node] = fill(self.network.layers[index], values[node], lost)
+            layer = self.network.layers[index]
+            values[node] = fill(layer, as_received(values[node], self.state.form(layer, index)), lost)
         for used in node.all_input_nodes:
             left[used] -= 1
             if not left[used] and used is not self.network.output:

@@ -14,23 +14,34 @@ from numpy.typing import NDArray
 from torch import fx
 
 from robustdice.model.canonical import execute
+from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, Steps
 from robustdice.rounding.affine import coarse_parameters
+from robustdice.wire_format import WireForm
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """What is computed under one failure set: of every layer's neurons the copy, int8[neurons] (a position in
-    ``REPRESENTATIONS``, or ``LOST``), and the layers' corrections, if any."""
+    ``REPRESENTATIONS``, or ``LOST``), the layers' corrections, if any, and what layers travel as (none: nothing does,
+    or all as float32), those of ``rows`` in strips."""
 
     copies: tuple[NDArray[np.int8], ...]
     corrections: tuple[Correction | None, ...] | None = None
+    wires: tuple[str, ...] = ()
+    rows: frozenset[int] = frozenset()
 
     def correction(self, layer: int) -> Correction | None:
         """A layer's correction, if it has one."""
         return None if self.corrections is None else self.corrections[layer]
+
+    def form(self, layer: NetworkLayer, index: int) -> WireForm:
+        """How what a layer hands over travels; the layer is the one at ``index``."""
+        wire = self.wires[index] if self.wires else "float32"
+        in_strips = index in self.rows
+        return WireForm(wire, layer.shape, 2 if in_strips else layer.axis, 1 if in_strips else layer.features)
 
     @cached_property
     def key(self) -> bytes:
@@ -39,12 +50,19 @@ class State:
         parts += [
             b"none" if each is None else each.scale.tobytes() + each.shift.tobytes() for each in self.corrections or ()
         ]
+        if set(self.wires) - {"float32"}:
+            parts += [*map(str.encode, self.wires), repr(sorted(self.rows)).encode()]
         return b"|".join(parts)
 
 
 def state_of(plan: Plan, failed: FailureSet) -> State:
     """What a plan's devices compute while those of ``failed`` are down."""
-    return State(plan.copies(failed), plan.correction(failed))
+    return State(plan.copies(failed), plan.correction(failed), plan.wires, last_of_runs(plan))
+
+
+def last_of_runs(plan: Plan) -> frozenset[int]:
+    """The layers after which strips of rows are handed over."""
+    return frozenset(run.layers[-1] for run in plan.strips)
 
 
 def intact(network: Network) -> State:

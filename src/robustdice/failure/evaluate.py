@@ -55,7 +55,8 @@ class SizeSummary:
 @dataclass(frozen=True)
 class Evaluation:
     """Measured top-1 accuracy (fractions) on ``samples`` images of ``data``: of the unpartitioned float32 model
-    (``clean``), and of the plan for failure sets: all of each size, or a sample of them."""
+    (``clean``), and of the plan for failure sets: all of each size, or a sample of them, with values rounded as they
+    travel (``wire``)."""
 
     clean: float
     samples: int
@@ -64,6 +65,7 @@ class Evaluation:
     devices: int
     memory_share: float
     accuracy: Mapping[FailureSet, float]
+    wire: str = "float32"
 
     @cached_property
     def by_size(self) -> dict[int, SizeSummary]:
@@ -81,6 +83,7 @@ class Evaluation:
         ``accuracy`` that is left, and what it was measured of and on."""
         about = {
             "method": self.method,
+            "wire": self.wire,
             "devices": self.devices,
             "memory_share": self.memory_share,
             "clean": self.clean,
@@ -204,6 +207,7 @@ def evaluate_plans(
             devices=plan.devices,
             memory_share=plan.memory_share,
             accuracy={failed: float(totals[state]) for failed, state in zip(sets, of_plan, strict=True)},
+            wire=plan.wire,
         )
         for plan, sets, of_plan in zip(plans, chosen, states.of_plans, strict=True)
     ]

@@ -17,6 +17,7 @@ from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.representation import LOST, Correction
+from robustdice.wire_format import WireForm
 
 
 def run_under(network: Network, images: torch.Tensor, states: Sequence[State], copies: Copies) -> list[torch.Tensor]:
@@ -79,13 +80,15 @@ class _Walk:
                 index = self.exchanges[node]
                 layer, whole = self.network.layers[index], values[node]
                 parts = self._parts(index, members)
+                received = {form: as_received(whole, form) for _, form, _ in parts}
                 own = not _may_be_view(node)
-                for part, lost in parts[:-1]:
-                    copy = {**values, node: fill(layer, whole, lost)}
+                for part, form, lost in parts[:-1]:
+                    copy = {**values, node: fill(layer, received[form], lost)}
                     self.run(at + 1, copy, remaining.copy(), part)
-                members, lost = parts[-1]
-                # The parts before it have copies. Unless it shows another tensor, nobody else reads it any more.
-                values[node] = fill(layer, whole, lost, in_place=own)
+                members, form, lost = parts[-1]
+                # The parts before it have copies, or are done. Unless it shows another tensor, nobody else reads it any
+                # more.
+                values[node] = fill(layer, received[form], lost, in_place=own)
         for member in members:
             self.results[member] = values[self.network.output]
 
@@ -99,15 +102,26 @@ class _Walk:
             parts.setdefault((copies.tobytes(), id(self.states[member].correction(index))), []).append(member)
         return list(parts.values())
 
-    def _parts(self, index: int, members: list[int]) -> list[tuple[list[int], NDArray[np.intp]]]:
-        """The members that lose the same neurons of layer ``index``, and which these are; nothing only in the
-        last part, which so does not share its tensor with others that are to be filled."""
-        parts: dict[bytes, list[int]] = {}
+    def _parts(self, index: int, members: list[int]) -> list[tuple[list[int], WireForm, NDArray[np.intp]]]:
+        """The members that receive layer ``index`` in the same form and lose the same neurons, the form, and which
+        neurons these are; none only in the last part of a form, which so does not share its tensor with others that are
+        to be filled."""
+        layer, parts = self.network.layers[index], dict[tuple[WireForm, bytes], list[int]]()
         for member in members:
-            lost = self.states[member].copies[index] == LOST
-            parts.setdefault(lost.tobytes(), []).append(member)
-        found = [(part, np.flatnonzero(self.states[part[0]].copies[index] == LOST)) for part in parts.values()]
-        return sorted(found, key=lambda part: not part[1].size)
+            state = self.states[member]
+            parts.setdefault((state.form(layer, index), (state.copies[index] == LOST).tobytes()), []).append(member)
+        found = [
+            (part, form, np.flatnonzero(self.states[part[0]].copies[index] == LOST))
+            for (form, _), part in parts.items()
+        ]
+        return sorted(found, key=lambda part: (repr(part[1]), not part[2].size))
+
+
+def as_received(value: torch.Tensor, form: WireForm) -> torch.Tensor:
+    """What everybody has of a value that travels in some form, the device that has computed it included."""
+    if form.wire == "float32":
+        return value
+    return torch.from_numpy(form.widen(form.narrow(value.cpu().contiguous().numpy()))).to(value.device)
 
 
 def correct(layer: NetworkLayer, value: torch.Tensor, correction: Correction | None) -> torch.Tensor:

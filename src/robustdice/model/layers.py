@@ -215,6 +215,7 @@ def _network_layer(
             affine_weights=sum(per_neuron[name] for name in in_chain & per_neuron.keys()),  # masks are none
             tail_filter_weights=sum(per_neuron[name] for name in tail_filters),
             tail_filters=len(tail_filters),
+            gives_scores=value is output,
         ),
         node=node,
         value=value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from robustdice.plan.certificate import Certificate
 from robustdice.plan.file import shard_from_json, shard_to_json
 from robustdice.plan.pairs import added_up, column_weights, folded
-from robustdice.plan.plan import ModelReference, Plan
+from robustdice.plan.plan import ModelReference, Plan, check_wire
 from robustdice.plan.shards import (
     MAX_DEVICES,
     FailureSet,
@@ -33,6 +33,7 @@ __all__ = [
     "Strips",
     "added_up",
     "check_max_failed",
+    "check_wire",
     "column_weights",
     "failure_sets",
     "folded",

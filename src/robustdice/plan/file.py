@@ -87,6 +87,7 @@ def _body(plan: Plan, arrays: Arrays) -> dict[str, Any]:
         "model": asdict(plan.model),
         "settings": dict(plan.settings),
         "provenance": dict(plan.provenance),
+        "wire": plan.wire,
     }
     if plan.coarse:
         body["coarse"] = [

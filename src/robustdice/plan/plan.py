@@ -46,6 +46,7 @@ from robustdice.representation import (
     Steps,
     neuron_bytes,
 )
+from robustdice.wire_format import WIRES, sent_bytes, suited
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Plan:
     them, first layer to second: the shards are the first one's, and of the second, one shard that all devices hold, in
     float32, each has the weights for the neurons that it holds of the first. ``certificate`` is what was measured of
     the plan; it is no part of what the plan says.
+
+    ``wire`` is what devices hand each other values as; see :attr:`wires`.
     """
 
     devices: int
@@ -88,6 +91,7 @@ class Plan:
     strips: tuple[Strips, ...] = ()
     pairs: Mapping[int, int] = field(default_factory=dict)
     certificate: Certificate | None = None
+    wire: str = "float32"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -163,17 +167,41 @@ class Plan:
         run = self.run_of(layer)
         return self.shards[layer] if run is None else run.shards()
 
-    def exchanged(self, layer: int) -> int:
-        """Activations of one image that are handed over after a layer while every device is up, each counted once;
-        those of a pair, which are sums, after its first layer, one for every device that has a part in them."""
+    def handed_over(self, layer: int) -> tuple[int, int]:
+        """How many neurons' values are handed over after a layer while every device is up, each counted once, and how
+        many activations of one image these are. Of a pair, after its first layer: the second one's, as sums, one for
+        every device that has a part in them. After a run of strips: those of rows in the place of neurons."""
         each, run = self.layers[layer], self.run_of(layer)
         if layer in self.pairs:
             second = self.layers[self.pairs[layer]]
-            handed = sum(not shard.after for shard in added_up(self.shards[layer]))
-            return handed * second.neurons * second.neuron_preactivations
+            neurons = sum(not shard.after for shard in added_up(self.shards[layer])) * second.neurons
+            return neurons, neurons * second.neuron_preactivations
+        if run is not None and run.layers[-1] == layer:
+            return run.bounds[-1], run.activations
         if self.held_by_all(layer):
-            return run.activations if run is not None and run.layers[-1] == layer else 0
-        return each.neurons * (each.neuron_preactivations if self.exchanged_before_tail(layer) else each.neuron_outputs)
+            return 0, 0
+        before_tail = self.exchanged_before_tail(layer)
+        return each.neurons, each.neurons * (each.neuron_preactivations if before_tail else each.neuron_outputs)
+
+    def exchanged(self, layer: int) -> int:
+        """Activations of one image that are handed over after a layer, as :meth:`handed_over` says."""
+        return self.handed_over(layer)[1]
+
+    def exchanged_bytes(self, layer: int) -> int:
+        """Their bytes on the wire."""
+        return sent_bytes(self.wires[layer], *self.handed_over(layer))
+
+    @cached_property
+    def wires(self) -> tuple[str, ...]:
+        """What is handed over after each layer travels as: the plan's ``wire``, or ``float16`` for ``uint8`` where
+        scales would take more than codes save. Class scores are float32: rounded ones could be equal. So are strips,
+        and what does not travel."""
+        return tuple(map(self._wire_of, range(len(self.layers))))
+
+    def _wire_of(self, layer: int) -> str:
+        neurons, values = self.handed_over(layer)
+        exact = self.layers[self.pairs.get(layer, layer)].gives_scores or self.run_of(layer) is not None or not values
+        return "float32" if exact else suited(self.wire, neurons, values)
 
     @property
     def exchanges(self) -> int:
@@ -308,6 +336,7 @@ def _load(path: Path) -> Plan:
             strips=tuple(map(strips_from_json, body.get("strips", ()))),
             pairs={int(first): int(second) for first, second in body.get("pairs", ())},
             certificate=Certificate.from_json(document.get("certificate")),
+            wire=str(body["wire"]),
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {file.REMEDY}") from None
@@ -334,9 +363,12 @@ def _check(plan: Plan) -> None:
             check_shard(plan.devices, layer, shard)
         if problem := parity_problem(shards):
             raise PlanError(f"layer {layer.name}: {problem}")
+    check_wire(plan.wire, sums=any(map(plan.exchanged_before_tail, range(len(plan.layers)))))
     _check_coarse(plan)
     _check_strips(plan)
     _check_pairs(plan)
+    if plan.pairs and plan.wire != "float32":
+        raise PlanError(f"partial sums do not travel as {plan.wire}; leave out --wire, or split by neurons")
     for failed, of_layers in plan.corrections.items():
         of_this = len(of_layers) == len(plan.layers) and all(
             each is None or len(each.scale) == layer.neurons
@@ -344,6 +376,17 @@ def _check(plan: Plan) -> None:
         )
         if not failed or not failed < set(range(plan.devices)) or not of_this:
             raise PlanError(f"the corrections for {sorted(failed)} down are not of this plan")
+
+
+def check_wire(wire: str, sums: bool) -> None:
+    """PlanError unless values can travel as ``wire``; ``sums``: some are sums of shards."""
+    if wire not in WIRES:
+        raise PlanError(f"values cannot travel as {wire!r}; known: {', '.join(WIRES)}")
+    if sums and wire != "float32":
+        raise PlanError(
+            f"sums of shards cannot travel as {wire}: what is missing follows from them only if they are exact; "
+            "leave out --wire, or choose a method without sums"
+        )
 
 
 def _check_coarse(plan: Plan) -> None:

@@ -30,6 +30,8 @@ class Layer:
     For coarse copies: ``filter_weights`` of a neuron are its own filter's, ``affine_weights`` (its bias, batch norm and
     the like) only scale and shift what the filter gives, and ``tail_filter_weights`` are in ``tail_filters`` depthwise
     filters of the tail.
+
+    ``gives_scores``: its neurons are the class scores.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Layer:
     affine_weights: int = 0
     tail_filter_weights: int = 0
     tail_filters: int = 0
+    gives_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def failure_sets(devices: int, size: int) -> list[FailureSet]:
 def check_layer(layer: Layer) -> None:
     """PlanError unless the layer's numbers make sense."""
     for name, value in asdict(layer).items():
-        least = 0 if name.startswith(("tail_", "reads_", "filter_", "affine_")) else 1
+        least = 0 if name.startswith(("tail_", "reads_", "filter_", "affine_", "gives_")) else 1
         if name != "name" and not (isinstance(value, int) and value >= least):
             raise PlanError(f"layer {layer.name}: {name} must be a whole number of at least {least}, got {value!r}")
     if layer.tail_weights >= layer.neuron_weights or layer.tail_macs >= layer.neuron_macs:

@@ -12,6 +12,7 @@ from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.plan.certificate import wilson
 from robustdice.report.sheet import Sheet
+from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
     from robustdice.auto import Candidate
@@ -126,6 +127,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "process_bytes": list(process_bytes(max(plan.bytes_per_device))),
         "healthy_compute_share": plan.healthy_compute_share,
         "exchanged_activations": plan.exchanged_activations,
+        "exchanged_bytes": costs_of(plan).exchanged_bytes,
+        "wire": plan.wire,
         "model": plan.model.source,
         "model_digest": plan.model.digest,
         "plan_digest": plan.digest,
@@ -206,8 +209,8 @@ def plan_table(plan: Plan) -> Sheet:
         held = [0] * plan.devices
         for shard in shards:
             held[len(shard.holders) - 1] += len(shard.neurons)
-        handed = plan.exchanged(index)
-        exchange = f"{4 * handed / 1e3:.1f} kB" if handed else "none"
+        handed = plan.exchanged_bytes(index)
+        exchange = f"{handed / 1e3:.1f} kB" if handed else "none"
         table.add_row(layer.name, str(layer.neurons), *(str(n) if n else "" for n in held), plan.split(index), exchange)
     return table
 
@@ -223,11 +226,10 @@ def plan_summary(plan: Plan) -> str:
     return (
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
-        f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per image{before}."
-        f"{_pairs(plan)}"
-        f" A device's process will need about {process_memory(max(plan.bytes_per_device))} of memory (estimated: its "
-        f"weights {COPIES_WHILE_LOADING[0]} to {COPIES_WHILE_LOADING[1]} times while they are loaded, and "
-        f"{PROCESS_BYTES / 1e6:.0f} MB)."
+        f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per "
+        f"image{before}, {_on_the_wire(plan)}.{_pairs(plan)} A device's process will need about "
+        f"{process_memory(max(plan.bytes_per_device))} of memory (estimated: its weights {COPIES_WHILE_LOADING[0]} to "
+        f"{COPIES_WHILE_LOADING[1]} times while they are loaded, and {PROCESS_BYTES / 1e6:.0f} MB)."
     )
 
 
@@ -242,6 +244,13 @@ def _pairs(plan: Plan) -> str:
         f" {number} of the layers are split hidden, each with the one that reads it: {sums:,} of the activations are "
         f"their partial sums, handed over in {number} exchanges; gathered they were {gathered:,} in {2 * number}."
     )
+
+
+def _on_the_wire(plan: Plan) -> str:
+    """How many bytes travel, as what."""
+    used = {wire for index, wire in enumerate(plan.wires) if plan.exchanged(index)}
+    kinds = [wire for wire in reversed(WIRES) if wire in used] or [plan.wire]
+    return f"{costs_of(plan).exchanged_bytes / 1e3:.1f} kB as {' and '.join(kinds)}"
 
 
 def evaluation_json(result: Evaluation, expectation: Expectation | None = None) -> dict[str, Any]:
@@ -265,6 +274,7 @@ def evaluation_json(result: Evaluation, expectation: Expectation | None = None) 
         "data": result.data,
         "memory_share": result.memory_share,
         "method": result.method,
+        "wire": result.wire,
         "failures": failures,
         **({} if expectation is None else {"availability": expectation_json(expectation)}),
     }
@@ -302,6 +312,7 @@ def evaluation_table(result: Evaluation) -> Sheet:
     """What ``evaluate`` prints for one plan."""
     caption = f"{_measured_on(result)} The unpartitioned model: {percent(result.clean)}."
     title = f"{result.method}, memory share {percent(result.memory_share)}"
+    title += "" if result.wire == "float32" else f", {result.wire} on the wire"
     headings = ("devices down", "worst", "mean", "best", "each failure set")
     sheet = Sheet(title, *headings, caption=caption, texts=["each failure set"])
     for size, summary in result.by_size.items():
@@ -329,6 +340,8 @@ def comparison_table(names: Sequence[str], results: Sequence[Evaluation]) -> She
     sheet = Sheet("Top-1 accuracy in %", "devices down", *names, caption=caption)
     sheet.add_row("method", *(result.method for result in results))
     sheet.add_row("memory share", *(percent(result.memory_share) for result in results))
+    if {result.wire for result in results} != {"float32"}:
+        sheet.add_row("on the wire", *(result.wire for result in results))
     for size in sorted({size for result in results for size in result.by_size}):
         summaries = [result.by_size.get(size) for result in results]
         cells = ["" if s is None else f"{100 * s.worst:.1f} ({100 * s.mean:.1f})" for s in summaries]

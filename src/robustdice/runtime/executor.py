@@ -41,6 +41,7 @@ class Executor:
             part.file: _session(bundle, part, threads) for part in manifest.parts if not self._stands_by(part)
         }
         give_back()
+        self._forms = [[e.form(shard) for shard in range(len(e.shards))] for e in manifest.exchanges]
         self._places = [
             [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
             for exchange in bundle.manifest.exchanges
@@ -68,8 +69,7 @@ class Executor:
     def run_piece(
         self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()
     ) -> dict[ShardId, Array]:
-        """The piece's shards, each [batch, ...] with its neurons along the exchange's axis, while the devices ``down``
-        are."""
+        """The piece's shards as they travel, [batch, ...] each, while the devices ``down`` are."""
         part = self.manifest.stages[stage].pieces[piece]
         outputs = self._run(part, values, down)
         shards: dict[ShardId, Array] = {}
@@ -78,17 +78,21 @@ class Executor:
             mine = [shard for other, shard in part.shards if other == position]
             widths = [exchange.entries(shard) for shard in mine]
             arrays = np.split(outputs[name], np.cumsum(widths)[:-1], axis=exchange.axis)
-            shards.update({(position, shard): array for shard, array in zip(mine, arrays, strict=True)})
+            forms = [self._forms[position][shard] for shard in mine]
+            narrowed = (form.narrow(array) for form, array in zip(forms, arrays, strict=True))
+            shards.update({(position, shard): array for shard, array in zip(mine, narrowed, strict=True)})
         return shards
 
     def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Values:
-        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number), and its mask if it has one.
+        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number, as they travel), and its mask if
+        it has one.
 
         A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise.
         """
         spec = self.manifest.exchanges[exchange]
         places = self._places[exchange]
-        there = _repair(spec, shards)
+        forms = self._forms[exchange]
+        there = _repair(spec, {number: forms[number].widen(array) for number, array in shards.items()})
         if len(places) == 1 and len(there) == 1:
             value = there[0]
         else:
@@ -169,11 +173,6 @@ def _repair(exchange: Exchange, shards: Mapping[int, Array]) -> dict[int, Array]
         rest[(slice(None),) * exchange.axis + (slice(array.shape[exchange.axis]),)] -= array
     there[missing[0]] = rest[(slice(None),) * exchange.axis + (slice(exchange.entries(missing[0])),)]
     return there
-
-
-def shard_shape(exchange: Exchange, shard: int) -> tuple[int, ...]:
-    """The shape of a shard's array, without the batch axis."""
-    return (*exchange.shape[: exchange.axis - 1], exchange.entries(shard), *exchange.shape[exchange.axis :])
 
 
 def open_session(model: Path | bytes, threads: int, shares_arena: bool = False) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from robustdice.bundle.parts import Filter, Part
 from robustdice.representation import BITS, SCALE_BYTES, code_offset, code_range, corrections_of, unpack
+from robustdice.wire_format import widen_finite
 
 Floats = NDArray[np.float32]
 
@@ -71,7 +72,7 @@ class Weights:
         packed = self._codes(kept, neurons)[rows]
         result = room[: len(packed) * kept.weights].reshape(len(packed), -1)
         if kept.representation == "float16":
-            return _widened(packed, result)
+            return widen_finite(packed, result)
         if kept.representation == "int8":
             np.copyto(result, packed)
             return result
@@ -126,19 +127,6 @@ def _multiply(filters: Floats, scales: NDArray[np.float16], group: int) -> None:
     elif scales.shape[1]:
         for number, scale in enumerate(scales.astype(np.float32).T):
             filters[:, number * group : (number + 1) * group] *= scale[:, None]
-
-
-def _widened(halves: NDArray[np.float16], result: Floats) -> Floats:
-    """Finite float16 numbers in ``result``. By moving their bits to where float32 has them and making up for the
-    exponents' offsets, in a quarter of the time that NumPy's own conversion takes on x86."""
-    bits = result.view(np.int32)
-    np.copyto(bits, halves.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, _SIGN_AND_NUMBER, out=bits)
-    return np.multiply(result, np.float32(2.0**112), out=result)
-
-
-_SIGN_AND_NUMBER = np.array(0x8FFFE000, np.uint32).view(np.int32)
 
 
 def _twelve_bits(packed: NDArray[np.uint8]) -> NDArray[np.uint16]:

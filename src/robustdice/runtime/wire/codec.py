@@ -1,6 +1,7 @@
 """Messages <-> frames of bytes.
 
-A message is a JSON header of at most 64 KiB followed by raw frames (float32, little-endian, C order). Every
+A message is a JSON header of at most 64 KiB followed by raw frames (float32, or what the plan says that shards travel
+as; little-endian, C order). Every
 header carries the protocol version, the plan's digest and the kind. Decoding believes nothing: whatever is not
 exactly a message of this cluster raises :class:`MessageError` with the reason. docs/formats.md describes the bytes.
 """
@@ -51,11 +52,8 @@ class Codec:
         self._plan = plan_digest
         self._manifest = manifest
         exchanges = manifest.exchanges if manifest else ()
-        self._shapes = [
-            [(1, *e.shape[: e.axis - 1], e.entries(number), *e.shape[e.axis :]) for number in range(len(e.shards))]
-            for e in exchanges
-        ]
-        sizes = [4 * math.prod(shape) for shapes in self._shapes for shape in shapes]
+        self._forms = [[exchange.form(number) for number in range(len(exchange.shards))] for exchange in exchanges]
+        sizes = [form.nbytes for forms in self._forms for form in forms]
         if manifest:
             sizes.append(4 * math.prod(manifest.input_shape))
         self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, *sizes])
@@ -86,7 +84,8 @@ class Codec:
             if isinstance(message, Shards):
                 header["serial"] = message.serial
                 body += _encoded(message.lineage, header)
-                body += map(_raw, message.arrays)
+                forms = (self._forms[e][s] for e, s in message.shards)
+                body += [_raw(array, form.dtype) for array, form in zip(message.arrays, forms, strict=True)]
         elif isinstance(message, Answer):
             header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
             header.update(late=message.late, seconds=message.seconds)
@@ -140,7 +139,8 @@ class Codec:
         sender, stage, shards = self._positions(header, body, header.device())
         lineage, rest = self._lineage(header, body[1:], stage)
         _count(rest, len(shards))
-        arrays = tuple(_array(raw, self._shapes[e][s]) for raw, (e, s) in zip(rest, shards, strict=True))
+        forms = (self._forms[e][s] for e, s in shards)
+        arrays = tuple(_array(raw, (1, *f.sent_shape), f.dtype) for raw, f in zip(rest, forms, strict=True))
         return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays, lineage)
 
     def _lineage(self, header: _Header, body: Sequence[Any], stage: int) -> tuple[Lineage, Sequence[Any]]:
@@ -338,21 +338,21 @@ def _encoded(lineage: Lineage, header: dict[str, Any]) -> list[bytes]:
     return []
 
 
-def _raw(array: Any) -> memoryview:
-    raw: Any = np.ascontiguousarray(array, "<f4")
+def _raw(array: Any, kind: str = "<f4") -> memoryview:
+    raw: Any = np.ascontiguousarray(array, kind)
     return memoryview(raw).cast("B")
 
 
-def _array(raw: Any, shape: tuple[int, ...] | None) -> Array:
-    """``raw`` as float32 of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
+def _array(raw: Any, shape: tuple[int, ...] | None, kind: str = "<f4") -> Array:
+    """``raw`` as numbers of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
     size = len(raw)
     if shape is None:
         if size % 4 or not 0 < size <= 4 * OUTPUTS_LIMIT:
             raise MessageError(f"an array of {size} bytes, expected 1 to {OUTPUTS_LIMIT} float32")
         shape = (size // 4,)
-    elif size != 4 * math.prod(shape):
-        raise MessageError(f"an array of {size} bytes, expected {4 * math.prod(shape)} for shape {shape}")
-    array = np.frombuffer(raw, "<f4").reshape(shape)
+    elif size != (expected := np.dtype(kind).itemsize * math.prod(shape)):
+        raise MessageError(f"an array of {size} bytes, expected {expected} for shape {shape}")
+    array = np.frombuffer(raw, kind).reshape(shape)
     array.flags.writeable = False
     return array
 

@@ -16,7 +16,7 @@ ShardId = tuple[int, int]
 """(position in ``Manifest.exchanges``, position in that exchange's ``shards``)."""
 
 Array: TypeAlias = Any
-"""float32 [1, ...]; opaque to everyone but the executor and the bytes."""
+"""float32 [1, ...], or a shard as it travels; opaque to everyone but the executor and the bytes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -77,7 +77,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Shards:
-    """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]``, float32 [1, ...]. ``serial``
+    """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]`` as it travels. ``serial``
     grows from 1 with every such message of the sender, whoever it is for. All were built on ``lineage``."""
 
     sender: int

@@ -1,0 +1,197 @@
+"""Plans whose values travel in fewer bits: evaluator, bundles, messages and devices have the same numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bundles import Network as HandMade
+from bundles import make_manifest, make_plan
+from bundles import write_bundles as write_by_hand
+from commands import fails, run, run_json
+from nets import Plain, coarsened, random_images, random_plan, relative_error, save
+from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
+from robustdice.bundle.read import load_bundle
+from robustdice.bundle.write import write_bundles
+from robustdice.errors import BundleError, MessageError, PlanError
+from robustdice.failure.calibrate import calibrate
+from robustdice.failure.copies import Copies, intact, state_of
+from robustdice.failure.passes import run_under
+from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
+from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.inprocess import InProcess
+from robustdice.runtime.wire.codec import Codec
+from robustdice.runtime.wire.founding import write_cluster
+from robustdice.runtime.wire.messages import FrameId, Shards
+from robustdice.wire_format import WIRES
+from robustdice.workshop import partition
+from test_bundles import NETS, made
+from test_coarse_bundles import predicted
+
+ALLOWED = {"float32": 1e-4, "float16": 5e-3, "uint8": 5e-2}
+"""A number between two steps may go to the other one where what lies before it was added up in another order."""
+NARROW = ("float16", "uint8")
+
+
+def check_every_failure_set(name: str, plan: Plan, directory: Path, spares: str = "standby") -> None:
+    _, network, graph = made(name)
+    images = random_images(2, network.input_shape)
+    images[1] *= 20
+    bundles = [load_bundle(path) for path in write_bundles(network, plan, directory / "build", spares, graph)]
+    assert [exchange.wire for exchange in bundles[0].manifest.exchanges] == [
+        wire for index, wire in enumerate(plan.wires) if not plan.held_by_all(index)
+    ]
+    together = InProcess(bundles)
+    errors, without = [], []
+    for failed in [failed for size in range(plan.devices) for failed in failure_sets(plan.devices, size)]:
+        found = together.run(images, failed)
+        for number, image in enumerate(images):  # scales are those of each image alone
+            (one,) = predicted(network, plan, image[None], failed)
+            errors.append(relative_error(found[number], one))
+            (unrounded,) = predicted(network, replace(plan, wire="float32"), image[None], failed)
+            without.append(relative_error(found[number], unrounded))
+        assert relative_error(found, predicted(network, plan, images, failed)) < ALLOWED[plan.wire]
+    assert max(errors) < ALLOWED[plan.wire]
+    assert np.median(errors) < 1e-4  # it is rare that one lies between
+    if plan.wire != "float32":
+        assert np.median(without) > 20 * np.median(errors)
+
+
+@pytest.mark.parametrize("wire", NARROW)
+@pytest.mark.parametrize("name", ["residual", "plain", "channels_last"])
+def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, wire: str, tmp_path: Path) -> None:
+    _, network, _ = made(name)
+    check_every_failure_set(name, replace(random_plan(network, 3, 3, everywhere=[1]), wire=wire), tmp_path)
+
+
+def test_bundles_with_coarse_copies_and_corrections_do_so_too(tmp_path: Path) -> None:
+    _, network, _ = made("residual")
+    plan = replace(coarsened(network, random_plan(network, 2, 3), 3), wire="uint8")
+    check_every_failure_set("residual", plan, tmp_path, "hot")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", NARROW)
+@pytest.mark.parametrize("name", NETS)
+def test_bundles_of_any_network_equal_the_evaluator(name: str, wire: str, tmp_path: Path) -> None:
+    _, network, _ = made(name)
+    check_every_failure_set(name, replace(random_plan(network, 3, 5), wire=wire), tmp_path)
+
+
+def test_the_evaluator_rounds_each_image_by_its_own_range() -> None:
+    _, network, _ = made("residual")
+    plan = replace(random_plan(network, 3, 0), wire="uint8")
+    images = random_images(3, network.input_shape)
+    images[1:] *= np.array([100, 0.01], np.float32).reshape(2, 1, 1, 1)
+    together = predicted(network, plan, images, frozenset({1}))
+    for image, scores in zip(images, together, strict=True):
+        alone = predicted(network, plan, image[None], frozenset({1}))
+        assert relative_error(scores[None], alone) < ALLOWED["uint8"] / 5
+
+
+def test_plans_that_differ_on_the_wire_alone_are_told_apart_in_shared_passes() -> None:
+    _, network, _ = made("plain")
+    images = torch.from_numpy(random_images(3, network.input_shape))
+    plans = [replace(random_plan(network, 3, 0), wire=wire) for wire in WIRES]
+    sets = [failed for size in range(3) for failed in failure_sets(3, size)]
+    states = [intact(network), *(state_of(plan, failed) for plan in plans for failed in sets)]
+    together = run_under(network, images, states, Copies(network, {}))
+    for state, found in zip(states, together, strict=True):
+        (alone,) = run_under(network, images, [state], Copies(network, {}))
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)
+    everyone_up = [together[1 + number * len(sets)] for number in range(len(WIRES))]
+    torch.testing.assert_close(everyone_up[0], together[0], rtol=0, atol=0)
+    assert all((scores != together[0]).any() for scores in everyone_up[1:])
+
+
+def test_corrections_are_fitted_to_what_arrives() -> None:
+    _, network, _ = made("residual")
+    plan, images = random_plan(network, 2, 1), random_images(8, network.input_shape)
+    found = {wire: calibrate(network, replace(plan, wire=wire), images) for wire in WIRES}
+    codes = {wire: [each.codes.tobytes() for each in found[wire][frozenset({0})] if each] for wire in WIRES}
+    assert len({b"".join(of_wire) for of_wire in codes.values()}) > 1
+
+
+def test_what_travels_as_what_is_counted(tmp_path: Path) -> None:
+    layers = (
+        Layer("conv", 6, 1, 10, 100, 16),
+        Layer("fc", 7, 1, 65, 64, 1),
+        Layer("head", 2, 1, 8, 7, 1, gives_scores=True),
+    )
+    shards = tuple((Shard(tuple(range(of.neurons)), (Holder(0),)),) for of in layers)
+    model = make_plan(2).model
+    plan = Plan(2, layers, shards, 0, "test", model, wire="uint8")
+    assert plan.wires == ("uint8", "float16", "float32")  # one value each is less without scales; scores are exact
+    assert [plan.exchanged_bytes(layer) for layer in range(3)] == [6 * (8 + 16), 7 * 2, 2 * 4]
+    whole = tuple((replace(of[0], holders=(Holder(0), Holder(1))),) for of in shards)
+    assert {Plan(2, layers, whole, 0, "test", model, wire="uint8").exchanged_bytes(layer) for layer in range(3)} == {0}
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").wires == plan.wires
+    assert len({replace(plan, wire=wire).digest for wire in WIRES}) == 3
+
+
+@pytest.mark.parametrize("wire", NARROW)
+def test_sums_of_shards_travel_exactly_or_not_at_all(wire: str) -> None:
+    with pytest.raises(PlanError, match=f"sums of shards cannot travel as {wire}"):
+        make_plan(3, parity=True, wire=wire)
+    with pytest.raises(PlanError, match="leave out --wire"):
+        partition(made("plain")[1], devices=3, method="cdc", wire=wire)
+
+
+def test_other_forms_are_refused() -> None:
+    with pytest.raises(PlanError, match="'int7'; known: float32, float16, uint8"):
+        make_plan(2, wire="int7")
+
+
+@pytest.mark.parametrize(("parity", "wire"), [(False, "int7"), (True, "uint8")])
+def test_a_manifest_that_says_what_cannot_be_is_refused(parity: bool, wire: str) -> None:
+    document = json.loads(make_manifest(make_plan(3, parity=parity), 0).to_json())
+    document["exchanges"][0]["wire"] = wire
+    with pytest.raises(BundleError, match=f"{MANIFEST_NAME} contradicts itself"):
+        Manifest.from_json(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_messages_carry_shards_as_they_travel_and_no_other_sizes(wire: str) -> None:
+    plan = make_plan(3, wire=wire)
+    manifest = make_manifest(plan, 0)
+    codec, form = Codec(plan.digest, manifest), manifest.exchanges[0].form(1)
+    values = np.random.default_rng(0).standard_normal((1, *form.shape)).astype(np.float32)
+    message = Shards(1, 1, FrameId("ab", 1), 0, ((0, 1),), (form.narrow(values),))
+    header, positions, array = (bytes(part) for part in codec.encode(message))
+    assert len(array) == form.nbytes
+    (found,) = codec.decode([header, positions, array], 1).arrays  # type: ignore[union-attr]
+    np.testing.assert_array_equal(form.widen(found), form.widen(form.narrow(values)))
+    for wrong in (array[:-1], array + b"x", b"", values.tobytes() + b"x"):
+        with pytest.raises(MessageError, match=f"expected {form.nbytes}"):
+            codec.decode([header, positions, wrong], 1)
+
+
+def test_device_processes_answer_with_what_was_predicted(tmp_path: Path) -> None:
+    plan = make_plan(2, holders=1, interleaved=True, wire="uint8")
+    reference = InProcess(write_by_hand(tmp_path, plan, HandMade()))
+    write_cluster(tmp_path, 2, plan.digest)
+    frames = random_images(20, (1, 8, 8))
+    expected = np.concatenate([reference.run(frame[None]) for frame in frames])
+    exact = HandMade().run(frames)
+    with LocalCluster(tmp_path, timeout_seconds=5.0) as cluster:
+        found = [answer.outputs for answer in cluster.client.stream(frames)]
+    np.testing.assert_array_equal(found, expected)
+    assert 1e-4 < relative_error(expected, exact) < 0.05
+
+
+def test_the_command_says_what_travels_and_what_cannot(tmp_path: Path) -> None:
+    save(Plain(), tmp_path / "net.pt2", 1, 8, 8)
+    arguments = ("plan", tmp_path / "net.pt2", "--devices", "3", "--method", "lop", "-o", tmp_path / "plan.json")
+    narrow = run_json(*arguments, "--wire", "uint8")
+    assert (narrow["wire"], Plan.load(narrow["output"]).wire) == ("uint8", "uint8")
+    assert narrow["exchanged_bytes"] == 6 * (16 + 8) + 2 * 7 + 4 * 4
+    text = " ".join(run(*arguments, "--wire", "uint8").stdout.split())
+    assert "0.2 kB as uint8 and float16 and float32" in text
+    assert "known: float32, float16, uint8" in fails(*arguments, "--wire", "int8")
+    assert "sums of shards cannot travel" in fails(*arguments[:4], "--method", "cdc", *arguments[6:], "--wire", "uint8")
