@@ -57,6 +57,7 @@ class Executor:
     def _session(self, part: Part) -> Any:
         if part.file not in self._sessions:
             self._sessions[part.file] = _session(self._bundle, part, self._threads)
+            give_back()
         return self._sessions[part.file]
 
     def run_local(self, stage: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
@@ -211,7 +212,7 @@ def _session(bundle: Bundle, part: Part, threads: int) -> Any:
     if part.apart is not None:
         bundle.path(part.apart)
     try:
-        return open_session(path, threads, shares_arena=bool(part.coarse))
+        return open_session(path, threads, shares_arena=bool(part.coarse or part.apart))
     except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
         raise BundleError(
             f"{path} cannot be loaded: {first_line(error)}; build the bundle again for this ONNX Runtime"
