@@ -18,6 +18,7 @@ from PIL import Image
 
 from commands import COMMAND, fails, run, run_json
 from robustdice.model.digits import digits
+from robustdice.runtime.wire.security import UNENCRYPTED
 
 MODEL = "robustdice.demo.network:digits_cnn"
 
@@ -58,16 +59,24 @@ def running(work: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_build_takes_a_host_for_each_device_and_keeps_what_is_there(work: Path, tmp_path: Path) -> None:
     plan, build = work / "plan.json", tmp_path / "build"
-    for wrong in (["--port", "65534"], ["--hosts", "a,b"], ["--hosts", "a,,c"], ["--host", "*"], ["--host", "a:5"]):
+    for wrong in (
+        ["--transport", "tls"],
+        ["--port", "65534"],
+        ["--hosts", "a,b"],
+        ["--hosts", "a,,c"],
+        ["--host", "*"],
+        ["--host", "a:5"],
+    ):
         fails("build", plan, "-o", build, *wrong)
         assert not build.exists()
     assert "give one of the two" in fails("build", plan, "-o", build, "--host", "a", "--hosts", "a,b,c")
-    run("build", plan, "-o", build, "--hosts", "pi-a, 10.0.0.2,fd00::3")
+    run("build", plan, "-o", build, "--hosts", "pi-a, 10.0.0.2,fd00::3", "--transport", "plain")
     addresses = ["tcp://pi-a:27200", "tcp://10.0.0.2:27201", "tcp://[fd00::3]:27202"]
     before = (build / "cluster.toml").read_text()
     text = run("build", plan, "-o", build).stdout
     assert "until they are started again" in text
     assert "robustdice device" in text
+    assert UNENCRYPTED in text
     assert all(address in text for address in addresses)
     assert (build / "cluster.toml").read_text() == before
 

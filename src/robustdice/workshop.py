@@ -197,18 +197,20 @@ def build(
     host: str | Sequence[str] | None = None,
     base_port: int | None = None,
     new_keys: bool = False,
+    transport: str | None = None,
 ) -> Path:
     """Write ``directory/device-0 ...`` and ``directory/cluster.toml``; returns the directory.
 
     Device K is to listen on ``host`` (one for all, or one for each) and port ``base_port`` + K. Where neither is given
     the devices keep the addresses of an earlier build in this directory, or are to run on this machine, on ports that
-    are free now; key pairs are kept unless ``new_keys``: see :func:`robustdice.runtime.wire.founding.found_cluster`.
+    are free now; key pairs are kept unless ``new_keys``, and so is the ``transport``, ``curve`` (encrypted) or
+    ``plain``: see :func:`robustdice.runtime.wire.founding.found_cluster`.
     PlanError when the plan is not of this network; ClusterError when the addresses cannot be used; OutputError when the
     directory cannot be written or holds something else.
     """
     target = Path(directory)
     check_replaceable(target)
-    founding = found_cluster(target, plan.devices, plan.digest, host, base_port, new_keys)
+    founding = found_cluster(target, plan.devices, plan.digest, host, base_port, new_keys, transport)
     write_bundles(network, plan, target, spares, add=founding.write_secrets)
     founding.write(target)
     return target

@@ -20,6 +20,7 @@ from robustdice.errors import ClusterError, RobustdiceError
 from robustdice.report import tables
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.founding import found_cluster
+from robustdice.runtime.wire.security import TRANSPORTS, UNENCRYPTED
 from robustdice.terminal import out, print_json, progress, waiting
 
 
@@ -41,6 +42,14 @@ def build(
     ] = None,
     model: MovedModel = None,
     new_keys: Annotated[bool, typer.Option("--new-keys", help="do not keep the keys of a build that is there")] = False,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="curve (encrypted) or plain, for a network that is private already (default: as before, or curve)",
+            autocompletion=one_of(*TRANSPORTS),
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One self-contained bundle per device, and DIR/cluster.toml.
@@ -52,16 +61,18 @@ def build(
     places = host if hosts is None else [each.strip() for each in hosts.split(",")]
     rebuilt = (output / CLUSTER_NAME).exists()
     made = rd.Plan.load(plan)
-    found_cluster(output, made.devices, made.digest, places, port, new_keys)  # errors come before the long work
+    found_cluster(output, made.devices, made.digest, places, port, new_keys, transport)  # errors before the long work
     with waiting("loading the model"):
         network = rd.reload_model(made.model, model, plan.parent)
     with waiting("writing the bundles"):
-        rd.build(network, made, output, spares=spares, host=places, base_port=port, new_keys=new_keys)
+        rd.build(
+            network, made, output, spares=spares, host=places, base_port=port, new_keys=new_keys, transport=transport
+        )
     cluster = Cluster.read(output / CLUSTER_NAME)
     addresses = [device.address for device in cluster.devices]
     if as_json:
-        sizes = made.bytes_per_device
-        print_json({"output": str(output), "bytes_per_device": sizes, "addresses": addresses})
+        network_json = {"addresses": addresses, "transport": cluster.transport}
+        print_json({"output": str(output), "bytes_per_device": made.bytes_per_device, **network_json})
         return
     for device, size in enumerate(made.bytes_per_device):
         line = f"{output / f'device-{device}'}  {size / 1e6:.2f} MB of weights, {addresses[device]}"
@@ -75,6 +86,8 @@ def build(
         )
     if rebuilt:
         out.print("Devices that run now serve the build before this one until they are started again.", soft_wrap=True)
+    if cluster.transport == "plain":
+        out.print(f"Mind: {UNENCRYPTED}.", soft_wrap=True)
     there = "robustdice up {0} to try it here" if cluster.here else "robustdice device {0}/device-K on device K"
     out.print(f"Next: robustdice verify {output}, then {there.format(output)}.", soft_wrap=True)
 

@@ -104,7 +104,8 @@ class Client:
         """The last frames that were decided before all devices had answered."""
         context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
-        self._lines = Lines(context, self._poller, dict(enumerate(self.cluster.devices)), keys, REPLY_LIMIT)
+        devices = dict(enumerate(self.cluster.devices))
+        self._lines = Lines(context, self._poller, devices, self.cluster.transport, keys, REPLY_LIMIT)
         self._lines.tend(time.monotonic())
         self._finalizer = weakref.finalize(self, _close, context, self._lines)
 

@@ -39,6 +39,7 @@ from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.keys import SECRET_NAME, read_secret
 from robustdice.runtime.wire.messages import FrameId, ShardId, Status, StatusRequest
+from robustdice.runtime.wire.security import UNENCRYPTED
 from robustdice.runtime.wire.transport import Transport
 from robustdice.runtime.wire.zeromq import ZeroMQTransport
 
@@ -96,6 +97,9 @@ def _introduce(device: int, bound: Address, cluster: Cluster, weight_bytes: int)
     where = entry.address if str(bound) == entry.address else f"{bound} (its address is {entry.address})"
     text = f"{entry.name} listens on {where}, holds {weight_bytes / 1e6:.2f} MB of weights"
     say(log, text, event="started", device=device)
+    if cluster.transport == "plain":
+        text = f"{entry.name}: {UNENCRYPTED}"
+        say(log, text, event="unencrypted", device=device, level=logging.WARNING)
     if entry.listen is None and bound.loopback and not cluster.one_machine:
         host = Address.parse(entry.address).host
         text = (

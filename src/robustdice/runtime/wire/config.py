@@ -16,7 +16,8 @@ from robustdice.errors import ClusterError
 from robustdice.files import write_atomically
 from robustdice.plan import MAX_DEVICES
 from robustdice.runtime.wire.address import Address
-from robustdice.runtime.wire.keys import KEY
+from robustdice.runtime.wire.keys import is_key
+from robustdice.runtime.wire.security import TRANSPORTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,11 +54,13 @@ class ClientEntry:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of one plan, in order of their numbers, and the clients that they answer."""
+    """The devices of one plan, in order of their numbers, and the clients that they answer. ``transport`` is ``curve``,
+    or ``plain`` where connections are not encrypted."""
 
     plan_digest: str
     devices: tuple[DeviceEntry, ...]
     clients: tuple[ClientEntry, ...]
+    transport: str = "curve"
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Cluster:
@@ -76,6 +79,7 @@ class Cluster:
                 plan_digest=str(document["plan_digest"]),
                 devices=tuple(DeviceEntry(**entry) for entry in document["devices"]),
                 clients=tuple(ClientEntry(**entry) for entry in document["clients"]),
+                transport=document.get("transport", "curve"),
             )
         except (KeyError, TypeError) as error:
             raise ClusterError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from None
@@ -90,6 +94,7 @@ class Cluster:
             "format": "robustdice-cluster",
             "version": FORMAT_VERSION,
             "plan_digest": self.plan_digest,
+            "transport": self.transport,
             "devices": [_without_none(vars(device)) for device in self.devices],
             "clients": [vars(client) for client in self.clients],
         }
@@ -108,6 +113,8 @@ class Cluster:
 
     def checked(self) -> Cluster:
         """This cluster; ClusterError with what is wrong when no device could run with it."""
+        if self.transport not in TRANSPORTS:
+            raise ClusterError(f"the transport {self.transport!r}, expected {' or '.join(TRANSPORTS)}")
         names = [device.name for device in self.devices] + [client.name for client in self.clients]
         if bad := [name for name in names if not _is_name(name)]:
             raise ClusterError(f"the name {bad[0]!r}, expected a text in one line")
@@ -126,7 +133,7 @@ class Cluster:
         if twice := _repeated(device.name for device in self.devices):
             raise ClusterError(f"two devices have the same name, {twice!r}")
         keys = [device.public_key for device in self.devices] + [client.public_key for client in self.clients]
-        if wrong := [key for key in keys if not isinstance(key, str) or not KEY.fullmatch(key)]:
+        if wrong := [key for key in keys if not is_key(key)]:
             raise ClusterError(f"the public key {wrong[0]!r}, expected 40 characters of Z85")
         if twice := _repeated(keys):
             raise ClusterError(f"two entries have the same public key, {twice}")

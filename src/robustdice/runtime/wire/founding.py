@@ -12,6 +12,7 @@ from robustdice.errors import ClusterError
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import CLUSTER_NAME, ClientEntry, Cluster, DeviceEntry
 from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, SECRET_NAME, new_pair, read_secret, write_secret
+from robustdice.runtime.wire.security import TRANSPORTS
 
 LOOPBACK = "127.0.0.1"
 BASE_PORT = 27200
@@ -47,16 +48,20 @@ def found_cluster(
     host: str | Sequence[str] | None = None,
     base_port: int | None = None,
     new_keys: bool = False,
+    transport: str | None = None,
 ) -> Founding:
     """The cluster of a build in ``directory``; writes nothing.
 
     ``host`` is where all devices run, or one host for each of them; device K listens on ``base_port`` + K (without:
     ports that are free now where every host is this machine, 27200 + K elsewhere). Where neither is given, the devices
     keep the addresses that a cluster in ``directory`` has for them. Key pairs and listed clients are kept too, unless
-    ``new_keys``; a device whose secret key is not there any more gets a new pair. ClusterError when the addresses
-    cannot be used, or the cluster that is there cannot be read.
+    ``new_keys``; a device whose secret key is not there any more gets a new pair. ``transport`` is that of the cluster
+    that is there unless it is said, else encrypted; with another one than before nobody keeps a key. ClusterError when
+    the addresses cannot be used, or the cluster that is there cannot be read.
     """
     before = _read_before(directory)
+    used = before.transport if before else TRANSPORTS[0]
+    new_keys = new_keys or transport not in {None, used}
     if before is None or host is not None or base_port is not None:
         hosts = _hosts(before, host, devices)
         entries = [DeviceEntry(f"device-{k}", str(a), "") for k, a in enumerate(_addresses(hosts, base_port))]
@@ -71,13 +76,15 @@ def found_cluster(
         pairs.append(pair or new_pair())
     entries = [replace(entry, public_key=pair[0].decode()) for entry, pair in zip(entries, pairs, strict=True)]
     clients, client_pair = _clients(None if new_keys else before, directory / CLIENT_KEY_NAME)
-    cluster = Cluster(plan_digest, tuple(entries), clients).checked()
+    cluster = Cluster(plan_digest, tuple(entries), clients, transport or used).checked()
     return Founding(cluster, tuple(secret for _, secret in pairs), client_pair[1])
 
 
-def write_cluster(directory: str | os.PathLike[str], devices: int, plan_digest: str) -> Cluster:
+def write_cluster(
+    directory: str | os.PathLike[str], devices: int, plan_digest: str, transport: str | None = None
+) -> Cluster:
     """Found a cluster on this machine and write it into ``directory``; see :func:`found_cluster`."""
-    founding = found_cluster(Path(directory), devices, plan_digest)
+    founding = found_cluster(Path(directory), devices, plan_digest, transport=transport)
     founding.write(Path(directory))
     return founding.cluster
 

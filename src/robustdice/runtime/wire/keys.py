@@ -17,13 +17,26 @@ log = logging.getLogger(__name__)
 
 SECRET_NAME = "secret.key"  # noqa: S105
 CLIENT_KEY_NAME = "client.key"
-KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 def new_pair() -> tuple[bytes, bytes]:
     """A new key pair (public, secret)."""
     public, secret = zmq.curve_keypair()
     return public, secret
+
+
+def public_of(secret: bytes) -> bytes | None:
+    """The public key of a secret one (Z85 both), or None when it is none."""
+    try:
+        return zmq.curve_public(secret) if _KEY.fullmatch(secret.decode("ascii")) else None
+    except (ValueError, zmq.ZMQError):  # not all of 40 such characters are 32 bytes
+        return None
+
+
+def is_key(text: object) -> bool:
+    """Whether it is a key, as Z85."""
+    return isinstance(text, str) and public_of(text.encode()) is not None
 
 
 def read_secret(path: Path) -> tuple[bytes, bytes]:
@@ -40,12 +53,12 @@ def read_secret(path: Path) -> tuple[bytes, bytes]:
         ) from None
     except ValueError:
         secret = ""
-    if not KEY.fullmatch(secret):
+    if (public := public_of(secret.encode())) is None:
         raise ClusterError(f"{path} is not a secret key (40 characters, Z85); 'robustdice build' writes a new one")
     if mode & 0o077:
         text = f"the secret key {path} is open to other users (mode {mode:o}): chmod 600 {path}"
         say(log, text, event="exposed-key", reason=f"mode {mode:o}", level=logging.WARNING)
-    return zmq.curve_public(secret.encode()), secret.encode()
+    return public, secret.encode()
 
 
 def write_secret(path: Path, secret: bytes) -> None:

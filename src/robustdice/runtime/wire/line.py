@@ -9,6 +9,7 @@ from typing import Any
 import zmq
 
 from robustdice.runtime.wire.address import Address, Lookup
+from robustdice.runtime.wire.security import ANOTHER_MECHANISM, Greeting, secure
 
 QUEUED_MESSAGES = 16
 """Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
@@ -40,8 +41,11 @@ FAILURES = {
 }
 
 
-def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key: bytes | None, limit: int) -> None:
-    """What all sockets have in common. ``keys`` are (public, secret), ``limit`` the largest frame in bytes.
+def set_options(
+    socket: zmq.Socket[bytes], transport: str, keys: tuple[bytes, bytes], server_key: bytes | None, limit: int
+) -> None:
+    """What all sockets have in common. ``keys`` are (public, secret), used as
+    :func:`robustdice.runtime.wire.security.secure` says; ``limit`` is the largest frame in bytes.
 
     Heartbeats belong to the connecting side alone, and that side reads without a limit: libzmq 4.3 aborts the process
     (``Assertion failed: !_io_error``, compare its issues 3596 and 3937) when a heartbeat is due on a connection whose
@@ -65,9 +69,7 @@ def set_options(socket: zmq.Socket[bytes], keys: tuple[bytes, bytes], server_key
         socket.tcp_maxrt = GIVEN_UP_MS
         socket.reconnect_ivl = 10
         socket.reconnect_ivl_max = 200
-    socket.curve_publickey, socket.curve_secretkey = keys
-    if server_key is not None:
-        socket.curve_serverkey = server_key
+    secure(socket, transport, keys, server_key)
 
 
 class Reach(enum.Enum):
@@ -78,6 +80,7 @@ class Reach(enum.Enum):
     MUTE = "accepts the connection and says nothing"
     REFUSED = "refuses our key: it is not listed in its cluster.toml"
     OTHER_KEY = "has another key than in our cluster.toml (it is of another build, or no device)"
+    OTHER_TRANSPORT = "is encrypted where our cluster.toml says plain, or the reverse (it is of another build)"
     CONNECTED = "connected"
 
 
@@ -95,6 +98,7 @@ class Line:
         context: zmq.Context[Any],
         poller: zmq.Poller,
         address: Address,
+        transport: str,
         keys: tuple[bytes, bytes],
         server_key: str,
         limit: int,
@@ -110,9 +114,10 @@ class Line:
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
         self._context = context
-        self._options = (keys, server_key.encode(), limit)
+        self._options = (transport, keys, server_key.encode(), limit)
         self._poller = poller
         self._lookup: Lookup | None = None
+        self._dialled = address
         self._dialled_at = 0.0
         self._dials = 0
         self._met = False
@@ -121,6 +126,8 @@ class Line:
         """A second has passed since the last dial."""
         self._failures = 0
         """Handshakes that failed, one after another, without a word about the reason."""
+        self._greeting: Greeting | None = None
+        """What the peer speaks, asked after a handshake that failed for no reason that is known."""
 
     def tend(self, now: float) -> None:
         """Dial, when it is time to."""
@@ -142,7 +149,8 @@ class Line:
         if not found:
             self.reach, self.due = Reach.UNKNOWN_NAME, now + LONGEST_REDIAL_SECONDS
             return
-        self._dial(found[self._dials % len(found)])
+        self._dialled = found[self._dials % len(found)]
+        self._dial(self._dialled)
         self._dials += 1
         self._met = self._settled = False
         self.due = now + LONGEST_REDIAL_SECONDS
@@ -151,7 +159,7 @@ class Line:
         """Connections made (True) and lost (False) since the last call."""
         changes: list[bool] = []
         while self.monitor is not None and self.monitor.poll(0):
-            (event,) = struct.unpack_from("=H", self.monitor.recv_multipart()[0])
+            event, value = struct.unpack_from("=HI", self.monitor.recv_multipart()[0])
             if event == zmq.EVENT_CONNECTED:
                 if self.reach in {Reach.NOBODY, Reach.UNKNOWN_NAME}:
                     self.reach = Reach.MUTE
@@ -167,7 +175,7 @@ class Line:
                 self.due = self._patience(now)
                 changes.append(False)
             elif event in FAILURES:
-                self._fail(event, now)
+                self._fail(event, value, now)
         return changes
 
     def send(self, parts: list[Any]) -> bool:
@@ -210,18 +218,24 @@ class Line:
         monitor.close(0)
         socket.close(0)
 
-    def _fail(self, event: int, now: float) -> None:
+    def _fail(self, event: int, value: int, now: float) -> None:
         """A handshake has failed. One that ended in silence says that the peer is slow or frozen; one that was broken
         off, twice in a row, that it cannot read what we say: once can be a device that is being stopped."""
         self._hang_up()
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self.reach, self._failures = Reach.REFUSED, 0
+        told = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == ANOTHER_MECHANISM
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or told:
+            self.reach, self._failures = Reach.OTHER_TRANSPORT if told else Reach.REFUSED, 0
+            self._greeting = Greeting(self._dialled, self._options[0]) if told else None
             self.due = self._dialled_at + LONGEST_REDIAL_SECONDS
         elif now - self._dialled_at > HANDSHAKE_SECONDS / 2:
             self.reach, self._failures, self.due = Reach.MUTE, 0, now
         else:
             self._failures += 1
-            if self._failures > 1:
-                self.reach = Reach.OTHER_KEY
+            if self._greeting is None:
+                self._greeting = Greeting(self._dialled, self._options[0])
+            elif self._greeting.done.is_set():
+                other = self._greeting.mechanism not in {None, self._options[0].upper()}
+                self.reach = Reach.OTHER_TRANSPORT if other else Reach.OTHER_KEY
+                self._greeting = None
             wait = FIRST_REDIAL_SECONDS * 2.0 ** min(self._failures - 1, 10)
             self.due = self._dialled_at + min(wait, LONGEST_REDIAL_SECONDS)

@@ -17,6 +17,12 @@ from robustdice.runtime.wire.refusals import Reminders
 
 log = logging.getLogger(__name__)
 
+_COMPLAINTS = {
+    Reach.REFUSED: "refused-by",
+    Reach.OTHER_KEY: "other-key",
+    Reach.OTHER_TRANSPORT: "other-transport",
+}
+
 
 class Lines(dict[int, Line]):
     """A line to each of some devices, by device number."""
@@ -26,6 +32,7 @@ class Lines(dict[int, Line]):
         context: zmq.Context[Any],
         poller: zmq.Poller,
         devices: Mapping[int, DeviceEntry],
+        transport: str,
         keys: tuple[bytes, bytes],
         limit: int,
         speaker: int | None = None,
@@ -35,7 +42,7 @@ class Lines(dict[int, Line]):
         super().__init__(
             (
                 number,
-                Line(context, poller, Address.parse(entry.address), keys, entry.public_key, limit),
+                Line(context, poller, Address.parse(entry.address), transport, keys, entry.public_key, limit),
             )
             for number, entry in devices.items()
         )
@@ -94,8 +101,7 @@ class Lines(dict[int, Line]):
         """Something has happened to a line: is there anything to do later, or to say?"""
         if line.due is not None:
             self.restless.add(device)
-        if line.reach in {Reach.REFUSED, Reach.OTHER_KEY}:
-            event = "refused-by" if line.reach is Reach.REFUSED else "other-key"
+        if (event := _COMPLAINTS.get(line.reach)) is not None:
             self._complain(device, event, line.reach.value, now, "; it is tried again")
         elif line.connected and self._reminders.settled(device):
             text = f"device {device} ({line.address}) can be reached now"

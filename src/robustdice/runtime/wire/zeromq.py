@@ -1,4 +1,4 @@
-"""The transport between real devices: ZeroMQ over TCP, CURVE on every connection.
+"""The transport between real devices: ZeroMQ over TCP, encrypted or at least authenticated (security.py).
 
 A device binds one ROUTER for what comes in, from peers and clients; what goes out to a peer has a DEALER of its own, so
 that a slow or frozen receiver delays nobody else. Words of a few bytes go to a peer against the stream, from the ROUTER
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
-from zmq.utils import z85
 
 from robustdice.errors import ClusterError, MessageError, OtherBuildError
 from robustdice.runtime.journal import say
@@ -32,6 +31,7 @@ from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
 from robustdice.runtime.wire.messages import Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
 from robustdice.runtime.wire.refusals import Refusals, Reminders
+from robustdice.runtime.wire.security import ANOTHER_MECHANISM, proven_key
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ REMEMBERED_CLIENTS = 64
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 NOT_LISTED = "its key is not listed"
 EXPECTS_ANOTHER = "it expects this device to have another key: it has the cluster.toml of another build"
+OTHER_TRANSPORT = "it is encrypted where this device's cluster.toml says plain, or the reverse"
 ENCRYPTED_FOR_ANOTHER_KEY = zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
 
 
@@ -76,8 +77,7 @@ class ZeroMQTransport:
         self._zap = self._socket(zmq.REP)
         self._zap.bind(ZAP_ADDRESS)
         self._router = self._socket(zmq.ROUTER)
-        set_options(self._router, keys, None, codec.frame_limit)
-        self._router.curve_server = True
+        set_options(self._router, cluster.transport, keys, None, codec.frame_limit)
         self._router.router_mandatory = True
         self._bell = self._socket(zmq.PULL)
         self._bell.bind("inproc://bell")
@@ -85,7 +85,7 @@ class ZeroMQTransport:
         self._closers += [lambda: self._strangers.close(0), self._router.disable_monitor]
         self._poller.register(self._strangers, zmq.POLLIN)
         peers = {number: peer for number, peer in enumerate(cluster.devices) if number != device}
-        self._lines = Lines(self._context, self._poller, peers, keys, codec.frame_limit, device)
+        self._lines = Lines(self._context, self._poller, peers, cluster.transport, keys, codec.frame_limit, device)
         self._closers.append(self._lines.close)
 
     def listen(self, stop: threading.Event) -> Address | None:
@@ -178,12 +178,10 @@ class ZeroMQTransport:
     def _authenticate(self) -> None:
         """Answer one request of the ZeroMQ authentication protocol (RFC 27): is this key listed, and whose is it?"""
         version, request, _, address, _, mechanism, *credentials = self._zap.recv_multipart()
-        user = None
-        if mechanism == b"CURVE" and len(credentials) == 1:
-            user = self._allowed.get(z85.encode(credentials[0]))
+        key = proven_key(mechanism, credentials)
+        user = None if key is None else self._allowed.get(key)
         if user is None:
-            key = z85.encode(credentials[0]).decode() if len(credentials) == 1 and mechanism == b"CURVE" else None
-            self._refuse(address.decode("ascii", "replace"), key, NOT_LISTED)
+            self._refuse(address.decode("ascii", "replace"), key.decode() if key else None, NOT_LISTED)
             self._zap.send_multipart([version, request, b"400", b"key not listed", b"", b""])
         else:
             self._zap.send_multipart([version, request, b"200", b"OK", user.encode(), b""])
@@ -194,6 +192,8 @@ class ZeroMQTransport:
             _, value = struct.unpack_from("=HI", self._strangers.recv_multipart()[0])
             if value == ENCRYPTED_FOR_ANOTHER_KEY:
                 self._refuse(None, None, EXPECTS_ANOTHER)
+            elif value == ANOTHER_MECHANISM:
+                self._refuse(None, None, OTHER_TRANSPORT)
 
     def _refuse(self, address: str | None, public_key: str | None, reason: str) -> None:
         now = time.monotonic()
