@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from robustdice.bundle.manifest import Exchange, FileEntry, Manifest, Stage
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle, load_bundle
-from robustdice.plan import Holder, Layer, ModelReference, Plan, Shard
+from robustdice.plan import Holder, Layer, ModelReference, Plan, Shard, added_up
 
 Floats = NDArray[np.float32]
 NEURONS = (8, 12, 10)
@@ -25,12 +27,27 @@ INPUT_SHAPE = (1, 8, 8)
 
 
 def make_plan(
-    devices: int, holders: int = 2, interleaved: bool = False, parity: bool = False, wire: str = "float32"
+    devices: int,
+    holders: int = 2,
+    interleaved: bool = False,
+    parity: bool = False,
+    wire: str = "float32",
+    pair: bool = False,
 ) -> Plan:
     """Every neuron on ``holders`` devices; a shard per primary, with neighbouring or interleaved neurons.
 
-    With ``parity`` the last device holds the sums of the others' shards, which have one holder each.
+    With ``parity`` the last device holds the sums of the others' shards, which have one holder each. As a ``pair``,
+    conv1 and conv2 hand over sums; of conv1, neurons have 1 to ``holders`` holders, in all kinds of orders.
     """
+    if pair:
+        plan = make_plan(devices, holders)
+        conv1, conv2, fc = plan.layers
+        every = list(permutations(range(devices), holders))
+        orders = [every[n * len(every) // conv1.neurons][: 1 + n % holders] for n in range(conv1.neurons)]
+        first = tuple(Shard((n,), tuple(map(Holder, order))) for n, order in enumerate(orders))
+        everywhere = (Shard(tuple(range(conv2.neurons)), tuple(map(Holder, range(devices)))),)
+        layers = (conv1, replace(conv2, filter_weights=72), fc)
+        return replace(plan, layers=layers, shards=(first, everywhere, plan.shards[2]), pairs={0: 1})
     layers = (
         Layer("conv1", 8, 1, 10, 640, 16),
         Layer("conv2", 12, 1, 73, 1152, 16),
@@ -74,12 +91,15 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     values = ("a", "b", "scores")
     shapes = ((8, 4, 4), (12 * 16,), (10,))
     features = (1, 16, 1)
+    of_layers = [added_up(shards) if index in plan.pairs else shards for index, shards in enumerate(plan.shards)]
     exchanges = tuple(
         Exchange(layer.name, value, shape, 1, width, -np.inf if value == "scores" else 0.0, None, shards, wire)
         for layer, value, shape, width, shards, wire in zip(
-            plan.layers, values, shapes, features, plan.shards, plan.wires, strict=True
+            plan.layers, values, shapes, features, of_layers, plan.wires, strict=True
         )
     )
+    if plan.pairs:  # what would be conv2's exchange has sums, one for each piece, and there is none of conv1
+        exchanges = (replace(exchanges[1], shards=of_layers[0], sums=True, features=1), exchanges[2])
     inputs = (("x",), ("a",), ("b2",))
     stages = [
         Stage(
@@ -87,11 +107,11 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
             exchanges=(number,),
             pieces=tuple(
                 Piece(f"stage{number}-piece{k}.onnx", inputs[number], (f"y{number}",), tuple((number, s) for s in mine))
-                for k, mine in enumerate(_pieces(plan.shards[number], device, spares))
+                for k, mine in enumerate(_pieces(exchange.shards, device, spares))
             ),
             keep=(),
         )
-        for number in range(3)
+        for number, exchange in enumerate(exchanges)
     ]
     return Manifest(
         device=device,
@@ -121,6 +141,8 @@ def make_whole_manifest(plan_digest: str, device: int, devices: int) -> Manifest
 
 def _pieces(shards: Sequence[Shard], device: int, spares: str) -> list[list[int]]:
     held = [number for number, shard in enumerate(shards) if device in shard.devices]
+    if any(shard.after for shard in shards):
+        return [[number] for number in held]
     if spares == "hot":
         return [held] if held else []
     primary = [number for number in held if shards[number].devices[0] == device]

@@ -265,9 +265,11 @@ class World:
                 of_spares = sum((sizes[s] * truth.spares[k] for s, _, truth in parts), Fraction())
                 present[k] = min(present[k], in_them / sum(sizes.values()))
                 spares[k] = max(spares[k], of_spares / sum(sizes.values()))
-            neurons = sum(len(shard.neurons) for shard in shards)
+            neurons = self.manifests[0].exchanges[e].neurons
+            assert len({n for s in sizes for n in shards[s].neurons}) == sum(sizes.values()), f"seed {self.seed}: twice"
             present.append(Fraction(sum(sizes.values()), neurons))
-            spares.append(Fraction(sum(sizes[s] for s, d, _ in parts if d != shards[s].devices[0]), neurons))
+            of_spares = [s for s, d, _ in parts if shards[s].after or d != shards[s].devices[0]]
+            spares.append(Fraction(sum(sizes[s] for s in of_spares), neurons))
         return Truth(tuple(present), tuple(spares))
 
     # -- network
@@ -455,7 +457,7 @@ class World:
                 assert source == -1 or source in able
             sizes = [len(shard.neurons) for shard in exchange.shards]
             there = sum(size for size, source in zip(sizes, message.sources[e], strict=True) if source >= 0)
-            assert message.coverage <= there / sum(sizes) + 1e-9, f"seed {self.seed}: more coverage than sources"
+            assert message.coverage <= there / exchange.neurons + 1e-9, f"seed {self.seed}: more coverage than sources"
         truth = message.outputs
         claimed = message.coverage, message.from_spares
         really = float(min(truth.present)), float(max(truth.spares))

@@ -30,12 +30,12 @@ FAULTS = (
 )
 
 
-def chaos(seed: int, parity: bool = False) -> World:
+def chaos(seed: int, parity: bool = False, pair: bool = False) -> World:
     """A world with up to five faults in its first seconds, and none after ``world.calm``."""
     draw = random.Random(seed)  # noqa: S311
     devices = draw.choice([2, 3, 3, 4, 4, 5])
     holders, interleaved = draw.choice([1, 2, min(3, devices)]), draw.random() < 0.5
-    plan = make_plan(devices, holders, interleaved, parity)
+    plan = make_plan(devices, holders, interleaved, parity, pair=pair)
     network = Network(duplication=0.05, slow=draw.choice([0.0, 0.02]), loss=draw.choice([0.0, 0.0, 0.002]))
     world = World(plan, seed, draw.choice(["hot", "standby"]), network, draw.choice([1, 3, 6]), draw.random() < 0.3)
     world.interval = 0.03
@@ -99,6 +99,12 @@ def test_chaos(first: int) -> None:
 def test_chaos_with_parity(first: int) -> None:
     for seed in range(first, first + 10):
         chaos(seed, parity=True)
+
+
+@pytest.mark.parametrize("first", range(0, 20, 10))
+def test_chaos_with_a_pair(first: int) -> None:
+    for seed in range(first, first + 10):
+        chaos(seed, pair=True)
 
 
 @pytest.mark.parametrize("spares", ["hot", "standby"])

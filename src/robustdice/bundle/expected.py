@@ -12,7 +12,7 @@ from torch import fx
 
 from robustdice.bundle.trial import stand_in
 from robustdice.failure.copies import Copies
-from robustdice.model.canonical import execute
+from robustdice.model.canonical import attribute, execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, Rows
@@ -31,7 +31,7 @@ class Expected:
         """``exchanged`` has the layers that are exchanged, each up to the value that is handed over; ``regions``, by
         their last layers, what is computed in strips."""
         self._network, self._layers = network, {**dict(enumerate(network.layers)), **exchanged}
-        self._copies = Copies.of(network, plan)
+        self._copies, self._pairs = Copies.of(network, plan), plan.pairs
         self._of_layers: dict[tuple[int, str], torch.Tensor] = {}
         self._values: dict[fx.Node, Any] = {
             **network.constants(torch.device("cpu")),
@@ -69,6 +69,22 @@ class Expected:
         first, end = rows
         return _numbers(self._of_layers[index, "float32"].narrow(ROWS, first, end - first))
 
+    def of_pair(self, index: int, neurons: NDArray[np.int64]) -> Array:
+        """What some neurons of a pair's first layer add to its second one's pre-activations."""
+        first, second = self._layers[index], self._network.layers[self._pairs[index]]
+        entries = torch.from_numpy((neurons[:, None] * first.features + np.arange(first.features)).ravel())
+        hidden = self._of_layers[index, "float32"]
+        alone = torch.zeros_like(hidden).index_copy_(first.axis, entries, hidden.index_select(first.axis, entries))
+        values = {**self._values, first.value: alone}
+        execute(self._network.module, [second.node], values)
+        return _numbers(values[second.node] - self._bias(second))
+
+    def _bias(self, layer: NetworkLayer) -> torch.Tensor:
+        """A layer's bias in the shape that is added to what its filters give."""
+        if layer.own_bias is None:
+            return torch.zeros(())
+        return layer.without_tail.broadcast(attribute(self._network.module, layer.own_bias).detach())
+
     def of_sum(self, index: int, members: Sequence[NDArray[np.int64]]) -> Array:
         """What a layer's parity shard of these members hands over."""
         axis = self._layers[index].axis
@@ -85,6 +101,11 @@ class Expected:
         nodes = [layer.node]
         while nodes[-1] is not layer.value:
             nodes.append(next(iter(nodes[-1].users)))
+        if index in self._pairs.values():
+            sums = self._values[layer.node.all_input_nodes[0]]
+            self._values[layer.node] = sums + self._bias(layer)
+            execute(self._network.module, nodes[1:], self._values)
+            return nodes
         kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
         for kind in kinds:
             copies = np.full(neurons, REPRESENTATIONS.index(kind), np.int8)
@@ -93,7 +114,8 @@ class Expected:
             execute(self._network.module, nodes, values)
             self._of_layers[index, kind] = values[layer.value]
         if index in exchanged:
-            self._values[layer.value] = torch.from_numpy(stand_in(layer.value.name, layer.shape))
+            handed = self._network.layers[self._pairs[index]].without_tail if index in self._pairs else layer
+            self._values[layer.value] = torch.from_numpy(stand_in(layer.value.name, handed.shape))
             return nodes
         whole = torch.empty_like(values[layer.value])
         for shard in plan.shards[index]:

@@ -5,8 +5,8 @@ stage's local part. A frame goes through the stages in order. In each stage a de
 
 1. runs its *local* parts, if there are any: what every device computes from values that it already has;
 2. runs its *pieces*: models that compute shards. The first piece holds the shards whose primary this
-   device is (with hot spares: every shard that it holds); each further one holds spares that it publishes
-   under the same circumstances;
+   device is (with hot spares: every shard that it holds, but for sums); each further one holds spares that it
+   publishes under the same circumstances;
 3. hands its shards over and assembles each of the stage's exchanges into one value.
 
 The last stage has no exchange; after its local part the network's output is among the values.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from robustdice.bundle.parts import Part, Piece, extent, parse_part, parse_piece
@@ -53,6 +54,10 @@ class Exchange:
     names a second value, bool[neurons], which says what was there, for a lost neuron counts as lost after its tail.
 
     Shards travel as ``wire`` says.
+
+    Where ``sums`` are exchanged, ``layer`` is the first of a pair and the value is what its neurons add to the second
+    one's. Each shard's array has the whole value's shape, and they are added up in the order of the shards; of these
+    (:func:`robustdice.plan.added_up`), those with a live publisher are of different neurons.
     """
 
     layer: str
@@ -64,9 +69,17 @@ class Exchange:
     mask: str | None
     shards: tuple[Shard, ...]
     wire: str = "float32"
+    sums: bool = False
+
+    @cached_property
+    def neurons(self) -> int:
+        """How many neurons the layer has."""
+        return len({neuron for shard in self.shards for neuron in shard.neurons})
 
     def entries(self, shard: int) -> int:
         """How many entries a shard's array has along the axis."""
+        if self.sums:
+            return self.shape[self.axis - 1]
         return shard_width(self.shards, shard) * self.features
 
     def form(self, shard: int) -> WireForm:
@@ -202,6 +215,7 @@ def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
         mask=None if document["mask"] is None else str(document["mask"]),
         shards=tuple(shard_from_json(shard) for shard in document["shards"]),
         wire=str(document["wire"]),
+        sums=bool(document["sums"]),
     )
 
 
@@ -235,14 +249,19 @@ def _check(manifest: Manifest) -> None:
     require(sorted(seen) == list(range(len(manifest.exchanges))), "the exchanges of its stages")
     for exchange in manifest.exchanges:
         require(1 <= exchange.axis <= len(exchange.shape), "an exchange's axis")
-        neurons = sorted(neuron for shard in exchange.shards for neuron in shard.neurons)
+        # Of sums, every neuron is in one that is handed over while all are up.
+        neurons = sorted(neuron for shard in exchange.shards if not shard.after for neuron in shard.neurons)
         width = exchange.shape[exchange.axis - 1]
         require(neurons == list(range(len(neurons))), "a layer's neurons")
         require(bool(exchange.shards) and not parity_problem(exchange.shards), "a parity shard")
         require(all(bool(s.neurons) != bool(s.parity_of) for s in exchange.shards), "an empty shard")
-        require(len(neurons) * exchange.features == width, "a layer's width")
+        require(exchange.sums or len(neurons) * exchange.features == width, "a layer's width")
+        for each in exchange.shards:
+            require(not each.after or (exchange.sums and set(each.neurons) <= set(neurons)), "a shard among sums")
+            require(not exchange.sums or (len(each.holders) == 1 and not each.parity_of), "a shard among sums")
         require(exchange.wire in WIRES, "what its shards travel as")
-        require(exchange.wire == "float32" or not exchange.shards[-1].parity_of, "sums that are not float32")
+        sums = exchange.sums or exchange.shards[-1].parity_of
+        require(exchange.wire == "float32" or not sums, "sums that are not float32")
     require(
         all(0 <= d < manifest.devices for failed in manifest.calibrated for d in failed), "a calibrated failure set"
     )

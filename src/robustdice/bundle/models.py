@@ -41,6 +41,7 @@ from robustdice.bundle.onnx_graph import (
     weights_apart,
     with_mask,
 )
+from robustdice.bundle.pair_graph import cut_second, with_sums
 from robustdice.bundle.stages import StageGraph, tensors_used
 from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
@@ -128,6 +129,9 @@ class Models:
                     )
                 if self.mask(index) is not None:
                     graph = with_mask(graph, layer)
+        self._exported = graph
+        for first, second in plan.pairs.items():
+            graph = with_sums(graph, network.layers[first], network.layers[second])
         self._plain = graph
         for index in self.corrected:
             graph = with_scale_and_shift(graph, network.layers[index])
@@ -296,7 +300,7 @@ class Models:
         inputs: dict[str, None] = {}
         taken, results = [], []
         for index in sorted({layer for layer, _ in shards}):
-            layer, of_layer = self.exchanged[index], self.plan.shards[index]
+            layer, of_layer = self.exchanged[index], self.plan.exchanged_shards(index)
             mine = [of_layer[number] for which, number in shards if which == index]
             prefix = f"{layer.layer.name}/"
             if mine[0].parity_of:  # then it is the only one of this layer here
@@ -308,8 +312,13 @@ class Models:
                 cuts.append(self._cut_layer(index, neurons, prefix))
                 taken += [Taken(index, neurons)] if index in self.corrected else []
                 results.append(self._expected.of_layer(index, "float32", neurons))
+            if index in self.plan.pairs:
+                second = self.network.layers[self.plan.pairs[index]]
+                cuts.append(cut_second(self._exported, layer, second, neurons, prefix))
+                results[-1] = self._expected.of_pair(index, neurons)
+                layer = second.without_tail
             outputs.append(prefix + layer.value.name)
-            inputs[arguments(layer.node)[0].name] = None
+            inputs[arguments(self.network.layers[index].node)[0].name] = None
         return self._model(cuts, list(inputs), outputs, results, taken)
 
     def strips(self, index: int, numbers: Sequence[int]) -> Model:

@@ -198,7 +198,7 @@ def cut_layer(
     rename[layer.value.name] = prefix + layer.value.name
     slices = {array_name(parameter.name): parameter for parameter in layer.parameters}
     arrays = {
-        prefix + name: _take(array, neurons, slices[name].axis, slices[name].features) if name in slices else array
+        prefix + name: take(array, neurons, slices[name].axis, slices[name].features) if name in slices else array
         for name, array in whole.arrays.items()
     }
     nodes = []
@@ -237,7 +237,7 @@ def cut_parity(graph: OnnxGraph, layer: NetworkLayer, members: Sequence[NDArray[
             array = array_name(parameter.name)
             summed = np.zeros(arrays[prefix + array].shape, np.float64)
             for neurons in members:
-                part = np.asarray(_take(graph.arrays[array], neurons, parameter.axis, parameter.features), np.float64)
+                part = np.asarray(take(graph.arrays[array], neurons, parameter.axis, parameter.features), np.float64)
                 summed[(slice(None),) * parameter.axis + (slice(part.shape[parameter.axis]),)] += part
             arrays[prefix + array] = summed.astype(np.float32)
         return Cut(whole.nodes, arrays, whole.weights)
@@ -295,7 +295,8 @@ def with_mask(graph: OnnxGraph, layer: NetworkLayer) -> OnnxGraph:
     )
 
 
-def _take(array: Array, neurons: NDArray[np.int64], axis: int, features: int) -> Array:
+def take(array: Array, neurons: NDArray[np.int64], axis: int, features: int) -> Array:
+    """What belongs to ``neurons`` along an axis on which each of them has ``features`` entries."""
     if features > 1:
         neurons = (neurons[:, None] * features + np.arange(features)).ravel()
     return np.take(array, neurons, axis=axis)

@@ -197,7 +197,7 @@ class _Device:
             model = self.models.strips(shards[0][0], [number for _, number in shards])
         else:
             index = shards[0][0]
-            neurons = neurons_of([self.plan.shards[index][number] for _, number in shards])
+            neurons = neurons_of([self.plan.exchanged_shards(index)[number] for _, number in shards])
             model = self.models.of_layer(index, neurons, kind, f"{self.plan.layers[index].name}/")
         order = list(self.models.exchanged)
         part = self._part(model, file)
@@ -265,7 +265,11 @@ class _Device:
 
 
 def _exchange(models: Models, index: int) -> Exchange:
-    layer = models.exchanged[index]
+    layer, shards, pairs = models.exchanged[index], models.plan.exchanged_shards(index), models.plan.pairs
+    if index in pairs:
+        second = models.network.layers[pairs[index]].without_tail
+        value, axis = layer.value.name, second.axis
+        return Exchange(layer.layer.name, value, second.shape, axis, 1, 0.0, None, shards, sums=True)
     return Exchange(
         layer=layer.layer.name,
         value=layer.value.name,
@@ -274,7 +278,7 @@ def _exchange(models: Models, index: int) -> Exchange:
         features=layer.features,
         fill=layer.fill,
         mask=models.mask(index),
-        shards=models.plan.exchanged_shards(index),
+        shards=shards,
         wire=models.plan.wires[index],
     )
 
@@ -283,8 +287,8 @@ def _piece_shards(
     plan: Plan, layers: Sequence[int], device: int, spares: str
 ) -> list[tuple[list[tuple[int, int]], str]]:
     """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish and is
-    kept in float32, or is of one layer and one other representation, which is said beside
-    them; ``rows``: strips."""
+    kept in float32, or is of one layer and one other representation, which is said beside them; ``rows``: strips. Sums
+    of spares stay by themselves even where spares are computed on every frame: each has its own circumstances."""
     pieces: dict[tuple[tuple[int, ...], int, str], list[tuple[int, int]]] = {}
     for layer in layers:
         shards = plan.exchanged_shards(layer)
@@ -292,9 +296,10 @@ def _piece_shards(
             if device in shard.devices:
                 members = [shards[member].devices for member in shard.parity_of]
                 first = shard.devices[: shard.devices.index(device)]
-                before = frozenset(first).union(*members)  # a parity shard is a spare of all its members
+                before = frozenset(first).union(shard.after, *members)  # a parity shard is a spare of all its members
                 kind = "rows" if plan.run_of(layer) else shard.representation_on(device)
-                key = (tuple(sorted(before)) if spares == "standby" else (), -1 if kind == "float32" else layer, kind)
+                apart = tuple(sorted(before)) if spares == "standby" or shard.after else ()
+                key = (apart, -1 if kind == "float32" else layer, kind)
                 pieces.setdefault(key, []).append((layer, number))
     in_order = sorted(pieces, key=lambda key: (len(key[0]), *key))
     return [(pieces[key], key[2]) for key in in_order]

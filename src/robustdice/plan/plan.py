@@ -163,8 +163,11 @@ class Plan:
         return "whole" if self.held_by_all(layer) else "neurons"
 
     def exchanged_shards(self, layer: int) -> tuple[Shard, ...]:
-        """What devices hand each other after a layer that is exchanged: its shards, or the strips of its run."""
+        """What devices hand each other after a layer that is exchanged: its shards, a pair's sums, or the strips of a
+        run."""
         run = self.run_of(layer)
+        if layer in self.pairs:
+            return added_up(self.shards[layer])
         return self.shards[layer] if run is None else run.shards()
 
     def handed_over(self, layer: int) -> tuple[int, int]:
@@ -174,7 +177,7 @@ class Plan:
         each, run = self.layers[layer], self.run_of(layer)
         if layer in self.pairs:
             second = self.layers[self.pairs[layer]]
-            neurons = sum(not shard.after for shard in added_up(self.shards[layer])) * second.neurons
+            neurons = len({shard.holders[0] for shard in self.shards[layer]}) * second.neurons
             return neurons, neurons * second.neuron_preactivations
         if run is not None and run.layers[-1] == layer:
             return run.bounds[-1], run.activations

@@ -88,9 +88,15 @@ class Executor:
         """The exchange's value, float32 [batch, *shape], from ``shards`` (by number, as they travel), and its mask if
         it has one.
 
-        A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise.
+        A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise. Sums are
+        added up in the order of the shards, so that all devices have the same.
         """
         spec = self.manifest.exchanges[exchange]
+        if spec.sums:
+            total = np.zeros((batch, *spec.shape), np.float32)
+            for number in sorted(shards):
+                total += shards[number]
+            return {spec.value: total}
         places = self._places[exchange]
         forms = self._forms[exchange]
         there = _repair(spec, {number: forms[number].widen(array) for number, array in shards.items()})

@@ -110,22 +110,33 @@ class InFlight:
 
     def _holder(self, shard: ShardId) -> int | None:
         """The first live one of most worth."""
-        holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
-        whole = self._whole_holder(shard) if self.lesser else None
-        return next((device for device in holders if device in self.live), None) if whole is None else whole
+        whole = self._whole_holder(shard)
+        return self._first_holder(shard, self.live) if whole is None and self.lesser else whole
 
     def _whole_holder(self, shard: ShardId) -> int | None:
-        holders = self.manifest.exchanges[shard[0]].shards[shard[1]].devices
-        return next((device for device in holders if device in self.live and device not in self.lesser), None)
+        return self._first_holder(shard, self.live - self.lesser)
+
+    def _first_holder(self, shard: ShardId, among: set[int]) -> int | None:
+        spec = self.manifest.exchanges[shard[0]].shards[shard[1]]
+        if not among.isdisjoint(spec.after):
+            return None  # others hand over what is in it
+        return next((device for device in spec.devices if device in among), None)
 
     def replaceable(self, device: int) -> bool:
         """Whether this stage can have everything that it misses from ``device`` without it, in this frame's view."""
         view = replace(self, live=self.live - {device})
         lost = [shard for shard, publisher in self.missing().items() if publisher == device]
-        return all(
-            view._holder(shard) is not None or any(e == shard[0] and self._is_parity((e, s)) for e, s in view.missing())
-            for shard in lost
-        )
+        return all(view._holder(shard) is not None or view._made_up_for(shard) for shard in lost)
+
+    def _made_up_for(self, shard: ShardId) -> bool:
+        """Whether others, or what is there, have all that is in a shard that nobody holds."""
+        exchange, number = shard
+        others = [s for e, s in self.missing() if e == exchange]
+        if exchange not in self.ancestry.sums:
+            return any(self._is_parity((exchange, s)) for s in others)
+        others += [s for e, s in self.sources if e == exchange]
+        sums = self.ancestry.sums
+        return not sums.neurons(exchange, [number]) & ~sums.neurons(exchange, others)
 
     def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int, lineage: Lineage) -> None:
         """Take shards for this stage or later ones, of one lineage; of several copies the first that is worth most."""
@@ -159,6 +170,9 @@ class InFlight:
             absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
             if not absent:
                 continue
+            if exchange in self.ancestry.sums:
+                found.update(self._missing_sums(exchange, absent))
+                continue
             holders = {s: self._whole_holder((exchange, s)) for s in absent}
             # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
             lost = [s for s, device in holders.items() if device is None and not shards[s].parity_of]
@@ -176,6 +190,27 @@ class InFlight:
                     found[exchange, s] = device
         return found
 
+    def _missing_sums(self, exchange: int, absent: list[int]) -> dict[ShardId, int]:
+        """Those whose turn it is, as long as they have neurons that no other has that is there."""
+        sums, found = self.ancestry.sums, dict[ShardId, int]()
+        there = self._addable(exchange, set(range(len(self.manifest.exchanges[exchange].shards))) - set(absent))
+        covered = sums.neurons(exchange, there)
+        # What is poor is asked for again only where another holder than such as have built on less has it.
+        never_came = [s for s in absent if (exchange, s) not in self.sources]
+        for holder, wanted in ((self._whole_holder, absent), (self._holder, never_came)):
+            due = {s: device for s in wanted if (device := holder((exchange, s))) is not None}
+            new = [s for s in due if sums.neurons(exchange, [s]) & ~covered]
+            found.update({(exchange, s): due[s] for s in new})
+            covered |= sums.neurons(exchange, new)
+        return found
+
+    def _addable(self, exchange: int, shards: Iterable[int]) -> list[int]:
+        """Of the sums of an exchange that are there, those to be added up: of most neurons together, those first whose
+        turn it is."""
+        sums, by_turn = self.ancestry.sums, sorted(shards, key=lambda s: (self._holder((exchange, s)) is None, s))
+        options = [sums.apart(exchange, order) for order in (by_turn, sorted(by_turn))]
+        return max(options, key=lambda some: sums.neurons(exchange, some).bit_count())
+
     def awaited(self, me: int) -> list[int]:
         """Peers that this stage misses shards of."""
         return sorted(set(self.missing().values()) - {me})
@@ -187,8 +222,10 @@ class InFlight:
         """Take a finished stage's shards out of ``got``; a spare of our own stands in for what did not come."""
         shards, mine = self.shards_of(stage), self.built[stage]
         self.offer(((shard, self.own[shard]) for shard in shards if shard in self.own), me, mine)
-        held = {shard: self.sources[shard] for shard in shards if shard in self.sources}
-        poor = {shard for shard in held if self.ancestry.less(self.lineages[shard], mine, stage)}
+        every = {shard: self.sources[shard] for shard in shards if shard in self.sources}
+        poor = {shard for shard in every if self.ancestry.less(self.lineages[shard], mine, stage)}
+        held = self._without_overlaps(every, poor)
+        poor &= held.keys()
         taken = {shard: source for shard, source in held.items() if shard not in poor}
         built = self.ancestry.after(stage, mine, self.live, taken, self.lineages)
         for device in sorted({held[shard] for shard in poor}):
@@ -197,9 +234,20 @@ class InFlight:
             if self.ancestry.worth(other, stage + 1) > self.ancestry.worth(built, stage + 1) - TOLERANCE:
                 taken, built = more, other
         self.built.append(built)
-        for shard in held.keys() - taken.keys():
+        for shard in every.keys() - taken.keys():
             del self.sources[shard], self.got[shard]
         return {shard: self.got.pop(shard) for shard in taken}
+
+    def _without_overlaps(self, held: dict[ShardId, int], poor: set[ShardId]) -> dict[ShardId, int]:
+        """What is there but for sums of neurons that are in others, too; those that are not poor go first."""
+        kept = dict(held)
+        for exchange in {e for e, _ in held if e in self.ancestry.sums}:
+            mine = [s for e, s in held if e == exchange]
+            first = self._addable(exchange, [s for s in mine if (exchange, s) not in poor])
+            then = sorted(s for s in mine if (exchange, s) in poor)
+            for s in set(mine) - set(self.ancestry.sums.apart(exchange, [*first, *then])):
+                del kept[exchange, s]
+        return kept
 
     def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
         """Pieces of a stage that hold a shard which is neither computed nor anybody else's task."""

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.plan import publishers
+from robustdice.runtime.protocol.sums import Sums
 from robustdice.runtime.wire.messages import Lineage, ShardId
 
 Row = tuple[int, ...]
@@ -36,6 +37,7 @@ class Ancestry:
     def __init__(self, manifest: Manifest) -> None:
         """For all frames of a device."""
         self._manifest = manifest
+        self.sums = Sums(manifest)
         self._stage_of = {e: number for number, stage in enumerate(manifest.stages) for e in stage.exchanges}
         self._before = [
             tuple(e for earlier in manifest.stages[:number] for e in earlier.exchanges)
@@ -129,13 +131,11 @@ class Ancestry:
 
     def _told(self, exchange: int, row: Row) -> tuple[float, float]:
         """The shares of an exchange's neurons that are there, and that came from a spare."""
-        shards = self._manifest.exchanges[exchange].shards
-        sizes = [len(shard.neurons) for shard in shards]
-        there = sum(size for size, source in zip(sizes, row, strict=True) if source >= 0)
-        spare = sum(
-            size for size, source, shard in zip(sizes, row, shards, strict=True) if source not in {-1, shard.devices[0]}
-        )
-        return there / sum(sizes), spare / sum(sizes)
+        spec = self._manifest.exchanges[exchange]
+        came = [(shard, source) for shard, source in zip(spec.shards, row, strict=True) if source >= 0]
+        there = sum(len(shard.neurons) for shard, _ in came)
+        spare = sum(len(shard.neurons) for shard, source in came if shard.after or source != shard.devices[0])
+        return there / spec.neurons, spare / spec.neurons
 
     def _neurons_from(self, exchange: int, row: Row) -> Row:
         shards = self._manifest.exchanges[exchange].shards
