@@ -277,6 +277,18 @@ def random_plan(network: Network, devices: int, seed: int = 0, everywhere: Seque
     )
 
 
+def with_pairs(plan: Plan, possible: Mapping[int, int], seed: int = 0) -> Plan:
+    """The plan with some of the ``possible`` pairs of layers, chosen at random."""
+    random, pairs, shards = np.random.default_rng(seed), dict[int, int](), list(plan.shards)
+    for first in map(int, random.permutation(sorted(possible))):
+        second = possible[first]
+        if {first, second}.isdisjoint({*pairs, *pairs.values()}) and not plan.held_by_all(first):
+            pairs[first] = second
+            everyone = tuple(map(Holder, range(plan.devices)))
+            shards[second] = (Shard(tuple(range(plan.layers[second].neurons)), everyone),)
+    return replace(plan, shards=tuple(shards), pairs=pairs)
+
+
 def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0) -> CoarseLayer:
     """Codes and scales of the right shapes and sizes for one layer; what they are worth is nobody's weights."""
     random = np.random.default_rng([seed, BITS[kind]])
