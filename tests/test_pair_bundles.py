@@ -38,6 +38,7 @@ from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.model.pairs import possible_pairs
 from robustdice.plan import Plan, failure_sets
+from robustdice.runtime.executor import Executor
 from robustdice.runtime.inprocess import InProcess
 from test_pairs import NETS
 
@@ -54,7 +55,10 @@ def check(network: Network, graph: OnnxGraph, plan: Plan, directory: Path, spare
     """Under every failure set the bundles agree with the evaluator; writing them checks that they hold what the plan
     counts."""
     images = random_images(2, network.input_shape)
-    cluster = InProcess([load_bundle(each) for each in write_bundles(network, plan, directory, spares, graph)])
+    bundles = [load_bundle(each) for each in write_bundles(network, plan, directory, spares, graph)]
+    for bundle in bundles:
+        Executor(bundle).try_out()
+    cluster = InProcess(bundles)
     for size in range(plan.devices):
         for failed in failure_sets(plan.devices, size):
             wanted = evaluated(network, plan, images, failed)
@@ -138,8 +142,9 @@ def random_chain(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         wide = int(random.integers(3, 9))
         kernel = int(random.choice([1, 3]))
         bias = bool(random.integers(2))
-        parts.append(nn.Conv2d(channels, wide, kernel, padding=int(random.integers(2)), bias=bias))
-        size = size - kernel + 1 + 2 * parts[-1].padding[0]  # type: ignore[index, operator, assignment]
+        padding = int(random.integers(2))
+        parts.append(nn.Conv2d(channels, wide, kernel, padding=padding, bias=bias))
+        size += 1 - kernel + 2 * padding
         if random.integers(2):
             parts.append(nn.BatchNorm2d(wide))
         if random.integers(3):

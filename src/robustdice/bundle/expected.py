@@ -76,6 +76,7 @@ class Expected:
         hidden = self._of_layers[index, "float32"]
         alone = torch.zeros_like(hidden).index_copy_(first.axis, entries, hidden.index_select(first.axis, entries))
         values = {**self._values, first.value: alone}
+        del values[second.node]  # what is there is not computed again
         execute(self._network.module, [second.node], values)
         return _numbers(values[second.node] - self._bias(second))
 
