@@ -101,6 +101,16 @@ def test_plan_keeps_the_budget(work: Path) -> None:
     assert document["healthy_compute_share"] < 0.5
 
 
+def test_plan_says_which_layers_are_split_hidden_and_why(tmp_path: Path) -> None:
+    said = run(
+        "plan", MODEL, "--devices", "2", "--method", "lop", "--split", "hidden", "-o", tmp_path / "plan.json"
+    ).stdout
+    assert {line.split()[1] for line in said.splitlines() if "hidden │" in line} == {"features.8", "classifier.1"}
+    assert "split hidden: 1; 256 of the activations are their partial sums. Gathered they were 512" in " ".join(
+        said.split()
+    )
+
+
 def test_evaluate_has_every_failure_set(work: Path) -> None:
     document = run_json("evaluate", work / "plan.json", "--data", "digits", "--samples", "50")
     assert document["samples"] == 50
@@ -256,6 +266,8 @@ def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
         (["inspect", MODEL, "--classes", "missing.txt"], "cannot read missing.txt"),
         (["plan", MODEL, "--devices", "17", "--method", "lop", "-o", "p.json"], "2 to 16 devices"),
         (["plan", MODEL, "--devices", "4", "--method", "magic", "-o", "p.json"], "unknown method"),
+        (["plan", MODEL, "--devices", "4", "--split", "sideways", "-o", "p.json"], "unknown split"),
+        (["plan", MODEL, "--devices", "4", "--method", "cdc", "--split", "hidden", "-o", "p.json"], "split neurons"),
         (["plan", MODEL, "--devices", "4", "-o", "p.json"], "--scores FILE"),
         (["plan", MODEL, "--devices", "4", "--method", "lop", "-o", "missing/p.json"], "cannot write"),
         (["plan", MODEL, "--devices", "4", "--scores", "missing.npz", "-o", "p.json"], "missing.npz"),

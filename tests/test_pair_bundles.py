@@ -201,6 +201,7 @@ def test_a_cluster_with_pairs_outlives_a_device(tmp_path: Path) -> None:
     plan = with_pairs(random_plan(net, 3, seed=5), possible_pairs(net))
     assert plan.pairs
     rd.build(net, plan, tmp_path / "build")
+    assert rd.verify(tmp_path / "build").agrees
     images = random_images(20, net.input_shape)
     with rd.LocalCluster(tmp_path / "build", timeout_seconds=5.0) as cluster:
         for failed in (frozenset[int](), frozenset([1])):

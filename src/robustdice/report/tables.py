@@ -239,10 +239,9 @@ def _pairs(plan: Plan) -> str:
         return ""
     gathered = sum(plan.layers[i].neurons * plan.layers[i].neuron_outputs for pair in plan.pairs.items() for i in pair)
     sums = sum(map(plan.exchanged, plan.pairs))
-    number = len(plan.pairs)
     return (
-        f" {number} of the layers are split hidden, each with the one that reads it: {sums:,} of the activations are "
-        f"their partial sums, handed over in {number} exchanges; gathered they were {gathered:,} in {2 * number}."
+        f" Pairs of layers that are split hidden: {len(plan.pairs)}; {sums:,} of the activations are their partial "
+        f"sums. Gathered they were {gathered:,}, in twice as many exchanges."
     )
 
 
