@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from robustdice.auto import Candidate, Table, best_first, candidates, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
+from robustdice.cost.model import parse_link
+from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.activations import activation_steps
 from robustdice.failure.calibrate import calibrate as fit_corrections
@@ -23,8 +25,6 @@ from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, check_plan_fits
-from robustdice.model.pairs import choose_pairs
-from robustdice.model.strips import early_run
 from robustdice.partitioning import SPLITS, Method
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory
@@ -36,6 +36,7 @@ from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.founding import found_cluster
+from robustdice.splits import choose_splits, splits_of
 
 
 def partition(
@@ -53,6 +54,9 @@ def partition(
     images: NDArray[np.float32] | None = None,
     split: str = "neurons",
     wire: str = "float32",
+    profile: Profile = TYPICAL,
+    link: str | None = None,
+    goal: str = "throughput",
     on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
@@ -61,13 +65,20 @@ def partition(
     the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
     [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
     alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with the run of
-    :func:`robustdice.model.strips.early_run`, of which nothing can be lost. Devices hand each other values as ``wire``
-    says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`). PlanError also when a ``method`` of the
-    user's own takes more memory than it was given.
+    :func:`robustdice.model.strips.early_run`, of which nothing can be lost; or ``auto``: each layer as
+    :func:`robustdice.splits.choose_splits` says for ``profile``, ``link`` (such as ``"1Gbit"``) and ``goal``. Devices
+    hand each other values as ``wire`` says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`).
+    PlanError also when a ``method`` of the user's own takes more memory than it was given.
     """
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     kinds = (precision, spare_precision or precision)
+    if split == "auto":
+        rate = None if link is None else parse_link(link)
+        pairs_too = method != "cdc" and kinds == ("float32", "float32")
+        splits = choose_splits(network, devices, profile, rate, goal, wire, pairs_too)
+    else:
+        splits = splits_of(network, devices, split)
     plan = partition_layers(
         network.plan_layers,
         scores,
@@ -81,8 +92,9 @@ def partition(
         model=network.reference,
         network=network,
         precision=kinds,
-        pairs=choose_pairs(network, devices) if split == "hidden" else {},
-        run=early_run(network, devices) if split == "rows" else None,
+        pairs=splits.pairs,
+        run=splits.run,
+        whole=splits.whole,
     )
     plan = replace(plan, wire=wire)
     if split != "neurons":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,8 @@ from robustdice.cli.options import (
 )
 from robustdice.errors import OutputError
 from robustdice.importance.values import SCORING_SAMPLES
-from robustdice.report import plots, tables
-from robustdice.terminal import out, print_json, waiting
+from robustdice.report import cost_tables, plots, tables
+from robustdice.terminal import out, print_json, progress, waiting
 
 
 @app.command(epilog="Example: robustdice inspect torchvision:resnet18 --random-weights")
@@ -99,3 +100,30 @@ def score(
     else:
         out.print(tables.importance_table(importance))
         out.print(f"Scores of {len(importance.names)} layers are in {output}.")
+
+
+@app.command(epilog="Example: robustdice profile resnet20.pt2 -o here.json")
+def profile(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the profile (.json)")],
+    random_weights: RandomWeights = False,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What this machine takes for each layer on one thread, and for handing over: what plans are modelled from."""
+    from robustdice.meter.handing import measure_profile  # noqa: PLC0415 -- it needs the workshop
+
+    with waiting("loading the model"):
+        network = load_model(model, random_weights, seed, size, mean, std, classes)
+    with progress("measuring") as advance:
+        measured = measure_profile(network, advance)
+    measured.save(output)
+    if as_json:
+        print_json({"output": str(output), **asdict(measured)})
+    else:
+        out.print(cost_tables.profile_table(measured))
+        out.print(f"The profile is in {output}; 'robustdice plan --profile {output}' models from it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,12 +35,14 @@ from robustdice.cli.options import (
     score_with,
 )
 from robustdice.cli.usage import number, one_of
+from robustdice.cost.model import GOALS, check_goal, parse_link
+from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
 from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES
 from robustdice.plan import check_wire
 from robustdice.progress import silent
-from robustdice.report import plots, tables
+from robustdice.report import cost_tables, plots, tables
 from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES
 from robustdice.terminal import out, print_json, progress, waiting
 from robustdice.wire_format import WIRES
@@ -106,7 +109,7 @@ def plan(
             metavar="HOW",
             help="neurons (their outputs are gathered); hidden: where that hands over less, a layer together with "
             "the one that reads it, and partial sums are added up; rows: early layers with few weights are held by "
-            "all and computed in strips of the map",
+            "all and computed in strips of the map; auto: each layer as is modelled to be fastest",
             autocompletion=one_of(*SPLITS),
         ),
     ] = "neurons",
@@ -118,6 +121,22 @@ def plan(
             autocompletion=one_of(*WIRES),
         ),
     ] = "float32",
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="what 'robustdice profile' measured on a device (else typical figures)"),
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(metavar="RATE", help="of a device's link, for modelled figures: 1Gbit, 100Mbit (none)")
+    ] = None,
+    goal: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="GOAL",
+            help="for --split auto: throughput (several frames in flight) or latency (one alone)",
+            autocompletion=one_of(*GOALS),
+        ),
+    ] = "throughput",
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
@@ -144,8 +163,16 @@ def plan(
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     check_wire(wire, sums=method == "cdc")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
+    check_goal(goal)
+    judged = _Judged(
+        TYPICAL if profile is None else Profile.load(profile),
+        "typical figures" if profile is None else str(profile),
+        None if link is None else parse_link(link),
+        goal,
+    )
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
+    judged.profile.check_fits(network.reference)
     importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
     if survive is not None and method != "auto":
@@ -178,7 +205,9 @@ def plan(
                 wire=wire,
                 on_progress=advance,
             )
-        _finish(considered[0].plan, output, plot, as_json, images, considered)
+        _finish(
+            considered[0].plan, judged.outlook(network, considered[0].plan), output, plot, as_json, images, considered
+        )
         return
     coarse = {precision, spare_precision or precision} != {"float32"}
     seen = None
@@ -200,10 +229,13 @@ def plan(
             images=seen,
             split=split,
             wire=wire,
+            profile=judged.profile,
+            link=link,
+            goal=goal,
             on_progress=advance,
         )
     made = _with_activations(activations, network, made, seen)
-    _finish(made, output, plot, as_json, images)
+    _finish(made, judged.outlook(network, made), output, plot, as_json, images)
     if coarse and seen is None and not as_json:
         out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
 
@@ -227,8 +259,26 @@ def _with_activations(
     return made if activations == "float32" or images is None else rd.round_activations(network, made, images)
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """By what plans are modelled: a profile, where it comes from, bits per second of a device's link, and for what."""
+
+    profile: Profile
+    source: str
+    link: float | None
+    goal: str
+
+    def outlook(self, network: rd.Network, made: rd.Plan) -> cost_tables.Outlook:
+        """What the plan and plans for fewer devices are modelled to give."""
+        from robustdice.splits import plans_for_fewer  # noqa: PLC0415 -- it needs the workshop
+
+        plans = plans_for_fewer(network, made, self.profile, self.link, self.goal)
+        return cost_tables.Outlook(plans, self.profile, self.source, self.link)
+
+
 def _finish(
     made: rd.Plan,
+    outlook: cost_tables.Outlook,
     output: Path,
     plot: Path | None,
     as_json: bool,
@@ -242,6 +292,7 @@ def _finish(
         notes: dict[str, object] = {} if images is None else {"notes": images.notes.as_json()}
         if considered:
             notes["considered"] = tables.considered_json(considered)
+        notes["modelled"] = cost_tables.outlook_json(outlook)
         print_json({"output": str(output), **tables.plan_json(made), **notes})
         return
     if considered:
@@ -249,4 +300,6 @@ def _finish(
         out.print(tables.considered_summary(considered))
     out.print(tables.plan_table(made))
     out.print(tables.plan_summary(made))
+    out.print(cost_tables.outlook_table(outlook))
+    out.print(cost_tables.outlook_summary(outlook))
     out.print(f"The plan is in {output}.")

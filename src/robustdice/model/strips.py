@@ -111,13 +111,20 @@ def region_of(network: Network, layers: Sequence[int]) -> Region:
     raise PlanError(f"the layers {names} cannot be computed in strips of rows; make a new plan with 'robustdice plan'")
 
 
-def early_run(network: Network, devices: int) -> Strips:
-    """The longest run at the network's front that has few weights, in strips for so many devices; PlanError without."""
-    few = FEW_WEIGHTS * network.parameters
-    for region in reversed(regions(network)):
+def runs_of(network: Network, devices: int) -> list[Strips]:
+    """The runs at the network's front that have few weights, in strips for so many devices; the shortest first."""
+    found = []
+    for region in regions(network):
         weights = sum(layer.neurons * layer.neuron_weights for layer in (network.plan_layers[i] for i in region.layers))
-        if weights <= few and network.shapes[region.end][ROWS] >= devices:
-            return strips_of(network, region, devices)
+        if weights <= FEW_WEIGHTS * network.parameters and network.shapes[region.end][ROWS] >= devices:
+            found.append(strips_of(network, region, devices))
+    return found
+
+
+def early_run(network: Network, devices: int) -> Strips:
+    """The longest of :func:`runs_of`; PlanError without any."""
+    if runs := runs_of(network, devices):
+        return runs[-1]
     raise PlanError(
         f"the model does not begin with layers of at most {FEW_WEIGHTS:.0%} of its weights whose maps have a row for "
         f"each of {devices} devices; plan without rows"

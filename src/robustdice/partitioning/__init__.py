@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[[Request], Answer]] = {"robustdice": robustdice, "lo
 """The ways to partition, by name."""
 WITHOUT_SCORES = frozenset({"lop", "cdc", "full"})
 """Those that look at no scores."""
-SPLITS = ("neurons", "hidden", "rows")
+SPLITS = ("neurons", "hidden", "rows", "auto")
 """The ways to split layers that a plan can be asked for."""
 
 Method = str | own.Own
@@ -48,6 +48,7 @@ def partition(
     precision: tuple[str, str] = ("float32", "float32"),
     pairs: Mapping[int, int] = MappingProxyType({}),
     run: Strips | None = None,
+    whole: Collection[int] = (),
 ) -> Plan:
     """A plan for ``layers`` on ``devices`` devices (2 to 16).
 
@@ -61,8 +62,8 @@ def partition(
     The plan's copies are float32; ``precision`` are the representations of primaries and spares that they will be
     rounded to, for which ``memory`` is meant. Of ``pairs``, layers and the one layer that reads each alone
     (:func:`robustdice.model.pairs.possible_pairs`), methods are asked about the first, as a layer whose neurons come
-    with the weights that read them; about those of a ``run`` that is computed in strips they are not asked. PlanError
-    when no such plan exists.
+    with the weights that read them; about those of a ``run`` that is computed in strips, and about those that are to be
+    ``whole`` on every device, they are not asked. PlanError when no such plan exists.
     """
     if isinstance(method, str) and method not in METHODS and ":" not in method:
         raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
@@ -89,18 +90,26 @@ def partition(
         network=network,
         precision=precision,
     )
-    asked = without_some(request, pairs, run)
+    by_all = frozenset(whole) | frozenset(() if run is None else run.layers)
+    asked = without_some(request, pairs, by_all)
     if name in METHODS:
-        return _plan(request, name, METHODS[name](asked), pairs, run)
+        return _plan(request, name, METHODS[name](asked), pairs, by_all, run)
     function = own.find(method) if isinstance(method, str) else method
     try:
-        return _plan(request, name, own.ask(function, name, asked), pairs, run)
+        return _plan(request, name, own.ask(function, name, asked), pairs, by_all, run)
     except PlanError as error:
         raise error if name in str(error) else PlanError(f"method {name}: {error}") from error
 
 
-def _plan(request: Request, method: str, answer: Answer, pairs: Mapping[int, int], run: Strips | None) -> Plan:
-    scores, (shards, left) = request.importance, with_all(answer.shards, request, pairs, run)
+def _plan(
+    request: Request,
+    method: str,
+    answer: Answer,
+    pairs: Mapping[int, int],
+    by_all: frozenset[int],
+    run: Strips | None,
+) -> Plan:
+    scores, (shards, left) = request.importance, with_all(answer.shards, request, pairs, by_all)
     used = {} if scores is None else {"scores": {"digest": scores.digest, **scores.settings, **scores.provenance}}
     return Plan(
         devices=request.devices,

@@ -11,7 +11,7 @@ import numpy as np
 from robustdice.errors import PlanError
 from robustdice.partitioning.replicate import whole
 from robustdice.partitioning.request import Request
-from robustdice.plan import Shard, Strips, folded
+from robustdice.plan import Shard, folded
 
 
 def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str]) -> None:
@@ -27,16 +27,15 @@ def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str
         )
 
 
-def without_some(request: Request, pairs: Mapping[int, int], run: Strips | None) -> Request:
+def without_some(request: Request, pairs: Mapping[int, int], by_all: frozenset[int]) -> Request:
     """The request with each pair as one layer: the first one's neurons, with the weights that read them; and without
-    the layers of a run, which is computed in strips. What everybody has of these and of second layers counts with what
-    is shared. PlanError when nothing is left."""
-    in_run = () if run is None else run.layers
-    dealt = [index for index in range(len(request.layers)) if index not in {*pairs.values(), *in_run}]
+    the layers that are held ``by_all``. What everybody has of these and of second layers counts with what is shared.
+    PlanError when nothing is left."""
+    dealt = [index for index in range(len(request.layers)) if index not in by_all.union(pairs.values())]
     if len(dealt) == len(request.layers):
         return request
     if not dealt:
-        raise PlanError("all layers would be computed in strips: there is nothing to deal out; split neurons")
+        raise PlanError("every device would hold all layers: there is nothing to deal out; split neurons")
     layers, importance, threshold = request.layers, request.importance, request.threshold
     if importance is not None:
         names, scores = importance.names, importance.scores
@@ -44,26 +43,27 @@ def without_some(request: Request, pairs: Mapping[int, int], run: Strips | None)
         importance = replace(importance, names=kept[0], scores=kept[1])
     if threshold is not None and np.ndim(threshold) and len(threshold) == len(layers):  # type: ignore[arg-type]
         threshold = [threshold[index] for index in dealt]  # type: ignore[index]
-    seconds, striped = ([layers[index] for index in of] for of in (pairs.values(), in_run))
-    by_all = sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds)
-    by_all += sum(layer.neurons * layer.neuron_weights for layer in striped)
+    seconds, everywhere = ([layers[index] for index in of] for of in (pairs.values(), by_all))
+    weights = sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds)
+    weights += sum(layer.neurons * layer.neuron_weights for layer in everywhere)
     return replace(
         request,
         layers=[folded(layers[i], layers[pairs[i]]) if i in pairs else layers[i] for i in dealt],
         importance=importance,
         threshold=threshold,
-        shared_weights=request.shared_weights + by_all,
+        shared_weights=request.shared_weights + weights,
     )
 
 
 def with_all(
-    shards: Sequence[tuple[Shard, ...]], request: Request, pairs: Mapping[int, int], run: Strips | None
+    shards: Sequence[tuple[Shard, ...]], request: Request, pairs: Mapping[int, int], by_all: frozenset[int]
 ) -> tuple[tuple[tuple[Shard, ...], ...], dict[int, int]]:
     """The shards of all layers of ``request``, from those of :func:`without_some`, and the pairs that are left:
     where every device holds the first layer, all have the second as well, and nothing is to be added up."""
-    given, by_all = iter(shards), {*pairs.values(), *(() if run is None else run.layers)}
+    given, everywhere = iter(shards), by_all.union(pairs.values())
     found = [
-        whole(layer, request.devices) if index in by_all else next(given) for index, layer in enumerate(request.layers)
+        whole(layer, request.devices) if index in everywhere else next(given)
+        for index, layer in enumerate(request.layers)
     ]
     left = {
         first: second

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robustdice.costs import costs_of
+from robustdice.cost.counts import costs_of
 from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.plan.certificate import wilson

@@ -1,0 +1,130 @@
+"""What a device takes for a model's layers and for handing things over: measured once, kept in a file (NumPy only)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robustdice.errors import PlanError
+from robustdice.files import write_atomically
+from robustdice.plan import Layer, ModelReference
+
+FORMAT_VERSION = 1
+LIMIT_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Of one layer with its tail, on one thread: all neurons, and half of them (``share`` of the whole)."""
+
+    whole: float
+    part: float
+    share: float
+
+    def of(self, share: float) -> float:
+        """Of a share of the neurons: what was measured, and straight lines between; in proportion below."""
+        if share <= self.share or self.share >= 1:
+            return self.part * share / self.share
+        return self.part + (self.whole - self.part) * (share - self.share) / (1 - self.share)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of one core of a device. Handing over takes ``exchange_seconds`` for a peer and exchange, whatever its
+    size, and ``value_seconds`` for every value that is sent or received, by what it travels as; ``hop_seconds`` pass
+    meanwhile in which nothing is computed, and ``frame_seconds`` go into taking a frame and answering it.
+
+    ``layers`` of the model with ``model_digest`` were measured, and ``rest_seconds`` is what it takes beside them. For
+    other layers arithmetic takes what multiply-adds take, or the reading of weights, whichever is longer.
+    """
+
+    exchange_seconds: float
+    value_seconds: Mapping[str, float]
+    hop_seconds: float
+    frame_seconds: float
+    macs_per_second: float = 30e9
+    weights_per_second: float = 2e9
+    layers: Mapping[str, LayerSeconds] = field(default_factory=dict)
+    rest_seconds: float = 0.0
+    model_digest: str | None = None
+
+    def seconds(self, layer: Layer, share: float) -> float:
+        """What a share of a layer's neurons takes."""
+        measured = self.layers.get(layer.name)
+        if measured is not None:
+            return measured.of(share)
+        macs, weights = layer.neurons * layer.neuron_macs, layer.neurons * layer.neuron_weights
+        return share * max(macs / self.macs_per_second, weights / self.weights_per_second)
+
+    def check_fits(self, model: ModelReference) -> None:
+        """PlanError when the layers that were measured are of another model."""
+        if self.model_digest not in (None, model.digest):
+            raise PlanError(
+                f"the profile is of a model with digest {str(self.model_digest)[:12]}, {model.source} has "
+                f"{model.digest[:12]}; make one of this model with 'robustdice profile'"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile to a file (docs/formats.md); OutputError when that is not possible."""
+        header = {"format": "robustdice-profile", "version": FORMAT_VERSION}
+        write_atomically(Path(path), json.dumps({**header, **asdict(self)}, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile; PlanError when the file is missing, damaged or of another version."""
+        remedy = "make one with 'robustdice profile'"
+        try:
+            with Path(path).open("rb") as file:
+                document = json.loads(file.read(LIMIT_BYTES))
+        except OSError as error:
+            raise PlanError(f"cannot read the profile {path}: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            raise PlanError(f"{path} is not a profile (it is not JSON); {remedy}") from None
+        if not isinstance(document, dict) or document.pop("format", None) != "robustdice-profile":
+            raise PlanError(f"{path} is not a profile (no robustdice-profile header); {remedy}")
+        if (version := document.pop("version", None)) != FORMAT_VERSION:
+            raise PlanError(f"{path} has profile version {version}, this version reads {FORMAT_VERSION}; {remedy}")
+        try:
+            return _parse(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{path} is a damaged profile ({type(error).__name__}: {error}); {remedy}") from None
+
+
+def _parse(document: Mapping[str, Any]) -> Profile:
+    numbers = {
+        name: _number(document[name])
+        for name in (
+            "exchange_seconds", "hop_seconds", "frame_seconds", "macs_per_second", "weights_per_second", "rest_seconds"
+        )
+    }  # fmt: skip
+    digest = document["model_digest"]
+    return Profile(
+        **numbers,
+        value_seconds={str(wire): _number(seconds) for wire, seconds in document["value_seconds"].items()},
+        layers={
+            str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))
+            for name, each in document["layers"].items()
+        },
+        model_digest=None if digest is None else str(digest),
+    )
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{value!r} where a number of at least 0 belongs")
+    return number
+
+
+TYPICAL = Profile(
+    exchange_seconds=0.5e-3,
+    value_seconds={"float32": 5e-9, "float16": 6e-9, "uint8": 8e-9},
+    hop_seconds=0.3e-3,
+    frame_seconds=0.8e-3,
+)
+"""Of a core of a common server processor, when nothing was measured."""

@@ -1,0 +1,140 @@
+"""What handing over takes on this machine: two devices run small networks with few and many exchanges, of few and many
+values, and what their processes take more is divided by what they hand over more (needs the workshop)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import nn
+
+from robustdice.cost.profile import Profile
+from robustdice.errors import ClusterError
+from robustdice.meter.arithmetic import measure_layers
+from robustdice.model.network import Network, build_network
+from robustdice.model.tracing import export_module
+from robustdice.progress import Progress, silent
+from robustdice.runtime.cluster import LocalCluster
+from robustdice.wire_format import WIRES
+from robustdice.workshop import build, partition
+
+FEW, MANY = 2, 10
+"""Exchanges of a frame."""
+SMALL, LARGE = 2, 96
+"""Height and width of what is exchanged, four channels deep."""
+STREAM_SECONDS = 1.5
+FRAMES_ALONE = 20
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one frame: seconds of the busier device's processor beside the arithmetic, and from its sending to its answer
+    when it is alone."""
+
+    processor_seconds: float
+    latency_seconds: float
+
+
+class _Chain(nn.Module):
+    """Layers of four neurons one after the other."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(layers)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.layers(x).mean((2, 3))
+        return scores
+
+
+def measure_handing(on_progress: Progress = silent) -> Profile:
+    """A profile without layers, of devices like the processes of this machine."""
+    wanted = [(FEW, SMALL, "float32"), (MANY, SMALL, "float32"), *((MANY, LARGE, wire) for wire in WIRES)]
+    found: list[_Measured] = []
+    for count, size, wire in wanted:
+        found.append(_measure(count, size, wire))
+        on_progress(len(found), len(wanted))
+    few, many, *large = found
+    exchange = max(0.0, (many.processor_seconds - few.processor_seconds) / (MANY - FEW))
+    hop = (many.latency_seconds - few.latency_seconds) / (MANY - FEW) - exchange
+    # Every device takes the input, and of every exchange it sends one half and receives the other.
+    handled = 4 * (LARGE**2 - SMALL**2) * (MANY + 1)
+    return Profile(
+        exchange_seconds=exchange,
+        value_seconds={
+            wire: max(0.0, (each.processor_seconds - many.processor_seconds) / handled)
+            for wire, each in zip(WIRES, large, strict=True)
+        },
+        hop_seconds=max(0.0, hop),
+        frame_seconds=max(0.0, few.processor_seconds - FEW * exchange),
+    )
+
+
+@cache
+def _network(layers: int, size: int) -> tuple[Network, float]:
+    """A chain, and what half of each of its layers takes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = _Chain(layers)
+    network = build_network(export_module(module, (4, size, size), "the chain"), "chain")
+    times, rest = measure_layers(network)
+    return network, rest + sum(each.of(0.5) for each in times.values())
+
+
+def _measure(layers: int, size: int, wire: str) -> _Measured:
+    network, arithmetic_seconds = _network(layers, size)
+    plan = replace(partition(network, devices=2, method="lop"), wire=wire)
+    frame = np.random.default_rng(0).standard_normal(network.input_shape, dtype=np.float32)
+    with tempfile.TemporaryDirectory(prefix="robustdice-profile-") as directory:
+        build(network, plan, Path(directory) / "build")
+        with LocalCluster(Path(directory) / "build", timeout_seconds=30.0, window=4) as cluster:
+            processes = [pid for device in range(2) if (pid := cluster.process(device)) is not None]
+            _stream(cluster, frame, STREAM_SECONDS / 3)
+            before = [_processor_seconds(pid) for pid in processes]
+            frames = _stream(cluster, frame, STREAM_SECONDS)
+            spent = [_processor_seconds(pid) - start for pid, start in zip(processes, before, strict=True)]
+            latencies = [cluster.infer(frame).latency_seconds for _ in range(FRAMES_ALONE)]
+    return _Measured(max(0.0, max(spent) / frames - arithmetic_seconds), median(latencies))
+
+
+def _stream(cluster: LocalCluster, frame: np.ndarray, seconds: float) -> int:
+    """How many frames are answered."""
+    start = time.perf_counter()
+    for answered, answer in enumerate(cluster.client.stream(repeat(frame)), start=1):
+        if answer.outputs is None:
+            raise ClusterError(f"frame {answer.number} was not answered: {answer.refused or 'time is up'}; try again")
+        if time.perf_counter() - start > seconds:
+            return answered
+    raise AssertionError("a stream of endless frames has ended")
+
+
+def _processor_seconds(process: int) -> float:
+    """What a process has taken so far, in all its threads."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError as error:
+        raise ClusterError(f"what device processes take is read from /proc: {error}; profile on Linux") from None
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def measure_profile(network: Network, on_progress: Progress = silent) -> Profile:
+    """What this machine takes for the layers of a network on one thread, and for handing over between two processes."""
+    layers, rest_seconds = measure_layers(network, on_progress=on_progress)
+    macs = sum(layer.neurons * layer.neuron_macs for layer in network.plan_layers)
+    taken = rest_seconds + sum(each.whole for each in layers.values())
+    return replace(
+        measure_handing(on_progress),
+        macs_per_second=macs / taken,
+        layers=layers,
+        rest_seconds=rest_seconds,
+        model_digest=network.reference.digest,
+    )

@@ -1,0 +1,143 @@
+"""How each layer is best split, by the cost model: by neurons, in pairs, in strips of rows, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from robustdice.cost.model import Prediction, check_goal, predict
+from robustdice.cost.profile import Profile
+from robustdice.model.network import Network
+from robustdice.model.pairs import choose_pairs, possible_pairs
+from robustdice.model.strips import FEW_WEIGHTS, early_run, runs_of
+from robustdice.partitioning import partition
+from robustdice.plan import Plan, Strips
+
+_SWEEPS = 3
+_LEAST_GAIN = 1e-3
+"""A change has to make this share of a frame's time less: modelled figures are no better."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is not split by neurons: ``pairs``, first layer to second; a ``run`` in strips; layers on everyone."""
+
+    pairs: dict[int, int] = field(default_factory=dict)
+    run: Strips | None = None
+    whole: frozenset[int] = frozenset()
+
+
+def plans_for_fewer(network: Network, made: Plan, profile: Profile, link: float | None, goal: str) -> list[Plan]:
+    """Plans for 2, 3, ... devices that split layers by the same rule as the one that was ``made``, which comes last."""
+    if not made.exchanges:
+        return [made]
+    split, plans = str(made.settings.get("split", "neurons")), []
+    for devices in range(2, made.devices):
+        if split == "auto":
+            splits = choose_splits(network, devices, profile, link, goal, made.wire, pairs_too=bool(made.pairs))
+        else:
+            splits = splits_of(network, devices, split)
+        plans.append(even_plan(network, devices, splits, made.wire))
+    return [*plans, made]
+
+
+def splits_of(network: Network, devices: int, split: str) -> Splits:
+    """The splits that one word asks for, without a cost model; PlanError where there are none."""
+    if split == "hidden":
+        return Splits(pairs=choose_pairs(network, devices))
+    return Splits(run=early_run(network, devices)) if split == "rows" else Splits()
+
+
+def choose_splits(
+    network: Network, devices: int, profile: Profile, link: float | None, goal: str, wire: str, pairs_too: bool
+) -> Splits:
+    """The splits with which a plan is modelled to be best at ``goal``: one thing is split otherwise after the other, as
+    long as that makes it better. Layers that all devices hold have few weights together, so that plans still share out
+    the model. ``link`` is in bits per second; None: it is no bound. PlanError when the profile is of another model."""
+    check_goal(goal)
+
+    def seconds(splits: Splits) -> float:
+        return _seconds(predict(even_plan(network, devices, splits, wire), profile, link), goal)
+
+    best = Splits()
+    least = seconds(best)
+    runs = runs_of(network, devices)
+    for _ in range(_SWEEPS):
+        before = best
+        for change in _changes(network, runs, pairs_too):
+            other = change(best)
+            if _few(network, other) and (needed := seconds(other)) < least * (1 - _LEAST_GAIN):
+                best, least = other, needed
+        if best == before:
+            break
+    return best
+
+
+def _changes(network: Network, runs: Sequence[Strips], pairs_too: bool) -> Iterator[Callable[[Splits], Splits]]:
+    """Every single thing that can be split otherwise."""
+    for run in (None, *runs):
+        yield partial(_with_run, run)
+    for run in runs:
+        yield partial(_with_front, frozenset(run.layers))
+    for pair in possible_pairs(network).items() if pairs_too else ():
+        yield partial(_with_pair, pair)
+    for index in range(len(network.layers)):
+        yield partial(_with_whole, index)
+
+
+def _with_run(run: Strips | None, splits: Splits) -> Splits:
+    layers = set(() if run is None else run.layers)
+    return Splits(_without(splits.pairs, layers), run, splits.whole - layers)
+
+
+def _with_front(layers: frozenset[int], splits: Splits) -> Splits:
+    """With a run's layers on everyone instead."""
+    return Splits(_without(splits.pairs, set(layers)), None, splits.whole | layers)
+
+
+def _with_pair(pair: tuple[int, int], splits: Splits) -> Splits:
+    """With the pair, or without it if it is there."""
+    if pair in splits.pairs.items():
+        return replace(splits, pairs={a: b for a, b in splits.pairs.items() if (a, b) != pair})
+    if splits.run is not None and set(pair) & set(splits.run.layers):
+        return splits
+    return Splits({**_without(splits.pairs, set(pair)), pair[0]: pair[1]}, splits.run, splits.whole - set(pair))
+
+
+def _with_whole(index: int, splits: Splits) -> Splits:
+    """With the layer on everyone, or not if it is there."""
+    if splits.run is not None and index in splits.run.layers:
+        return splits
+    return Splits(_without(splits.pairs, {index}), splits.run, splits.whole ^ {index})
+
+
+def _without(pairs: Mapping[int, int], layers: set[int]) -> dict[int, int]:
+    return {first: second for first, second in pairs.items() if not {first, second} & layers}
+
+
+def _few(network: Network, splits: Splits) -> bool:
+    """Whether the layers that all devices hold have few weights, and others are left."""
+    by_all = {*splits.whole, *(() if splits.run is None else splits.run.layers)}
+    weights = sum(layer.neurons * layer.neuron_weights for layer in (network.plan_layers[i] for i in by_all))
+    return weights <= FEW_WEIGHTS * network.parameters and len(by_all) < len(network.layers)
+
+
+def _seconds(prediction: Prediction, goal: str) -> float:
+    return prediction.latency_seconds if goal == "latency" else 1 / prediction.frames_per_second
+
+
+def even_plan(network: Network, devices: int, splits: Splits, wire: str) -> Plan:
+    """A plan with these splits in which devices hold as much of each layer, which is all that its costs depend on."""
+    plan = partition(
+        network.plan_layers,
+        None,
+        devices=devices,
+        method="lop",
+        shared_weights=network.shared_weights,
+        model=network.reference,
+        pairs=splits.pairs,
+        run=splits.run,
+        whole=splits.whole,
+    )
+    return replace(plan, wire=wire)
