@@ -14,14 +14,28 @@ from bundles import Network as HandMade
 from bundles import make_manifest, make_plan
 from bundles import write_bundles as write_by_hand
 from commands import fails, run, run_json
-from nets import Plain, coarsened, random_images, random_plan, relative_error, save
+from nets import (
+    Plain,
+    coarsened,
+    random_images,
+    random_plan,
+    relative_error,
+    save,
+    shared_graph,
+    shared_network,
+    with_pairs,
+)
 from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
+from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
 from robustdice.errors import BundleError, MessageError, PlanError
 from robustdice.failure.calibrate import calibrate
 from robustdice.failure.copies import Copies, intact, state_of
 from robustdice.failure.passes import run_under
+from robustdice.model.network import Network
+from robustdice.model.pairs import possible_pairs
+from robustdice.model.strips import regions, strips_of
 from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.inprocess import InProcess
@@ -32,19 +46,21 @@ from robustdice.wire_format import WIRES
 from robustdice.workshop import partition
 from test_bundles import NETS, made
 from test_coarse_bundles import predicted
+from test_strips import STEMS, with_strips
 
 ALLOWED = {"float32": 1e-4, "float16": 5e-3, "uint8": 5e-2}
 """A number between two steps may go to the other one where what lies before it was added up in another order."""
 NARROW = ("float16", "uint8")
 
 
-def check_every_failure_set(name: str, plan: Plan, directory: Path, spares: str = "standby") -> None:
-    _, network, graph = made(name)
+def check_every_failure_set(
+    network: Network, graph: OnnxGraph, plan: Plan, directory: Path, spares: str = "standby"
+) -> None:
     images = random_images(2, network.input_shape)
     images[1] *= 20
     bundles = [load_bundle(path) for path in write_bundles(network, plan, directory / "build", spares, graph)]
     assert [exchange.wire for exchange in bundles[0].manifest.exchanges] == [
-        wire for index, wire in enumerate(plan.wires) if not plan.held_by_all(index)
+        wire for index, wire in enumerate(plan.wires) if plan.exchanged(index)
     ]
     together = InProcess(bundles)
     errors, without = [], []
@@ -65,22 +81,59 @@ def check_every_failure_set(name: str, plan: Plan, directory: Path, spares: str 
 @pytest.mark.parametrize("wire", NARROW)
 @pytest.mark.parametrize("name", ["residual", "plain", "channels_last"])
 def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, wire: str, tmp_path: Path) -> None:
-    _, network, _ = made(name)
-    check_every_failure_set(name, replace(random_plan(network, 3, 3, everywhere=[1]), wire=wire), tmp_path)
+    _, network, graph = made(name)
+    plan = replace(random_plan(network, 3, 3, everywhere=[1]), wire=wire)
+    check_every_failure_set(network, graph, plan, tmp_path)
 
 
 def test_bundles_with_coarse_copies_and_corrections_do_so_too(tmp_path: Path) -> None:
-    _, network, _ = made("residual")
+    _, network, graph = made("residual")
     plan = replace(coarsened(network, random_plan(network, 2, 3), 3), wire="uint8")
-    check_every_failure_set("residual", plan, tmp_path, "hot")
+    check_every_failure_set(network, graph, plan, tmp_path, "hot")
+
+
+@pytest.mark.parametrize("wire", NARROW)
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_strips_travel_in_few_bits_with_a_scale_for_each_row(name: str, wire: str, tmp_path: Path) -> None:
+    make, size = STEMS[name]
+    network, graph = shared_network(make, 3, size, size), shared_graph(make, 3, size, size)
+    run = strips_of(network, regions(network)[-1], 3)
+    plan = replace(with_strips(random_plan(network, 3, 3), run), wire=wire)
+    assert plan.wires[run.layers[-1]] == wire
+    check_every_failure_set(network, graph, plan, tmp_path)
+
+
+@pytest.mark.parametrize("spares", ["standby", "hot"])
+@pytest.mark.parametrize("wire", NARROW)
+@pytest.mark.parametrize("name", ["channels_last", "plain"])
+def test_partial_sums_travel_in_few_bits_each(name: str, wire: str, spares: str, tmp_path: Path) -> None:
+    _, network, graph = made(name)
+    rounded = {a: b for a, b in possible_pairs(network).items() if not network.plan_layers[b].gives_scores}
+    plan = replace(with_pairs(random_plan(network, 3, 3), rounded, 3), wire=wire)
+    assert plan.pairs
+    assert {plan.wires[first] for first in plan.pairs} <= set(NARROW)
+    check_every_failure_set(network, graph, plan, tmp_path, spares)
+
+
+def test_plans_that_differ_in_partial_sums_alone_are_told_apart_in_shared_passes() -> None:
+    _, network, _ = made("channels_last")
+    images = torch.from_numpy(random_images(2, network.input_shape))
+    plans = [with_pairs(random_plan(network, 3, 3), possible_pairs(network), 3)]
+    plans += [replace(plans[0], wire="uint8"), replace(plans[0], pairs={}, wire="uint8")]
+    sets = [failed for size in range(3) for failed in failure_sets(3, size)]
+    states = [state_of(plan, failed) for failed in sets for plan in plans]
+    together = run_under(network, images, states, Copies(network, {}))
+    for state, found in zip(states, together, strict=True):
+        (alone,) = run_under(network, images, [state], Copies(network, {}))
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wire", NARROW)
 @pytest.mark.parametrize("name", NETS)
 def test_bundles_of_any_network_equal_the_evaluator(name: str, wire: str, tmp_path: Path) -> None:
-    _, network, _ = made(name)
-    check_every_failure_set(name, replace(random_plan(network, 3, 5), wire=wire), tmp_path)
+    _, network, graph = made(name)
+    check_every_failure_set(network, graph, replace(random_plan(network, 3, 5), wire=wire), tmp_path)
 
 
 def test_the_evaluator_rounds_each_image_by_its_own_range() -> None:

@@ -260,8 +260,7 @@ def _check(manifest: Manifest) -> None:
             require(not each.after or (exchange.sums and set(each.neurons) <= set(neurons)), "a shard among sums")
             require(not exchange.sums or (len(each.holders) == 1 and not each.parity_of), "a shard among sums")
         require(exchange.wire in WIRES, "what its shards travel as")
-        sums = exchange.sums or exchange.shards[-1].parity_of
-        require(exchange.wire == "float32" or not sums, "sums that are not float32")
+        require(exchange.wire == "float32" or not exchange.shards[-1].parity_of, "sums that are not float32")
     require(
         all(0 <= d < manifest.devices for failed in manifest.calibrated for d in failed), "a calibrated failure set"
     )

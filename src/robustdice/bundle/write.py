@@ -268,8 +268,8 @@ def _exchange(models: Models, index: int) -> Exchange:
     layer, shards, pairs = models.exchanged[index], models.plan.exchanged_shards(index), models.plan.pairs
     if index in pairs:
         second = models.network.layers[pairs[index]].without_tail
-        value, axis = layer.value.name, second.axis
-        return Exchange(layer.layer.name, value, second.shape, axis, 1, 0.0, None, shards, sums=True)
+        place = (layer.layer.name, layer.value.name, second.shape, second.axis, 1)
+        return Exchange(*place, 0.0, None, shards, models.plan.wires[index], sums=True)
     return Exchange(
         layer=layer.layer.name,
         value=layer.value.name,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import fx
 
 from robustdice.failure.copies import Copies, State, intact, state_of
-from robustdice.failure.passes import as_received, correct, fill
+from robustdice.failure.handover import as_received, forms
+from robustdice.failure.passes import correct, fill
 from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, check_plan_fits, together
@@ -107,6 +108,7 @@ class _Pass:
         self.starts = {layer.node: index for index, layer in enumerate(network.layers)}
         self.ends = {layer.affine_end: index for index, layer in enumerate(network.layers)}
         self.exchanges = {layer.value: index for index, layer in enumerate(network.layers)}
+        self.forms = forms(network, state.handover)
 
     def statistics(self, images: torch.Tensor) -> Iterator[tuple[int, Statistics]]:
         """Of every layer, behind its affine chain."""
@@ -172,16 +174,17 @@ class _Pass:
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         if node in self.starts:
             index = self.starts[node]
-            self.copies.compute(index, self.state.copies[index], values)
+            self.copies.compute_in(self.state, index, values)
         else:
             execute(self.network.module, [node], values)
 
     def _after(self, node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
+        if node in self.forms:
+            values[node] = as_received(values[node], self.forms[node])
         if node in self.exchanges:
             index = self.exchanges[node]
             lost = np.flatnonzero(self.state.copies[index] == LOST)
-            layer = self.network.layers[index]
-            values[node] = fill(layer, as_received(values[node], self.state.form(layer, index)), lost)
+            values[node] = fill(self.network.layers[index], values[node], lost)
         for used in node.all_input_nodes:
             left[used] -= 1
             if not left[used] and used is not self.network.output:

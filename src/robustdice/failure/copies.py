@@ -13,35 +13,31 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from robustdice.failure.handover import Handover, Sums, as_received, handover
 from robustdice.model.canonical import execute
-from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, Steps
 from robustdice.rounding.affine import coarse_parameters
-from robustdice.wire_format import WireForm
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """What is computed under one failure set: of every layer's neurons the copy, int8[neurons] (a position in
-    ``REPRESENTATIONS``, or ``LOST``), the layers' corrections, if any, and what layers travel as (none: nothing does,
-    or all as float32), those of ``rows`` in strips."""
+    ``REPRESENTATIONS``, or ``LOST``), the layers' corrections, if any, and what arrives of it elsewhere, where that is
+    rounded."""
 
     copies: tuple[NDArray[np.int8], ...]
     corrections: tuple[Correction | None, ...] | None = None
-    wires: tuple[str, ...] = ()
-    rows: frozenset[int] = frozenset()
+    handover: Handover | None = None
 
     def correction(self, layer: int) -> Correction | None:
         """A layer's correction, if it has one."""
         return None if self.corrections is None else self.corrections[layer]
 
-    def form(self, layer: NetworkLayer, index: int) -> WireForm:
-        """How what a layer hands over travels; the layer is the one at ``index``."""
-        wire = self.wires[index] if self.wires else "float32"
-        in_strips = index in self.rows
-        return WireForm(wire, layer.shape, 2 if in_strips else layer.axis, 1 if in_strips else layer.features)
+    def sums(self, layer: int) -> Sums | None:
+        """What a layer is added up from, where that is rounded."""
+        return None if self.handover is None else self.handover.sums_of(layer)
 
     @cached_property
     def key(self) -> bytes:
@@ -50,19 +46,12 @@ class State:
         parts += [
             b"none" if each is None else each.scale.tobytes() + each.shift.tobytes() for each in self.corrections or ()
         ]
-        if set(self.wires) - {"float32"}:
-            parts += [*map(str.encode, self.wires), repr(sorted(self.rows)).encode()]
-        return b"|".join(parts)
+        return b"|".join([*parts, repr(self.handover).encode()])
 
 
 def state_of(plan: Plan, failed: FailureSet) -> State:
     """What a plan's devices compute while those of ``failed`` are down."""
-    return State(plan.copies(failed), plan.correction(failed), plan.wires, last_of_runs(plan))
-
-
-def last_of_runs(plan: Plan) -> frozenset[int]:
-    """The layers after which strips of rows are handed over."""
-    return frozenset(run.layers[-1] for run in plan.strips)
+    return State(plan.copies(failed), plan.correction(failed), handover(plan, failed))
 
 
 def intact(network: Network) -> State:
@@ -101,6 +90,26 @@ class Copies:
             seen[source] = rounded(values[source], self._activations[layer])
         execute(self._network.module, [node], seen)
         values[node] = seen[node]
+
+    def compute_in(self, state: State, layer: int, values: dict[fx.Node, Any]) -> None:
+        """As :meth:`compute`, in a state: a layer that is added up, from its partial sums as they arrive."""
+        sums = state.sums(layer)
+        if sums is None or state.handover is None:
+            self.compute(layer, state.copies[layer], values)
+            return
+        first, second = self._network.layers[sums.first], self._network.layers[layer].without_tail
+        form = state.handover.form_of(sums, self._network)
+        whole, bias = values[first.value], None if second.own_bias is None else self._nodes[second.own_bias]
+        total = whole.new_zeros((len(whole), *second.shape))
+        for neurons in sums.parts:
+            mine = torch.zeros(first.layer.neurons, dtype=torch.bool, device=whole.device)
+            mine[list(neurons)] = True
+            seen = {**values, first.value: torch.where(first.broadcast(mine), whole, 0.0)}
+            if bias is not None:
+                seen[bias] = torch.zeros_like(values[bias])
+            self.compute(layer, state.copies[layer], seen)
+            total += as_received(seen[second.node], form)
+        values[second.node] = total if bias is None else total + second.broadcast(values[bias])
 
     def parameters(
         self, layer: int, copies: NDArray[np.int8], values: Mapping[fx.Node, torch.Tensor]

@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from robustdice.failure.copies import Copies, State
+from robustdice.failure.handover import Handover, as_received, forms
 from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
@@ -42,6 +43,10 @@ class _Walk:
         self.layers = {layer.node: index for index, layer in enumerate(network.layers)}
         self.corrected = {layer.affine_end: index for index, layer in enumerate(network.layers)}
         self.exchanges = {layer.value: index for index, layer in enumerate(network.layers)}
+        of_handovers = {each: forms(network, each) for each in {state.handover for state in states}}
+        self.forms = [of_handovers[state.handover] for state in states]
+        """For each state, how values travel that are rounded on their way."""
+        self.travelling = {node for each in self.forms for node in each}
         self.uses = Counter(used for node in self.nodes for used in node.all_input_nodes)
         self.results: list[torch.Tensor] = [torch.empty(0)] * len(states)
 
@@ -65,7 +70,7 @@ class _Walk:
                     self.run(at, dict(values), remaining.copy(), part, together=True)
             if node in self.layers:
                 index = self.layers[node]
-                self.copies.compute(index, self.states[members[0]].copies[index], values)
+                self.copies.compute_in(self.states[members[0]], index, values)
             else:
                 execute(self.network.module, [node], values)
             for used in node.all_input_nodes:
@@ -76,52 +81,50 @@ class _Walk:
                 index = self.corrected[node]
                 correction = self.states[members[0]].correction(index)
                 values[node] = correct(self.network.layers[index], values[node], correction)
-            if node in self.exchanges:
-                index = self.exchanges[node]
-                layer, whole = self.network.layers[index], values[node]
-                parts = self._parts(index, members)
+            if node in self.exchanges or node in self.travelling:
+                whole, parts = values[node], self._parts(node, members)
                 received = {form: as_received(whole, form) for _, form, _ in parts}
                 own = not _may_be_view(node)
                 for part, form, lost in parts[:-1]:
-                    copy = {**values, node: fill(layer, received[form], lost)}
+                    copy = {**values, node: self._filled(node, received[form], lost)}
                     self.run(at + 1, copy, remaining.copy(), part)
                 members, form, lost = parts[-1]
                 # The parts before it have copies, or are done. Unless it shows another tensor, nobody else reads it any
                 # more.
-                values[node] = fill(layer, received[form], lost, in_place=own)
+                values[node] = self._filled(node, received[form], lost, in_place=own)
         for member in members:
             self.results[member] = values[self.network.output]
 
     def _by_copies(self, index: int, members: list[int]) -> list[list[int]]:
-        """The members whose neurons of layer ``index`` come from the same copies, with the same correction. A lost
-        neuron may come from any, so that what is only lost does not tell them apart."""
-        parts: dict[tuple[bytes, int], list[int]] = {}
+        """The members whose neurons of layer ``index`` come from the same copies, with the same correction, and of the
+        same partial sums. A lost neuron may come from any, so that what is only lost does not tell them apart."""
+        parts: dict[tuple[bytes, int, Handover | None], list[int]] = {}
         kinds = {int(kind) for member in members for kind in np.unique(self.states[member].copies[index])} - {LOST}
         for member in members:
-            copies = self.states[member].copies[index] if len(kinds) > 1 else np.empty(0)
-            parts.setdefault((copies.tobytes(), id(self.states[member].correction(index))), []).append(member)
+            state = self.states[member]
+            copies = state.copies[index] if len(kinds) > 1 else np.empty(0)
+            key = (copies.tobytes(), id(state.correction(index)), state.handover if state.sums(index) else None)
+            parts.setdefault(key, []).append(member)
         return list(parts.values())
 
-    def _parts(self, index: int, members: list[int]) -> list[tuple[list[int], WireForm, NDArray[np.intp]]]:
-        """The members that receive layer ``index`` in the same form and lose the same neurons, the form, and which
-        neurons these are; none only in the last part of a form, which so does not share its tensor with others that are
-        to be filled."""
-        layer, parts = self.network.layers[index], dict[tuple[WireForm, bytes], list[int]]()
+    def _parts(self, node: fx.Node, members: list[int]) -> list[tuple[list[int], WireForm | None, NDArray[np.intp]]]:
+        """The members that receive a value in the same form and lose the same neurons, the form, and which neurons
+        these are; none only in the last part of a form, which so does not share its tensor with others that are to be
+        filled."""
+        parts: dict[tuple[WireForm | None, bytes], tuple[list[int], NDArray[np.intp]]] = {}
         for member in members:
-            state = self.states[member]
-            parts.setdefault((state.form(layer, index), (state.copies[index] == LOST).tobytes()), []).append(member)
-        found = [
-            (part, form, np.flatnonzero(self.states[part[0]].copies[index] == LOST))
-            for (form, _), part in parts.items()
-        ]
+            index = self.exchanges.get(node)
+            kept = np.empty(0, np.int8) if index is None else self.states[member].copies[index]
+            lost = np.flatnonzero(kept == LOST)
+            parts.setdefault((self.forms[member].get(node), lost.tobytes()), ([], lost))[0].append(member)
+        found = [(part, form, lost) for (form, _), (part, lost) in parts.items()]
         return sorted(found, key=lambda part: (repr(part[1]), not part[2].size))
 
-
-def as_received(value: torch.Tensor, form: WireForm) -> torch.Tensor:
-    """What everybody has of a value that travels in some form, the device that has computed it included."""
-    if form.wire == "float32":
-        return value
-    return torch.from_numpy(form.widen(form.narrow(value.cpu().contiguous().numpy()))).to(value.device)
+    def _filled(
+        self, node: fx.Node, value: torch.Tensor, lost: NDArray[np.intp], in_place: bool = False
+    ) -> torch.Tensor:
+        """The value at a node without the neurons ``lost`` of the layer that it is of."""
+        return fill(self.network.layers[self.exchanges[node]], value, lost, in_place) if lost.size else value
 
 
 def correct(layer: NetworkLayer, value: torch.Tensor, correction: Correction | None) -> torch.Tensor:

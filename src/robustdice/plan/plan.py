@@ -197,13 +197,13 @@ class Plan:
     @cached_property
     def wires(self) -> tuple[str, ...]:
         """What is handed over after each layer travels as: the plan's ``wire``, or ``float16`` for ``uint8`` where
-        scales would take more than codes save. Class scores are float32: rounded ones could be equal. So are strips,
-        and what does not travel."""
+        scales would take more than codes save. Class scores are float32: rounded ones could be equal. So is what does
+        not travel."""
         return tuple(map(self._wire_of, range(len(self.layers))))
 
     def _wire_of(self, layer: int) -> str:
         neurons, values = self.handed_over(layer)
-        exact = self.layers[self.pairs.get(layer, layer)].gives_scores or self.run_of(layer) is not None or not values
+        exact = self.layers[self.pairs.get(layer, layer)].gives_scores or not values
         return "float32" if exact else suited(self.wire, neurons, values)
 
     @property
@@ -370,8 +370,6 @@ def _check(plan: Plan) -> None:
     _check_coarse(plan)
     _check_strips(plan)
     _check_pairs(plan)
-    if plan.pairs and plan.wire != "float32":
-        raise PlanError(f"partial sums do not travel as {plan.wire}; leave out --wire, or split by neurons")
     for failed, of_layers in plan.corrections.items():
         of_this = len(of_layers) == len(plan.layers) and all(
             each is None or len(each.scale) == layer.neurons

@@ -95,7 +95,7 @@ class Executor:
         if spec.sums:
             total = np.zeros((batch, *spec.shape), np.float32)
             for number in sorted(shards):
-                total += shards[number]
+                total += self._forms[exchange][number].widen(shards[number])
             return {spec.value: total}
         places = self._places[exchange]
         forms = self._forms[exchange]
