@@ -17,6 +17,7 @@ from nets import random_images, relative_error
 from robustdice.bundle.onnx_graph import export_onnx
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
+from robustdice.model.pairs import possible_pairs
 from robustdice.workshop import partition
 
 BY_NAME = {  # and how many layers there are: convolutions and linear layers, less the depthwise ones in tails
@@ -48,7 +49,10 @@ def check(network: Network, layers: int, directory: Path) -> None:
         one, other = (network.run(torch.from_numpy(image)).numpy() for image in images)
     assert relative_error(one, other) > 0.01  # the scores depend on the image
     graph = export_onnx(network)
-    for plan in (*architectures.plans(network), partition(network, devices=2, method="full")):
+    plans = [*architectures.plans(network), partition(network, devices=2, method="full")]
+    if possible_pairs(network):
+        plans.append(partition(network, devices=2, method="lop", split="hidden"))
+    for plan in plans:
         errors = architectures.errors_of(network, plan, graph, directory / plan.method)
         assert max(errors.values()) < TOLERANCE, plan.method
     gc.collect()
