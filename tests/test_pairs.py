@@ -17,7 +17,8 @@ from robustdice.importance.values import Importance
 from robustdice.model.network import Network
 from robustdice.model.pairs import choose_pairs, possible_pairs
 from robustdice.partitioning import METHODS, Request
-from robustdice.plan import Layer, Plan, added_up, failure_sets
+from robustdice.plan import Holder, Layer, Plan, added_up, failure_sets
+from robustdice.plan.pairs import pair_problem
 from robustdice.workshop import partition
 from test_plan import example, shard
 
@@ -146,13 +147,20 @@ def test_pairs_are_part_of_what_a_plan_says(tmp_path: Path) -> None:
         ({"pairs": {0: 1, 1: 0}}, "a layer is in two of them"),
         ({"layers": (CONV, replace(FC, reads_group=True))}, "does not read all of conv's 6 neurons"),
         ({"layers": (CONV, replace(FC, filter_weights=95))}, "does not read all of conv's 6 neurons"),
-        ({"shards": (paired().shards[0], (shard([0], 0), shard([1], 1)))}, "not one shard of all devices in float32"),
+        ({"shards": (paired().shards[0], (shard([0], 0), shard([1], 1)))}, "not one shard of all devices"),
         ({"shards": ((shard([*range(6)], 0, 1, 2),), paired().shards[1])}, "every device holds conv"),
     ],
 )
 def test_what_is_no_pair_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         paired(**changes)
+
+
+def test_coarse_copies_of_a_pair_are_refused() -> None:
+    first, second = paired().shards
+    coarse = replace(first[0], holders=(Holder(0, "int8"),))
+    problem = pair_problem(3, (CONV, FC), (coarse, *first[1:]), second)
+    assert problem == "copies of a pair's layers are float32, not int8"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from robustdice.plan.shards import Layer, Shard
+from robustdice.plan.shards import Holder, Layer, Shard
 
 
 def column_weights(first: Layer, second: Layer) -> int:
@@ -24,32 +24,34 @@ def folded(first: Layer, second: Layer) -> Layer:
 
 
 def added_up(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """A pair's shards as they are handed over: each the sum of what one device publishes in one representation in the
-    same circumstances, namely while the same devices (``after``) are down.
+    """A pair's shards as they are handed over: each the sum of what one device publishes in the same circumstances,
+    namely while the same devices (``after``) are down.
 
     Those that need nobody to be down come first. In any state of the devices, the ones that are published are of
     different neurons.
     """
-    neurons: dict[tuple[tuple[int, ...], int, str], list[int]] = {}
+    neurons: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for shard in shards:
-        for position, holder in enumerate(shard.holders):
+        for position, device in enumerate(shard.devices):
             after = tuple(sorted(shard.devices[:position]))
-            neurons.setdefault((after, holder.device, holder.representation), []).extend(shard.neurons)
-    holders = {(holder.device, holder.representation): holder for shard in shards for holder in shard.holders}
+            neurons.setdefault((position, after, device), []).extend(shard.neurons)
     return tuple(
-        Shard(tuple(sorted(neurons[key])), (holders[key[1:]],), after=key[0])
-        for key in sorted(neurons, key=lambda key: (len(key[0]), *key))
+        Shard(tuple(sorted(neurons[position, after, device])), (Holder(device),), after=after)
+        for position, after, device in sorted(neurons)
     )
 
 
 def pair_problem(devices: int, layers: Sequence[Layer], of_first: Sequence[Shard], of_second: Sequence[Shard]) -> str:
     """What is wrong with two layers as a pair, empty if nothing is: ``of_first`` and ``of_second`` are their shards."""
     first, second = layers
+    kinds = {holder.representation for shard in (*of_first, *of_second) for holder in shard.holders}
     everywhere = len(of_second) == 1 and sorted(of_second[0].devices) == list(range(devices))
     if second.group > 1 or second.reads_group or not second.filter_weights or second.filter_weights % first.neurons:
         return f"{second.name} does not read all of {first.name}'s {first.neurons} neurons alike"
     if any(shard.parity_of for shard in of_first):
         return f"{first.name} has a sum of shards already"
-    if not everywhere or {holder.representation for holder in of_second[0].holders} != {"float32"}:
-        return f"{second.name} is not one shard of all devices in float32"
+    if not everywhere:
+        return f"{second.name} is not one shard of all devices"
+    if kinds != {"float32"}:
+        return f"copies of a pair's layers are float32, not {', '.join(sorted(kinds - {'float32'}))}"
     return ""

@@ -70,9 +70,9 @@ class Plan:
     float16. ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by
     (None: a layer that needs nothing). ``strips`` are runs of layers that every device holds whole, in float32, and
     that are computed in strips of rows. ``pairs`` are layers that are dealt out together with the one layer that reads
-    them, first layer to second: the shards are the first one's, and of the second, one shard that all devices hold, in
-    float32, each has the weights for the neurons that it holds of the first. ``certificate`` is what was measured of
-    the plan; it is no part of what the plan says.
+    them, first layer to second, both in float32: the shards are the first one's, and of the second, one shard that all
+    devices hold, each has the weights for the neurons that it holds of the first. ``certificate`` is what was measured
+    of the plan; it is no part of what the plan says.
 
     ``wire`` is what devices hand each other values as; see :attr:`wires`.
     """
