@@ -21,7 +21,7 @@ from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, new_pair, read_secret,
 from robustdice.runtime.wire.line import Reach
 from robustdice.runtime.wire.security import UNENCRYPTED, proven_key
 from robustdice.runtime.wire.zeromq import OTHER_TRANSPORT
-from test_networks import until
+from test_networks import running, until, until_said, whole
 
 FRAMES = np.random.default_rng(7).standard_normal((20, *INPUT_SHAPE)).astype(np.float32)
 
@@ -65,6 +65,19 @@ def said_to(cluster: Cluster, secret: bytes, directory: Path) -> str:
 def refused_by(cluster: LocalCluster) -> set[str]:
     """Why device 0 has turned somebody away."""
     return {each["reason"] for each in cluster.client.status()[0]["refused"]}
+
+
+def test_devices_of_different_kinds_name_each_other(tmp_path: Path) -> None:
+    cluster = build(tmp_path, "plain")
+    encrypted = tmp_path / "encrypted.toml"
+    replace(cluster, transport="curve").write(encrypted)
+    with Client(tmp_path / CLUSTER_NAME) as client, running(tmp_path / "device-0"):
+        with running(tmp_path / "device-1", cluster=encrypted):
+            until_said(client, 0, Reach.OTHER_TRANSPORT.value)
+            until(lambda: OTHER_TRANSPORT in {each["reason"] for each in client.status()[0]["refused"]})
+        with running(tmp_path / "device-1"):
+            until(lambda: whole(client))
+            assert client.infer(FRAMES[0]).coverage == 1.0
 
 
 def test_a_stranger_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:

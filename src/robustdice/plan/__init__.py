@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from robustdice.plan.certificate import Certificate
+from robustdice.plan.check import check_wire
 from robustdice.plan.file import shard_from_json, shard_to_json
 from robustdice.plan.pairs import added_up, column_weights, folded
-from robustdice.plan.plan import ModelReference, Plan, check_wire
+from robustdice.plan.plan import ModelReference, Plan
 from robustdice.plan.shards import (
     MAX_DEVICES,
     FailureSet,
