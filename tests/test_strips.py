@@ -31,9 +31,11 @@ from robustdice.bundle.write import write_bundles
 from robustdice.errors import BundleError, PlanError
 from robustdice.importance.values import Importance
 from robustdice.model.network import Network
-from robustdice.model.strips import ROWS, Window, early_run, regions, strips_of
+from robustdice.model.strips import ROWS, Window, early_run, region_of, regions, strips_of
+from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.replicate import whole
 from robustdice.plan import Plan, Strips, failure_sets
+from robustdice.report.tables import plan_summary
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.inprocess import InProcess
 from test_plan import example
@@ -279,6 +281,26 @@ def test_strips_make_the_busiest_device_compute_little() -> None:
         strips_of(network, region, 9)
 
 
+@pytest.mark.parametrize("devices", [2, 3])
+def test_rows_pairs_neurons_and_whole_layers_go_together(devices: int, tmp_path: Path) -> None:
+    network, graph = shared_network(headed, 3, 32, 32), shared_graph(headed, 3, 32, 32)
+    layers = network.plan_layers
+    for number, (pairs, last, everyone) in enumerate([({2: 3}, 1, {5}), ({4: 5}, 2, {3}), ({4: 5}, 3, set())]):
+        plan = partition_layers(
+            layers,
+            importance_of(network),
+            devices=devices,
+            threshold=0.15,
+            shared_weights=network.shared_weights,
+            model=network.reference,
+            pairs=pairs,
+            run=strips_of(network, region_of(network, range(last + 1)), devices),
+            whole=everyone,
+        )
+        assert {"rows", "hidden"} <= {plan.split(layer) for layer in range(6)}
+        assert max(errors(network, plan, tmp_path / str(number), graph)) < 1e-4
+
+
 # -- plans made with strips
 
 
@@ -295,6 +317,12 @@ def importance_of(network: Network) -> Importance:
     return Importance(tuple(layer.name for layer in network.plan_layers), scores, ("s1",), network.reference)
 
 
+def busiest(plan: Plan) -> float:
+    """The share of a plan's first four layers that the busiest device computes."""
+    macs = sum(layer.neurons * layer.neuron_macs for layer in plan.layers[:4])
+    return float(max(sum(plan.work(index)[device] for index in range(4)) for device in range(plan.devices)) / macs)
+
+
 def test_a_plan_by_rows_keeps_to_its_memory_and_computes_the_run_from_float32() -> None:
     network = shared_network(headed, 3, 32, 32)
     importance = importance_of(network)
@@ -303,6 +331,9 @@ def test_a_plan_by_rows_keeps_to_its_memory_and_computes_the_run_from_float32() 
     assert 0.55 < plan.memory_share <= 0.6
     assert plan.strips == (early_run(network, 3),)
     assert plan.settings["split"] == "rows"
+    said = plan_summary(plan)
+    assert "Layers in strips of rows: 4. Every device holds all of them" in said
+    assert f"computes {busiest(plan):.1%} of them at most" in said
     coarse = rd.partition(network, importance, devices=3, memory=0.3, precision="int8", split="rows")
     assert sorted(index for index, _ in coarse.coarse) == [4, 5]
     assert coarse.memory_share <= 0.3

@@ -21,6 +21,7 @@ from robustdice.errors import ClusterError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import export_module
+from robustdice.plan import Plan
 from robustdice.progress import Progress, silent
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.wire_format import WIRES
@@ -36,11 +37,12 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Of one frame: seconds of the busier device's processor beside the arithmetic, and from its sending to its answer
-    when it is alone."""
+class Taken:
+    """What a frame took on devices of this machine: seconds of the busiest one's processor in all its threads, frames
+    per second with several in flight, and seconds from its sending to its answer when it is alone (a median)."""
 
     processor_seconds: float
+    frames_per_second: float
     latency_seconds: float
 
 
@@ -59,7 +61,7 @@ class _Chain(nn.Module):
 def measure_handing(on_progress: Progress = silent) -> Profile:
     """A profile without layers, of devices like the processes of this machine."""
     wanted = [(FEW, SMALL, "float32"), (MANY, SMALL, "float32"), *((MANY, LARGE, wire) for wire in WIRES)]
-    found: list[_Measured] = []
+    found: list[Taken] = []
     for count, size, wire in wanted:
         found.append(_measure(count, size, wire))
         on_progress(len(found), len(wanted))
@@ -90,20 +92,27 @@ def _network(layers: int, size: int) -> tuple[Network, float]:
     return network, rest + sum(each.of(0.5) for each in times.values())
 
 
-def _measure(layers: int, size: int, wire: str) -> _Measured:
+def _measure(layers: int, size: int, wire: str) -> Taken:
+    """Of a chain, beside its arithmetic."""
     network, arithmetic_seconds = _network(layers, size)
-    plan = replace(partition(network, devices=2, method="lop"), wire=wire)
+    taken = measure_plan(network, replace(partition(network, devices=2, method="lop"), wire=wire), STREAM_SECONDS)
+    return replace(taken, processor_seconds=max(0.0, taken.processor_seconds - arithmetic_seconds))
+
+
+def measure_plan(network: Network, plan: Plan, seconds: float) -> Taken:
+    """Build a plan, run its devices as processes of this machine, and stream random frames for so long."""
     frame = np.random.default_rng(0).standard_normal(network.input_shape, dtype=np.float32)
     with tempfile.TemporaryDirectory(prefix="robustdice-profile-") as directory:
         build(network, plan, Path(directory) / "build")
         with LocalCluster(Path(directory) / "build", timeout_seconds=30.0, window=4) as cluster:
-            processes = [pid for device in range(2) if (pid := cluster.process(device)) is not None]
-            _stream(cluster, frame, STREAM_SECONDS / 3)
-            before = [_processor_seconds(pid) for pid in processes]
-            frames = _stream(cluster, frame, STREAM_SECONDS)
-            spent = [_processor_seconds(pid) - start for pid, start in zip(processes, before, strict=True)]
+            processes = [pid for device in range(plan.devices) if (pid := cluster.process(device)) is not None]
+            _stream(cluster, frame, seconds / 3)
+            before, start = [_processor_seconds(pid) for pid in processes], time.perf_counter()
+            frames = _stream(cluster, frame, seconds)
+            elapsed = time.perf_counter() - start
+            spent = [_processor_seconds(pid) - then for pid, then in zip(processes, before, strict=True)]
             latencies = [cluster.infer(frame).latency_seconds for _ in range(FRAMES_ALONE)]
-    return _Measured(max(0.0, max(spent) / frames - arithmetic_seconds), median(latencies))
+    return Taken(max(spent) / frames, frames / elapsed, median(latencies))
 
 
 def _stream(cluster: LocalCluster, frame: np.ndarray, seconds: float) -> int:

@@ -12,6 +12,7 @@ from robustdice.importance.values import Importance
 from robustdice.plan import FailureSet, Plan
 from robustdice.plan.certificate import wilson
 from robustdice.report.sheet import Sheet
+from robustdice.report.split_words import why_split
 from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
@@ -227,21 +228,9 @@ def plan_summary(plan: Plan) -> str:
         f"{plan.method} on {plan.devices} devices: the largest holds {percent(plan.memory_share)} of the model "
         f"({sizes} MB of {plan.total_bytes / 1e6:.2f} MB) and computes {percent(plan.healthy_compute_share)} of its "
         f"multiply-adds while all are up. {plan.exchanged_activations:,} activations are handed over per "
-        f"image{before}, {_on_the_wire(plan)}.{_pairs(plan)} A device's process will need about "
+        f"image{before}, {_on_the_wire(plan)}.{why_split(plan)} A device's process will need about "
         f"{process_memory(max(plan.bytes_per_device))} of memory (estimated: its weights {COPIES_WHILE_LOADING[0]} to "
         f"{COPIES_WHILE_LOADING[1]} times while they are loaded, and {PROCESS_BYTES / 1e6:.0f} MB)."
-    )
-
-
-def _pairs(plan: Plan) -> str:
-    """What pairs of layers are for."""
-    if not plan.pairs:
-        return ""
-    gathered = sum(plan.layers[i].neurons * plan.layers[i].neuron_outputs for pair in plan.pairs.items() for i in pair)
-    sums = sum(map(plan.exchanged, plan.pairs))
-    return (
-        f" Pairs of layers that are split hidden: {len(plan.pairs)}; {sums:,} of the activations are their partial "
-        f"sums. Gathered they were {gathered:,}, in twice as many exchanges."
     )
 
 
