@@ -119,7 +119,6 @@ def damaged(content: bytes, change: Callable[[dict[str, Any]], object]) -> bytes
         lambda exchange: exchange["shards"][0]["holders"].append([1, "float32"]),
         lambda exchange: exchange["shards"][-1].update(neurons=[99]),
         lambda exchange: exchange["shards"][0].update(after=[1]),
-        lambda exchange: exchange.update(wire="float16"),
     ],
 )
 def test_a_manifest_with_impossible_sums_is_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
