@@ -166,7 +166,7 @@ class Line:
                 self._dialled_at, self._met = now, True
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.reach, self.due = True, Reach.CONNECTED, None
-                self._failures, self._settled = 0, True
+                self._failures, self._greeting, self._settled = 0, None, True
                 assert self.socket is not None
                 self.socket.getsockopt(zmq.EVENTS)  # lets the socket notice its new connection, so that sends succeed
                 changes.append(True)
@@ -228,7 +228,7 @@ class Line:
             self._greeting = Greeting(self._dialled, self._options[0]) if told else None
             self.due = self._dialled_at + LONGEST_REDIAL_SECONDS
         elif now - self._dialled_at > HANDSHAKE_SECONDS / 2:
-            self.reach, self._failures, self.due = Reach.MUTE, 0, now
+            self.reach, self._failures, self._greeting, self.due = Reach.MUTE, 0, None, now
         else:
             self._failures += 1
             if self._greeting is None:
