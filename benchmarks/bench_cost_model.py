@@ -1,10 +1,11 @@
 """What the cost model says beside what device processes of this machine take, for models and splits.
 
-    python benchmarks/bench_cost_model.py MODEL.pt2 ... [--devices 2] [--seconds 3] [--out FILE.md]
+    python benchmarks/bench_cost_model.py [MODEL ...] [--devices 2] [--seconds 3] [--out FILE.md]
 
-Each model is profiled here, then a plan by each split is modelled from the profile, built and run. Compared is what the
-busiest device's processor takes for a frame, in all its threads: frames per second and latencies, printed beside it,
-also depend on what else the machine does. Prints a table, and the median error.
+MODEL is a file, or torchvision:NAME or timm:NAME with random weights. Each one is profiled here, then a plan by each
+split is modelled from the profile, built and run. Compared is what the busiest device's processor takes for a frame, in
+all its threads: frames per second and latencies, printed beside it, also depend on what else the machine does. Prints a
+table, and the median error.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ HEADING = (
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="*", default=["torchvision:alexnet", "torchvision:resnet18"])
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     handing = measure_handing()
@@ -46,7 +46,8 @@ def main() -> None:
     )
     rows, errors = [HEADING], []
     for source in options.models:
-        network = rd.load_model(source, random_weights=options.random_weights)
+        network = rd.load_model(source, random_weights=":" in source)
+        name = Path(source).stem.rpartition(":")[2]
         layers, rest_seconds = measure_layers(network)
         profile = replace(handing, layers=layers, rest_seconds=rest_seconds, model_digest=network.reference.digest)
         done = set()
@@ -63,7 +64,7 @@ def main() -> None:
             said, found = predict(plan, profile), measure_plan(network, plan, options.seconds)
             errors.append(said.processor_seconds / found.processor_seconds - 1)
             rows.append(
-                f"| {Path(source).stem} | {split} | {plan.exchanges} | {1e3 * said.processor_seconds:.2f} | "
+                f"| {name} | {split} | {plan.exchanges} | {1e3 * said.processor_seconds:.2f} | "
                 f"{1e3 * found.processor_seconds:.2f} | {errors[-1]:+.0%} | {said.frames_per_second:.1f} | "
                 f"{found.frames_per_second:.1f} | {1e3 * said.latency_seconds:.1f} | "
                 f"{1e3 * found.latency_seconds:.1f} |"

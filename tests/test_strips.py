@@ -229,6 +229,28 @@ def test_bundles_with_strips_equal_the_network_in_every_failure_set(name: str, d
     assert max(errors(network, plan, tmp_path / "build", graph)) < 1e-4
 
 
+def line() -> nn.Module:
+    """One axis beside the channels."""
+    front = [nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 6, 3, padding=1)]
+    return nn.Sequential(*front, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+def volume() -> nn.Module:
+    """Three of them."""
+    front = [nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(4, 5, (3, 1, 3), padding=(1, 0, 1))]
+    return nn.Sequential(*front, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(line, (2, 31)), (volume, (2, 13, 8, 6))])
+def test_rows_are_what_lies_behind_the_channels_however_many_axes_follow(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    network = shared_network(make, *shape)
+    plan = with_strips(random_plan(network, 3, seed=1), strips_of(network, regions(network)[-1], 3))
+    assert plan.strips[0].layers == (0, 1)
+    assert max(errors(network, plan, tmp_path / "build")) < 1e-4
+
+
 @st.composite
 def stacks(draw: st.DrawFn) -> list[nn.Module]:
     """Layers that make no sense together."""
