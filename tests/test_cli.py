@@ -18,6 +18,8 @@ from PIL import Image
 
 from commands import COMMAND, fails, run, run_json
 from robustdice.model.digits import digits
+from robustdice.plan import Plan
+from robustdice.report.tables import plan_json
 from robustdice.runtime.wire.security import UNENCRYPTED
 
 MODEL = "robustdice.demo.network:digits_cnn"
@@ -106,6 +108,8 @@ def test_plan_says_which_layers_are_split_hidden_and_why(tmp_path: Path) -> None
         "plan", MODEL, "--devices", "2", "--method", "lop", "--split", "hidden", "-o", tmp_path / "plan.json"
     ).stdout
     assert {line.split()[1] for line in said.splitlines() if "hidden │" in line} == {"features.8", "classifier.1"}
+    splits = plan_json(Plan.load(tmp_path / "plan.json"))["splits"]
+    assert splits == ["neurons", "neurons", "hidden", "hidden", "neurons"]
     assert "split hidden: 1; 256 of the activations are their partial sums. Gathered they were 512" in " ".join(
         said.split()
     )

@@ -186,7 +186,7 @@ def test_pairs_of_random_networks_equal_the_evaluator(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["alexnet", "vgg11", "convnext_tiny", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("name", ["alexnet", "convnext_tiny", "mobilenet_v2"])
 def test_pairs_of_architectures_equal_the_evaluator(name: str, tmp_path: Path) -> None:
     net = load_model(f"torchvision:{name}", random_weights=True, seed=0)
     plan = rd.partition(net, devices=2, method="lop", split="hidden")

@@ -127,6 +127,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes_per_device": list(plan.bytes_per_device),
         "process_bytes": list(process_bytes(max(plan.bytes_per_device))),
         "healthy_compute_share": plan.healthy_compute_share,
+        "splits": [plan.split(layer) for layer in range(len(plan.layers))],
         "exchanged_activations": plan.exchanged_activations,
         "exchanged_bytes": costs_of(plan).exchanged_bytes,
         "wire": plan.wire,
