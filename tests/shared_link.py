@@ -20,7 +20,7 @@ INPUT_BYTES = 6000
 def size_of(message: object, sizes: dict[tuple[int, int], int]) -> int:
     """Bytes of a message; ``sizes`` are the values of every shard."""
     if isinstance(message, Shards):
-        return WORD_BYTES + BYTES_PER_VALUE * sum(sizes[shard] for shard in message.shards)
+        return WORD_BYTES + BYTES_PER_VALUE * sum(sizes[shard] for shard in message.parcel.shards)
     return INPUT_BYTES if isinstance(message, Frame) else WORD_BYTES
 
 

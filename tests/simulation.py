@@ -11,13 +11,13 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
 from bundles import make_manifest
-from robustdice.plan import Plan
+from robustdice.plan import Certificate, Plan, failure_sets
 from robustdice.runtime.choice import Pace
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
@@ -34,7 +34,19 @@ from robustdice.runtime.protocol.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Pass, Pulse, Refused, ShardId, Shards, Want
+from robustdice.runtime.wire.messages import (
+    Answer,
+    Frame,
+    FrameId,
+    Hello,
+    Parcel,
+    Pass,
+    Pulse,
+    Refused,
+    ShardId,
+    Shards,
+    Want,
+)
 from shared_link import SharedLink, size_of
 
 CLIENT = "c0"
@@ -59,10 +71,15 @@ class Network:
 @dataclass(frozen=True)
 class Truth:
     """What something was really computed from: for every exchange so far the share of its neurons that is in it, and
-    the share that came from spares."""
+    the share that came from spares; and which devices were taken for down when any part of it was computed."""
 
     present: tuple[Fraction, ...] = ()
     spares: tuple[Fraction, ...] = ()
+    taken_down: frozenset[frozenset[int]] = field(default=frozenset(), compare=False)
+
+    def in_view(self, down: frozenset[int]) -> Truth:
+        """What is computed from it while the devices ``down`` are."""
+        return replace(self, taken_down=self.taken_down | {down})
 
 
 @dataclass(frozen=True)
@@ -116,12 +133,14 @@ class World:
         prune: bool = False,
         compute_seconds: float = 0.002,
     ) -> None:
-        self.plan, self.seed, self.spares = plan, seed, spares
+        failed = [down for size in range(plan.devices) for down in failure_sets(plan.devices, size)]
+        certificate = Certificate("data", "0", 100, 1.0, {down: 1 - len(down) / plan.devices for down in failed})
+        self.plan, self.seed, self.spares = replace(plan, certificate=certificate), seed, spares
         self.random = random.Random(seed)  # noqa: S311
         self.network = network or Network()
         self.now = 0.0
         self.settings = Settings()
-        self.manifests = [make_manifest(plan, device, spares) for device in range(plan.devices)]
+        self.manifests = [make_manifest(self.plan, device, spares) for device in range(plan.devices)]
         self.nodes = [Node(device) for device in range(plan.devices)]
         self.cut: set[tuple[int, int]] = set()
         """Ways, from a device to another, that nothing gets through."""
@@ -227,17 +246,22 @@ class World:
         manifest = self.manifests[node.device]
         stages = node.values.setdefault(task.frame, {})
         if isinstance(task, RunStage):
-            for shard, token in task.gathered.items():
-                assert (token.frame, token.shard) == (task.frame, shard), f"seed {self.seed}: a wrong array"
-            stages[task.stage] = self._truth(task, stages[task.stage - 1]) if task.stage else Truth()
+            for parcel in task.gathered:
+                for shard, token in zip(parcel.shards, parcel.arrays, strict=True):
+                    assert (token.frame, token.shard) == (task.frame, shard), f"seed {self.seed}: a wrong array"
+            before = self._truth(task, stages[task.stage - 1]) if task.stage else Truth()
+            stages[task.stage] = before.in_view(task.down)
         assert task.stage in stages, f"seed {self.seed}: the values of stage {task.stage} are gone"
         shards = {
-            shard: Token(task.frame, shard, node.device, stages[task.stage])
+            shard: Token(task.frame, shard, node.device, stages[task.stage].in_view(task.down))
             for piece in task.pieces
             for shard in manifest.stages[task.stage].pieces[piece].shards
         }
         last = isinstance(task, RunStage) and task.stage + 1 == len(manifest.stages)
-        done = Computed(task, shards, outputs=stages[task.stage] if last else None)
+        due = task.due if isinstance(task, RunStage) else ()
+        parts = [due, tuple(shard for shard in shards if shard not in due)]
+        parcels = tuple(Parcel(part, [shards[shard] for shard in part]) for part in parts if part)
+        done = Computed(task, parcels, outputs=stages[task.stage] if last else None)
         seconds = self.compute_seconds * node.speed * (0.5 + self.random.random())
         node.free_at = max(self.now, node.free_at) + seconds  # one after the other
         self.at(node.free_at, self._deliver, node.device, node.incarnation, done)
@@ -246,9 +270,10 @@ class World:
         """What a stage is computed from: the values of the one before, and the shards gathered; a single one that is
         missing is worked out from the parity shard and all others."""
         known, present, spares = range(len(before.present)), list(before.present), list(before.spares)
+        gathered = {s: t for parcel in task.gathered for s, t in zip(parcel.shards, parcel.arrays, strict=True)}
         for e in self.manifests[0].stages[task.stage - 1].exchanges:
             shards = self.manifests[0].exchanges[e].shards
-            tokens = {s: token for (exchange, s), token in task.gathered.items() if exchange == e}
+            tokens = {s: token for (exchange, s), token in gathered.items() if exchange == e}
             parts = [(s, token.device, token.built_on) for s, token in tokens.items() if shards[s].neurons]
             absent = [s for s, shard in enumerate(shards) if shard.neurons and s not in tokens]
             if len(absent) == 1 and shards[-1].parity_of and len(shards) - 1 in tokens:
@@ -270,7 +295,8 @@ class World:
             present.append(Fraction(sum(sizes.values()), neurons))
             of_spares = [s for s, d, _ in parts if shards[s].after or d != shards[s].devices[0]]
             spares.append(Fraction(sum(sizes[s] for s in of_spares), neurons))
-        return Truth(tuple(present), tuple(spares))
+        taken_down = before.taken_down.union(*(token.built_on.taken_down for token in gathered.values()))
+        return Truth(tuple(present), tuple(spares), taken_down)
 
     # -- network
 
@@ -464,6 +490,8 @@ class World:
         wrong = f"seed {self.seed}: frame {number} of device {device} claims {claimed}, but was computed with {really}"
         assert all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(claimed, really, strict=True)), wrong
         assert (message.coverage == 1.0) == (really[0] == 1.0), wrong
+        if message.expected is not None:
+            assert truth.taken_down == {frozenset(message.down)}, f"seed {self.seed}: {number} was not computed so"
         self.answers.setdefault(number, []).append((self.now, message))
         if self.pace is not None:
             self.pace.answered(device, self.now - self.sent[number] - message.seconds)

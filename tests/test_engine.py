@@ -21,7 +21,7 @@ from robustdice.runtime.protocol.events import (
     Tick,
 )
 from robustdice.runtime.protocol.membership import Membership
-from robustdice.runtime.wire.messages import Frame, FrameId, Hello, Pass, Pulse, Refused, Shards, Want
+from robustdice.runtime.wire.messages import Frame, FrameId, Hello, Parcel, Pass, Pulse, Refused, Shards, Want
 from simulation import Network, World
 
 FAULTS = (
@@ -346,7 +346,7 @@ def test_frames_that_the_client_no_longer_waits_for_are_dropped() -> None:
     actions = admitted(engine, 3, oldest=2)
     assert actions == [Forget(FrameId("c0", 0)), Forget(FrameId("c0", 1))]
     assert engine.frames.in_flight == 2
-    (following,) = engine.handle(Computed(task, {}), 1.1)  # the result is of no use; the executor goes on
+    (following,) = engine.handle(Computed(task, ()), 1.1)  # the result is of no use; the executor goes on
     assert isinstance(following, RunStage)
     assert following.frame.number == 2
     assert not admitted(engine, 1, oldest=2), "a late copy is admitted again"
@@ -357,7 +357,7 @@ def test_a_computation_that_fails_costs_the_frame_only() -> None:
     engine.handle(PeerUp(1), 0.5)
     (task,) = admitted(engine, 0)
     assert isinstance(task, RunStage)
-    actions = engine.handle(Computed(task, {}, error="out of memory"), 1.1)
+    actions = engine.handle(Computed(task, (), error="out of memory"), 1.1)
     sent = [action.message for action in actions if isinstance(action, Send)]
     assert [type(message) for message in sent] == [Refused, Pass]
     assert isinstance(sent[0], Refused)
@@ -374,10 +374,7 @@ def test_a_frame_with_next_to_no_time_takes_none_from_those_before_it() -> None:
     engine.handle(Received(Hello(1, "7", reply=False)), 0.6)
     engine.handle(Received(Pulse(1, 0.6, 0.5, False, 0, 0, ())), 0.6)
     (task,) = [action for action in admitted(engine, 0) if isinstance(action, RunStage)]
-    computed = {
-        shard: "own" for piece in make_manifest(make_plan(2, holders=1), 0).stages[0].pieces for shard in piece.shards
-    }
-    engine.handle(Computed(task, computed), 1.01)
+    engine.handle(Computed(task, (Parcel(task.due, ["own"] * len(task.due)),)), 1.01)
     hurried = Frame(FrameId("c1", 0), 0, 0.001, "input")
     actions = [*engine.handle(Received(hurried), 1.02), *engine.handle(Tick(1.03), 1.03)]
     later = [action for action in actions if isinstance(action, RunStage) and action.frame == task.frame]

@@ -36,9 +36,15 @@ def test_while_all_is_computed_in_one_view_the_view_is_all_that_is_said(crash: b
 
 
 def test_a_view_stands_for_what_its_publishers_give() -> None:
-    assert ANCESTRY.after(0, Lineage(), ALL, FIRST, dict.fromkeys(FIRST, Lineage())) == Lineage(ALL)
+    assert ANCESTRY.after(0, Lineage(ALL), ALL, FIRST, dict.fromkeys(FIRST, Lineage(ALL))) == Lineage(ALL)
     assert ANCESTRY.worth(Lineage(ALL), 2) == 1.0
     assert ANCESTRY.shares(Lineage((0, 1, 2)), 2) == Lineage(None, (0.75, 0.75), (0.0, 0.0))
+
+
+def test_what_goes_on_in_another_view_is_not_what_was_measured_of_either() -> None:
+    """It has all shards, but from now on it is corrected for other devices being down."""
+    fewer = ANCESTRY.after(1, Lineage(ALL), (0, 1, 2), SECOND, dict.fromkeys(SECOND, Lineage(ALL)))
+    assert fewer == Lineage(None, (1.0, 1.0), (0.0, 0.0))
 
 
 def test_a_shard_hands_on_what_it_was_built_on_in_proportion_to_its_neurons() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from robustdice.runtime.wire.messages import (
     Hello,
     Lineage,
     Message,
+    Parcel,
     Pass,
     Pulse,
     Refused,
@@ -42,11 +44,12 @@ def ones(*shape: int) -> Any:
 TO_DEVICE: list[tuple[Message, int | None]] = [
     (Hello(1, "xyz", True), 1),
     (Frame(ID, 3, 2.5, ones(1, *INPUT_SHAPE)), None),
-    (Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4) * np.nan,)), 1),
-    (Shards(1, 2, ID, 1, ((1, 0), (1, 1)), (ones(1, 64), ones(1, 64)), Lineage((0, 1, 2))), 1),
-    (Shards(1, 3, ID, 1, ((1, 0),), (ones(1, 64),), Lineage((0, 2))), 1),
-    (Shards(1, 4, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),), Lineage(())), 1),
-    (Shards(1, 5, ID, 2, ((2, 0),), (ones(1, 4),), Lineage(None, (1.0, 0.1), (0.0, 2 / 3))), 1),
+    (Shards(1, 1, ID, 0, Parcel(((0, 1),), (ones(1, 3, 4, 4) * np.nan,))), 1),
+    (Shards(1, 2, ID, 1, Parcel(((1, 0), (1, 1)), (ones(1, 64), ones(1, 64))), Lineage((0, 1, 2))), 1),
+    (Shards(1, 3, ID, 1, Parcel(((1, 1),), (ones(1, 64),)), Lineage((0, 1, 2))), 1),
+    (Shards(1, 4, ID, 1, Parcel(((1, 0),), (ones(1, 64),)), Lineage((0, 2))), 1),
+    (Shards(1, 5, ID, 0, Parcel(((0, 1),), (ones(1, 3, 4, 4),)), Lineage(())), 1),
+    (Shards(1, 6, ID, 2, Parcel(((2, 0),), (ones(1, 4),)), Lineage(None, (1.0, 0.1), (0.0, 2 / 3))), 1),
     (Pulse(1, 12.5, None, True, 0, 0, ()), 1),
     (Pulse(2, 12.5, 0.1, False, 7, 9, (ID, FrameId("c", 0)), False), 2),
     (Want(2, ID, 0, ((0, 0),)), 2),
@@ -64,6 +67,8 @@ TO_CLIENT: list[tuple[Message, int]] = [
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b, equal_nan=True)) and a.dtype == b.dtype == np.float32
+    if isinstance(a, Parcel):
+        return a.shards == b.shards and same(tuple(a.arrays), tuple(b.arrays))
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
@@ -74,25 +79,26 @@ def test_round_trip(message: Message, source: int | None) -> None:
     codec = DEVICE if (message, source) in [(m, s) for m, s in TO_DEVICE if m is message] else CLIENT
     decoded = codec.decode([bytes(part) for part in codec.encode(message)], source)
     assert type(decoded) is type(message)
-    assert all(same(value, getattr(decoded, key)) for key, value in vars(message).items())
+    fields = message._asdict() if isinstance(message, Shards) else vars(message)
+    assert all(same(value, getattr(decoded, key)) for key, value in fields.items())
 
 
 @pytest.mark.parametrize(("message", "source"), TO_DEVICE)
 def test_the_authenticated_sender_must_be_the_stated_one(message: Message, source: int | None) -> None:
     parts = DEVICE.encode(message)
     for other in {None, 0, 1, 2} - {source}:
-        with pytest.raises(MessageError, match=r"sent a .* of|does not hold"):
+        with pytest.raises(MessageError, match=r"sent (a )?.* of|does not hold"):
             DEVICE.decode(parts, other)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"v": 1}, "protocol version 1, expected 2"),
+        ({"v": 1}, "protocol version 1, expected 3"),
         ({"plan": "0"}, "plan 0, expected"),
         ({"kind": "Order"}, "unknown kind"),
         ({"kind": 3}, "kind is 3"),
-        ({"from": 2}, "device 1 sent a Shards of device 2"),
+        ({"from": 2}, "device 1 sent a Want of device 2"),
         ({"from": True}, "whole number"),
         ({"stage": 1}, "not of stage 1"),
         ({"stage": 99}, "stages 0 to 3"),
@@ -102,22 +108,19 @@ def test_the_authenticated_sender_must_be_the_stated_one(message: Message, sourc
     ],
 )
 def test_a_changed_header_is_refused_with_the_reason(change: dict[str, Any], match: str) -> None:
-    header, *body = DEVICE.encode(Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
+    header, *body = DEVICE.encode(Want(1, ID, 0, ((0, 0),)))
     with pytest.raises(MessageError, match=match):
         DEVICE.decode([json.dumps({**json.loads(header), **change}).encode(), *body], 1)
 
 
 def test_sizes_and_positions_are_checked() -> None:
-    header, positions, array = DEVICE.encode(Shards(1, 1, ID, 0, ((0, 1),), (ones(1, 3, 4, 4),)))
+    header, positions = DEVICE.encode(Want(1, ID, 0, ((0, 0),)))
     for body, match in [
-        ([positions, bytes(array)[:-4]], "expected 192"),
-        ([positions, bytes(array) * 2], "expected 192"),
-        ([positions], "frames after"),
-        ([positions * 2, array, array], "once each"),
-        ([b"", array], "at least one"),
-        ([positions[:4], array], "at least one"),
-        ([np.array([0, 9], "<u4").tobytes(), array], "no shard 9"),
-        ([], "at least one"),
+        ([positions * 2], "once each"),
+        ([b""], "at least one"),
+        ([positions[:4]], "at least one"),
+        ([np.array([0, 9], "<u4").tobytes()], "no shard 9"),
+        ([], "0 frames after"),
     ]:
         with pytest.raises(MessageError, match=match):
             DEVICE.decode([header, *body], 1)
@@ -129,31 +132,76 @@ def test_sizes_and_positions_are_checked() -> None:
     ]:
         with pytest.raises(MessageError, match=match):
             DEVICE.decode(parts, 1)
-    with pytest.raises(MessageError, match="arrived at a client"):
-        CLIENT.decode([header, positions, array], 1)
     frame = DEVICE.encode(Frame(ID, 0, 0.0, ones(1, *INPUT_SHAPE)))
     with pytest.raises(MessageError, match="timeout"):
         DEVICE.decode(frame, None)
 
 
-def test_what_shards_are_built_on_is_checked() -> None:
-    shares = Lineage(None, (1.0, 0.5), (0.0, 0.25))
-    header, positions, told, array = DEVICE.encode(Shards(1, 1, ID, 2, ((2, 0),), (ones(1, 4),), shares))
-    for body, match in [
-        ([positions, array], "2 float64 for each exchange"),
-        ([positions, told[:-8], array], "2 float64 for each exchange"),
-        ([positions, told], "0 frames after the header, expected 1"),
-        ([positions, np.full(4, 1.5).tobytes(), array], "beyond 0 to 1"),
-        ([positions, np.full(4, np.nan).tobytes(), array], "beyond 0 to 1"),
-        ([positions], "2 float64 for each exchange"),
-    ]:
-        with pytest.raises(MessageError, match=match):
-            DEVICE.decode([header, *body], 1)
-    header, *body = DEVICE.encode(Shards(1, 1, ID, 2, ((2, 0),), (ones(1, 4),), Lineage((0, 1, 2))))
-    assert len(body) == 2, "a view needs no frame of its own"
-    for view in (8, -1, 1.5, [0]):
-        with pytest.raises(MessageError, match="view"):
-            DEVICE.decode([json.dumps({**json.loads(header), "view": view}).encode(), *body], 1)
+IN_A_VIEW = Shards(1, 1, ID, 1, Parcel(((1, 1),), (ones(1, 64),)), Lineage((0, 1, 2)))
+LISTED = Shards(1, 1, ID, 2, Parcel(((2, 0),), (ones(1, 4),)), Lineage(None, (1.0, 0.5), (0.0, 0.25)))
+HEADER = 96
+
+
+def test_shards_that_the_view_implies_are_not_listed_nor_what_they_are_built_on() -> None:
+    assert [len(part) for part in DEVICE.encode(IN_A_VIEW)] == [HEADER + 4 * 64]
+    assert [len(part) for part in DEVICE.encode(LISTED)] == [HEADER + 4 + 8 + 2 * 16 + 4 * 4]
+
+
+def test_large_arrays_are_frames_of_their_own() -> None:
+    plan = make_plan(2, holders=1)
+    layer = make_manifest(plan, 0).exchanges[0]
+    manifest = replace(make_manifest(plan, 0), exchanges=(replace(layer, shape=(layer.shape[0], 64, 64)),))
+    manifest = replace(manifest, stages=(manifest.stages[0], replace(manifest.stages[-1], pieces=())))
+    codec = Codec(plan.digest, manifest)
+    array = np.arange(layer.shape[0] // 2 * 64 * 64, dtype=np.float32).reshape(1, -1, 64, 64)
+    parts = codec.encode(Shards(1, 1, ID, 0, Parcel(((0, 1),), (array,)), Lineage((0, 1))))
+    assert [len(part) for part in parts] == [HEADER, array.nbytes]
+    (decoded,) = codec.decode([bytes(part) for part in parts], 1).parcel.arrays  # type: ignore[union-attr]
+    np.testing.assert_array_equal(decoded, array)
+
+
+@pytest.mark.parametrize(
+    ("message", "at", "value", "match"),
+    [
+        (IN_A_VIEW, 2, b"\x02", "protocol version 2, expected 3"),
+        (IN_A_VIEW, 3, b"\x10", "flags of 0b10000"),
+        (IN_A_VIEW, 3, b"\x00", "publishes nothing in stage 1 of such a view"),
+        (IN_A_VIEW, 4, b"xx", "plan xx"),
+        (IN_A_VIEW, 36, b"\x09\x00", "stages 0 to 3"),
+        (IN_A_VIEW, 38, b"\x09\x00", "a view of 0b1001"),
+        (IN_A_VIEW, 38, b"\x05\x00", "publishes nothing"),
+        (IN_A_VIEW, 40, b"\x02", "device 1 sent Shards of device 2"),
+        (IN_A_VIEW, 48, b"AB", "hexadecimal"),
+        (IN_A_VIEW, 48, b"\xff", "hexadecimal"),
+        (IN_A_VIEW, 80, b"\xff" * 8, "frame number"),
+        (IN_A_VIEW, 88, b"\xff" * 8, "serial number"),
+        (LISTED, HEADER, b"\x09", "9 shards of stage 2"),
+        (LISTED, HEADER, b"\x00", "at least one"),
+        (LISTED, HEADER + 4, b"\x01", "not of stage 2"),
+        (LISTED, HEADER + 8, b"\x09", "no shard 9"),
+        (LISTED, HEADER + 12, np.float64(1.5).tobytes(), "beyond 0 to 1"),
+        (LISTED, HEADER + 12, np.float64(np.nan).tobytes(), "beyond 0 to 1"),
+    ],
+)
+def test_changed_shards_are_refused_with_the_reason(message: Shards, at: int, value: bytes, match: str) -> None:
+    (whole,) = DEVICE.encode(message)
+    with pytest.raises(MessageError, match=match):
+        DEVICE.decode([whole[:at] + value + whole[at + len(value) :]], 1)
+
+
+def test_shards_of_another_size_are_refused() -> None:
+    for message in (IN_A_VIEW, LISTED):
+        (whole,) = DEVICE.encode(message)
+        for parts, match in [
+            ([whole[:-4]], "bytes follow where"),
+            ([whole + b"abcd"], "4 bytes follow the last array"),
+            ([whole, b"abcd"], "4 bytes follow the last array"),
+            ([whole[: HEADER - 1]], "a header of 95 bytes"),
+        ]:
+            with pytest.raises(MessageError, match=match):
+                DEVICE.decode(parts, 1)
+    with pytest.raises(MessageError, match="arrived at a client"):
+        CLIENT.decode(DEVICE.encode(IN_A_VIEW), 1)
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4), st.sampled_from([None, 0, 1, 2]))
@@ -175,7 +223,8 @@ JSON = st.recursive(
 def test_mutated_messages_only_ever_raise_a_message_error(data: st.DataObject) -> None:
     message, source = data.draw(st.sampled_from([*TO_DEVICE, *TO_CLIENT]))
     parts = [bytes(part) for part in DEVICE.encode(message)]
-    how = data.draw(st.sampled_from(["flip", "cut", "drop", "swap", "field"]))
+    ways = ["flip", "cut", "drop", "swap"] + ["field"] * (not isinstance(message, Shards))
+    how = data.draw(st.sampled_from(ways))
     index = data.draw(st.integers(0, len(parts) - 1))
     part = parts[index]
     if how == "flip" and part:

@@ -41,7 +41,7 @@ from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.founding import write_cluster
-from robustdice.runtime.wire.messages import FrameId, Shards
+from robustdice.runtime.wire.messages import FrameId, Parcel, Shards
 from robustdice.wire_format import WIRES
 from robustdice.workshop import partition
 from test_bundles import NETS, made
@@ -230,14 +230,14 @@ def test_messages_carry_shards_as_they_travel_and_no_other_sizes(wire: str) -> N
     manifest = make_manifest(plan, 0)
     codec, form = Codec(plan.digest, manifest), manifest.exchanges[0].form(1)
     values = np.random.default_rng(0).standard_normal((1, *form.shape)).astype(np.float32)
-    message = Shards(1, 1, FrameId("ab", 1), 0, ((0, 1),), (form.narrow(values),))
-    header, positions, array = (bytes(part) for part in codec.encode(message))
-    assert len(array) == form.nbytes
-    (found,) = codec.decode([header, positions, array], 1).arrays  # type: ignore[union-attr]
+    message = Shards(1, 1, FrameId("ab", 1), 0, Parcel(((0, 1),), (form.narrow(values),)))
+    (whole,) = (bytes(part) for part in codec.encode(message))
+    told, array = whole[: -form.nbytes], whole[-form.nbytes :]
+    (found,) = codec.decode([told, array], 1).parcel.arrays  # type: ignore[union-attr]
     np.testing.assert_array_equal(form.widen(found), form.widen(form.narrow(values)))
     for wrong in (array[:-1], array + b"x", b"", values.tobytes() + b"x"):
-        with pytest.raises(MessageError, match=f"expected {form.nbytes}"):
-            codec.decode([header, positions, wrong], 1)
+        with pytest.raises(MessageError, match="bytes follow"):
+            codec.decode([told, wrong], 1)
 
 
 def test_device_processes_answer_with_what_was_predicted(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ same bits on every processor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,17 +58,17 @@ class WireForm:
     axis: int
     features: int = 1
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """Of what is sent."""
         return {"float32": "<f4", "float16": "<f2", "uint8": "u1"}[self.wire]
 
-    @property
+    @cached_property
     def sent_shape(self) -> tuple[int, ...]:
         """Of what is sent, without the batch axis."""
         return (STEPS_BYTES * self._grid[1] + math.prod(self.shape),) if self.wire == "uint8" else self.shape
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of what is sent for one image."""
         return np.dtype(self.dtype).itemsize * math.prod(self.sent_shape)
@@ -95,6 +96,29 @@ class WireForm:
         if self.wire == "uint8":
             return _decoded(sent, self._grid).reshape(len(sent), *self.shape)
         return sent
+
+    def split(self, sent: Array, neurons: Sequence[int]) -> list[Array]:
+        """What is ``sent`` for so many of the ``neurons`` each, one behind the other."""
+        ends = np.cumsum(neurons)[:-1]
+        if self.wire != "uint8":
+            return np.split(sent, self.features * ends, self.axis)
+        before, all_neurons, behind = self._grid
+        steps = sent[:, : STEPS_BYTES * all_neurons].reshape(-1, 2, all_neurons, STEPS_BYTES // 2)
+        codes = sent[:, STEPS_BYTES * all_neurons :].reshape(-1, before, all_neurons, behind)
+        some = zip(np.split(steps, ends, 2), np.split(codes, ends, 2), strict=True)
+        return [np.concatenate([each.reshape(len(sent), -1) for each in both], 1) for both in some]
+
+    def join(self, parts: Sequence[Array], neurons: Sequence[int]) -> Array:
+        """What is sent for all, of what is sent for so many of the ``neurons`` each; the inverse of :meth:`split`."""
+        if self.wire != "uint8":
+            return np.concatenate(parts, self.axis)
+        before, _, _ = self._grid
+        batch = len(parts[0])
+        steps, codes = [], []
+        for part, count in zip(parts, neurons, strict=True):
+            steps.append(part[:, : STEPS_BYTES * count].reshape(batch, 2, -1))
+            codes.append(part[:, STEPS_BYTES * count :].reshape(batch, before, -1))
+        return np.concatenate([np.concatenate(each, 2).reshape(batch, -1) for each in (steps, codes)], 1)
 
 
 def _halves(values: Floats) -> NDArray[np.float16]:

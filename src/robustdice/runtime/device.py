@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import queue
 import secrets
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.keys import SECRET_NAME, read_secret
-from robustdice.runtime.wire.messages import FrameId, ShardId, Status, StatusRequest
+from robustdice.runtime.wire.messages import FrameId, Status, StatusRequest
 from robustdice.runtime.wire.security import UNENCRYPTED
 from robustdice.runtime.wire.transport import Transport
 from robustdice.runtime.wire.zeromq import ZeroMQTransport
@@ -47,7 +49,11 @@ log = logging.getLogger(__name__)
 
 LONGEST_POLL_SECONDS = 0.2
 """So often a device looks whether it was asked to stop."""
+LOOK_SECONDS = 0.001
+"""While there is something to do, a device looks so often what its timers say."""
 DRAIN_ROUNDS = 16
+BRIEF_SECONDS = 0.001
+"""What takes no longer is computed at once: handing it over to another thread would take about as long."""
 
 
 def run_device(
@@ -111,38 +117,87 @@ def _introduce(device: int, bound: Address, cluster: Cluster, weight_bytes: int)
 
 
 class Worker(threading.Thread):
-    """The compute thread: one task at a time, and the values that frames in flight still need."""
+    """Computes one task at a time, and keeps the values that frames in flight still need.
+
+    Long tasks are computed in a thread of their own, so that the device can go on talking; those that are brief, by
+    those before them, when their results are asked for. All that is given is done in order, so that never two threads
+    are at it at once.
+    """
 
     def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
         """``wake`` is called from this thread after each result."""
         super().__init__(name="compute", daemon=True)
-        self.tasks: queue.SimpleQueue[RunStage | RunPieces | Forget | None] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[Computed] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[RunStage | RunPieces | Forget | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Computed] = queue.SimpleQueue()
+        self._given: deque[RunStage | RunPieces | Forget] = deque()
+        """What is to be done next; nothing while the thread has something to do."""
+        self._away = 0
+        """Tasks that the thread was given, and whose results were not asked for yet."""
+        self._seconds: dict[int, float] = {}
+        """What a stage took the last time."""
         self._executor, self._wake = executor, wake
         self._inputs: dict[FrameId, dict[int, Values]] = {}
         """For every stage that a frame has entered: what its pieces read."""
         self._kept: dict[FrameId, Values] = {}
         """What the stages after the frame's last one need."""
 
+    def give(self, task: RunStage | RunPieces | Forget) -> None:
+        """Something to do, after all that was given before."""
+        if self._away:
+            self._hand_over(task)
+        else:
+            self._given.append(task)
+
+    def result(self) -> Computed | None:
+        """What was computed next, if anything was."""
+        if self._away:
+            if self._results.empty():
+                return None
+            self._away -= 1
+            return self._results.get()
+        while self._given:
+            task = self._given.popleft()
+            if isinstance(task, Forget):
+                self._forget(task.frame)
+            elif self._seconds.get(task.stage, math.inf) <= BRIEF_SECONDS:
+                return self._attempt(task)
+            else:
+                for each in (task, *self._given):
+                    self._hand_over(each)
+                self._given.clear()
+        return None
+
+    def _hand_over(self, task: RunStage | RunPieces | Forget) -> None:
+        self._away += not isinstance(task, Forget)
+        self._tasks.put(task)
+
     def run(self) -> None:
         """Compute until :meth:`stop`."""
-        while (task := self.tasks.get()) is not None:
+        while (task := self._tasks.get()) is not None:
             if isinstance(task, Forget):
-                self._inputs.pop(task.frame, None)
-                self._kept.pop(task.frame, None)
+                self._forget(task.frame)
                 continue
-            try:
-                result = self._compute(task)
-            except Exception as error:  # whatever ONNX Runtime raises costs this frame, not the device
-                log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
-                result = Computed(task, {}, error=f"{type(error).__name__}: {error}"[:300])
-            self.results.put(result)
+            self._results.put(self._attempt(task))
             self._wake()
 
     def stop(self) -> None:
         """End the thread after its current task."""
-        self.tasks.put(None)
+        self._tasks.put(None)
         self.join()
+
+    def _attempt(self, task: RunStage | RunPieces) -> Computed:
+        started = time.perf_counter()
+        try:
+            result = self._compute(task)
+        except Exception as error:  # whatever ONNX Runtime raises costs this frame, not the device
+            log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
+            return Computed(task, (), error=f"{type(error).__name__}: {error}"[:300])
+        self._seconds[task.stage] = time.perf_counter() - started
+        return result
+
+    def _forget(self, frame: FrameId) -> None:
+        self._inputs.pop(frame, None)
+        self._kept.pop(frame, None)
 
     def _compute(self, task: RunStage | RunPieces) -> Computed:
         executor, stage = self._executor, task.stage
@@ -151,23 +206,19 @@ class Worker(threading.Thread):
         outputs = None
         if isinstance(task, RunStage):
             values = executor.run_local(stage, self._enter(task, manifest), task.down)
-            needed = {name for piece in manifest.stages[stage].pieces for name in piece.inputs}
-            inputs[stage] = {name: values[name] for name in needed}
+            inputs[stage] = executor.read_by_pieces(stage, values)
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):
                 outputs = values[manifest.output].reshape(-1)
-        shards: dict[ShardId, Any] = {}
-        for piece in task.pieces:
-            shards.update(executor.run_piece(stage, piece, inputs[stage], task.down))
-        return Computed(task, shards, outputs)
+        due = task.due if isinstance(task, RunStage) else ()
+        return Computed(task, executor.run_pieces(stage, task.pieces, inputs[stage], task.down, due), outputs)
 
     def _enter(self, task: RunStage, manifest: Manifest) -> Values:
         if task.array is not None:
             return {manifest.input: task.array}
         values = self._kept.pop(task.frame)
         for exchange in manifest.stages[task.stage - 1].exchanges:
-            shards = {shard: array for (other, shard), array in task.gathered.items() if other == exchange}
-            values.update(self._executor.assemble(exchange, shards))
+            values.update(self._executor.assemble(exchange, task.gathered))
         return values
 
 
@@ -183,6 +234,13 @@ class Loop:
         self._engine, self._transport, self._worker, self._name = engine, transport, worker, name
         self._started = time.monotonic()
         self._unsent = 0
+        self._due = 0.0
+        """When the next timer is due, as the engine said last."""
+        self._look_at = 0.0
+        """When to ask it again, if something has happened since."""
+        self._stale = False
+        self._overdue = 0
+        """So often something has happened while a timer was due."""
 
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set."""
@@ -190,29 +248,41 @@ class Loop:
             self._turn()
 
     def _turn(self) -> None:
-        due = self._engine.next_due(time.monotonic())
+        """Deal with what has happened, or wait for something to; look to the timers when nothing more has arrived."""
         now = time.monotonic()
-        wait = LONGEST_POLL_SECONDS if due is None else min(max(due - now, 0.0), LONGEST_POLL_SECONDS)
-        for rest in reversed(range(DRAIN_ROUNDS)):  # what has arrived comes before any timer
-            events = self._transport.poll(wait)
-            wait = 0.0
-            for event in events:
-                if isinstance(event, Received) and isinstance(event.message, StatusRequest):
-                    self._transport.send(event.message.client, self._status())
-                else:
-                    self._act(self._engine.handle(event, time.monotonic()))
-            self._collect()
-            now = time.monotonic()
-            due = self._engine.next_due(now)
-            if due is None or now < due:
-                return
-            if not events or not rest:
-                self._act(self._engine.handle(Tick(due), now))
-                return
+        if self._stale and now >= self._look_at:
+            self._look(now)
+        until = min(self._due, self._look_at) if self._stale else self._due
+        happened = self._read(min(max(until - now, 0.0), LONGEST_POLL_SECONDS))
+        self._stale |= happened
+        now = time.monotonic()
+        if now < self._due:
+            self._overdue = 0
+        elif happened and self._overdue < DRAIN_ROUNDS:
+            self._overdue += 1  # what has arrived comes before any timer, but not without end
+        else:
+            self._look(now)
+            if now >= self._due:
+                self._act(self._engine.handle(Tick(self._due), now))
+                self._stale = True
 
-    def _collect(self) -> None:
-        while not self._worker.results.empty():
-            self._act(self._engine.handle(self._worker.results.get(), time.monotonic()))
+    def _look(self, now: float) -> None:
+        """Ask when the next timer is due: that takes too long to do it whenever something happens."""
+        self._due, self._look_at, self._stale = self._engine.next_due(now), now + LOOK_SECONDS, False
+
+    def _read(self, wait_seconds: float) -> bool:
+        """Whether anything has arrived or was computed; it is dealt with."""
+        events = self._transport.poll(wait_seconds)
+        for event in events:
+            if isinstance(event, Received) and isinstance(event.message, StatusRequest):
+                self._transport.send(event.message.client, self._status())
+            else:
+                self._act(self._engine.handle(event, time.monotonic()))
+        happened = bool(events)
+        while (result := self._worker.result()) is not None:
+            self._act(self._engine.handle(result, time.monotonic()))
+            happened = True
+        return happened
 
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
@@ -229,7 +299,7 @@ class Loop:
                     reason=action.reason,
                 )
             else:
-                self._worker.tasks.put(action)
+                self._worker.give(action)
 
     def _status(self) -> Status:
         manifest, now = self._engine.manifest, time.monotonic()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from robustdice.bundle.manifest import WEIGHTS_NAME, Exchange
+from robustdice.bundle.manifest import WEIGHTS_NAME
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
 from robustdice.errors import BundleError, first_line
+from robustdice.runtime.assembly import Assembly
 from robustdice.runtime.memory import give_back
+from robustdice.runtime.parcels import Layouts, Packed
 from robustdice.runtime.weights import Weights
+from robustdice.runtime.wire.messages import Parcel, ShardId
 
 Array = NDArray[Any]
 Values = dict[str, Array]
-ShardId = tuple[int, int]
-"""A shard of a bundle: (position in ``Manifest.exchanges``, position in that exchange's ``shards``)."""
 
 
 class Executor:
@@ -41,11 +42,10 @@ class Executor:
             part.file: _session(bundle, part, threads) for part in manifest.parts if not self._stands_by(part)
         }
         give_back()
-        self._forms = [[e.form(shard) for shard in range(len(e.shards))] for e in manifest.exchanges]
-        self._places = [
-            [_place(shard.neurons, exchange.features) for shard in exchange.shards if shard.neurons]
-            for exchange in bundle.manifest.exchanges
-        ]
+        self.layouts = Layouts(manifest)
+        self._assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
+        self._read = [{name for piece in stage.pieces for name in piece.inputs} for stage in manifest.stages]
+        self._calibrated = lru_cache(64)(manifest.calibrated_for)
 
     def _stands_by(self, part: Part) -> bool:
         """Whether a part computes nothing but other devices' strips: it is loaded when it is first needed."""
@@ -54,11 +54,10 @@ class Executor:
         shards = (self.manifest.exchanges[exchange].shards[shard] for exchange, shard in part.shards)
         return all(shard.devices[0] != self.manifest.device for shard in shards)
 
-    def _session(self, part: Part) -> Any:
-        if part.file not in self._sessions:
-            self._sessions[part.file] = _session(self._bundle, part, self._threads)
-            give_back()
-        return self._sessions[part.file]
+    def _load(self, part: Part) -> Any:
+        self._sessions[part.file] = session = _session(self._bundle, part, self._threads)
+        give_back()
+        return session
 
     def run_local(self, stage: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
         """``values`` together with what the stage's local parts make of them while the devices ``down`` are."""
@@ -67,51 +66,34 @@ class Executor:
             found.update(self._run(part, found, down))
         return found
 
-    def run_piece(
-        self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()
-    ) -> dict[ShardId, Array]:
-        """The piece's shards as they travel, [batch, ...] each, while the devices ``down`` are."""
+    def run_piece(self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Parcel:
+        """The piece's shards, while the devices ``down`` are: one array [batch, ...] for each exchange, as it travels,
+        which single ones are cut out of."""
         part = self.manifest.stages[stage].pieces[piece]
         outputs = self._run(part, values, down)
-        shards: dict[ShardId, Array] = {}
-        for position, name in zip(dict.fromkeys(exchange for exchange, _ in part.shards), part.outputs, strict=True):
-            exchange = self.manifest.exchanges[position]
-            mine = [shard for other, shard in part.shards if other == position]
-            widths = [exchange.entries(shard) for shard in mine]
-            arrays = np.split(outputs[name], np.cumsum(widths)[:-1], axis=exchange.axis)
-            forms = [self._forms[position][shard] for shard in mine]
-            narrowed = (form.narrow(array) for form, array in zip(forms, arrays, strict=True))
-            shards.update({(position, shard): array for shard, array in zip(mine, narrowed, strict=True)})
-        return shards
+        layout = self.layouts.of(part.shards)
+        blocks = (block.form.narrow(outputs[name]) for block, name in zip(layout.blocks, part.outputs, strict=True))
+        return Parcel(part.shards, Packed(layout, tuple(blocks)))
 
-    def assemble(self, exchange: int, shards: Mapping[int, Array], batch: int = 1) -> Values:
-        """The exchange's value, float32 [batch, *shape], from ``shards`` (by number, as they travel), and its mask if
-        it has one.
+    def run_pieces(
+        self,
+        stage: int,
+        pieces: Iterable[int],
+        values: Mapping[str, Array],
+        down: Iterable[int] = (),
+        due: tuple[ShardId, ...] = (),
+    ) -> tuple[Parcel, ...]:
+        """The shards of some pieces, first those that are ``due``, as one parcel."""
+        parcels = [self.run_piece(stage, piece, values, down) for piece in pieces]
+        return self.layouts.select(due, parcels) if due else tuple(parcels)
 
-        A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise. Sums are
-        added up in the order of the shards, so that all devices have the same.
-        """
-        spec = self.manifest.exchanges[exchange]
-        if spec.sums:
-            total = np.zeros((batch, *spec.shape), np.float32)
-            for number in sorted(shards):
-                total += self._forms[exchange][number].widen(shards[number])
-            return {spec.value: total}
-        places = self._places[exchange]
-        forms = self._forms[exchange]
-        there = _repair(spec, {number: forms[number].widen(array) for number, array in shards.items()})
-        if len(places) == 1 and len(there) == 1:
-            value = there[0]
-        else:
-            value = np.empty((batch, *spec.shape), np.float32)
-            for number, place in enumerate(places):
-                value[(slice(None),) * spec.axis + (place,)] = there.get(number, spec.fill)
-        if spec.mask is None:
-            return {spec.value: value}
-        mask = np.zeros(spec.shape[spec.axis - 1] // spec.features, np.bool_)
-        for number in there:
-            mask[list(spec.shards[number].neurons)] = True
-        return {spec.value: value, spec.mask: mask}
+    def assemble(self, exchange: int, parcels: Sequence[Parcel], batch: int = 1) -> Values:
+        """The exchange's value, and its mask if it has one: :meth:`robustdice.runtime.assembly.Assembly.value`."""
+        return self._assemblies[exchange].value(parcels, batch)
+
+    def read_by_pieces(self, stage: int, values: Mapping[str, Array]) -> Values:
+        """Those of ``values`` that a stage's pieces read."""
+        return {name: values[name] for name in self._read[stage]}
 
     def try_out(self) -> None:
         """Run every part on made-up values; BundleError when one does not compute what the workshop said it would."""
@@ -152,34 +134,24 @@ class Executor:
         return {name: values[name] for name in self.manifest.stages[stage].keep if name in values}
 
     def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
-        calibrated = self.manifest.calibrated_for(down)
-        session, affine = self._session(part), self._weights.affine(part, calibrated)
-        inputs = {**{name: values[name] for name in part.inputs}, **affine}
+        inputs = {name: values[name] for name in part.inputs}
+        if not part.affine:
+            return dict(zip(part.outputs, self._compute(part, inputs), strict=True))
+        affine = self._weights.affine(part, self._calibrated(frozenset(down)))
         if not any(layer.coarse and layer.coarse.at_once < layer.neurons for layer in part.affine):
-            outputs = session.run(list(part.outputs), {**inputs, **self._weights.filters(part)})
+            outputs = self._compute(part, {**inputs, **affine, **self._weights.filters(part)})
             return dict(zip(part.outputs, outputs, strict=True))
         (output,), (layer,), (coarse,) = part.outputs, part.affine, part.coarse
-        axis, found = coarse.axis, []
+        found = []
         for start in range(0, layer.neurons, coarse.at_once):
             of_rows = {name: array[start : start + coarse.at_once] for name, array in affine.items()}
-            (some,) = session.run([output], {**inputs, **of_rows, **self._weights.filters(part, start)})
-            found.append(some)
-        return {output: np.concatenate(found, axis)}
+            found += self._compute(part, {**inputs, **affine, **of_rows, **self._weights.filters(part, start)})
+        return {output: np.concatenate(found, coarse.axis)}
 
-
-def _repair(exchange: Exchange, shards: Mapping[int, Array]) -> dict[int, Array]:
-    """The shards with neurons: those that are there, and the one missing if the parity shard gives it."""
-    last = len(exchange.shards) - 1
-    members = exchange.shards[last].parity_of
-    there = {number: array for number, array in shards.items() if not exchange.shards[number].parity_of}
-    missing = [number for number in members if number not in there]
-    if last not in shards or len(missing) != 1:
-        return there
-    rest = shards[last].copy()
-    for array in there.values():
-        rest[(slice(None),) * exchange.axis + (slice(array.shape[exchange.axis]),)] -= array
-    there[missing[0]] = rest[(slice(None),) * exchange.axis + (slice(exchange.entries(missing[0])),)]
-    return there
+    def _compute(self, part: Part, inputs: Values) -> list[Array]:
+        session = self._sessions.get(part.file) or self._load(part)
+        outputs: list[Array] = session.run(part.outputs, inputs)
+        return outputs
 
 
 def open_session(model: Path | bytes, threads: int, shares_arena: bool = False) -> Any:
@@ -223,11 +195,3 @@ def _session(bundle: Bundle, part: Part, threads: int) -> Any:
         raise BundleError(
             f"{path} cannot be loaded: {first_line(error)}; build the bundle again for this ONNX Runtime"
         ) from None
-
-
-def _place(neurons: tuple[int, ...], features: int) -> slice | NDArray[np.intp]:
-    """Where a shard's entries lie along the axis: a slice when its neurons are neighbours."""
-    if neurons == tuple(range(neurons[0], neurons[0] + len(neurons))):
-        return slice(neurons[0] * features, (neurons[0] + len(neurons)) * features)
-    entries: NDArray[np.intp] = (np.array(neurons)[:, None] * features + np.arange(features)).ravel()
-    return entries

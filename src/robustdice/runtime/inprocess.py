@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from robustdice.bundle.read import Bundle
 from robustdice.errors import BundleError, ClusterError
 from robustdice.plan import publishers
-from robustdice.runtime.executor import Array, Executor, ShardId
+from robustdice.runtime.executor import Array, Executor
+from robustdice.runtime.wire.messages import Parcel, ShardId
 
 
 def run_bundles(
@@ -48,31 +49,30 @@ class InProcess:
         batch = len(frames)
         values = {device: {manifest.input: np.asarray(frames, np.float32)} for device in live}
         for number, stage in enumerate(manifest.stages):
-            shards: dict[ShardId, Array] = {}
+            parcels: list[Parcel] = []
             for device, executor in live.items():
                 values[device] = executor.run_local(number, values[device], down)
-                shards.update(self._publish(device, number, values[device], down))
+                parcels += self._publish(device, number, values[device], down)
             for device, executor in live.items():
                 if number + 1 == len(manifest.stages):
                     continue
                 kept = executor.keep(number, values[device])
                 for exchange in stage.exchanges:
-                    mine = {shard: array for (e, shard), array in shards.items() if e == exchange}
-                    kept.update(executor.assemble(exchange, mine, batch))
+                    kept.update(executor.assemble(exchange, parcels, batch))
                 values[device] = kept
         outputs = [values[device][manifest.output].reshape(batch, -1) for device in live]
         if any(not np.array_equal(outputs[0], other, equal_nan=True) for other in outputs[1:]):
             raise ClusterError(f"devices {sorted(live)} do not agree about the output; build the bundles again")
         return np.asarray(outputs[0], np.float32)
 
-    def _publish(self, device: int, stage: int, values: dict[str, Array], down: frozenset[int]) -> dict[ShardId, Array]:
-        executor = self._executors[device]
-        published: dict[ShardId, Array] = {}
-        for number, piece in enumerate(executor.manifest.stages[stage].pieces):
-            mine = {
-                (e, s) for e, s in piece.shards if publishers(self._manifest.exchanges[e].shards, down)[s] == device
-            }
-            if mine:
-                computed = executor.run_piece(stage, number, values, down)
-                published.update({shard: computed[shard] for shard in mine})
-        return published
+    def _publish(self, device: int, stage: int, values: dict[str, Array], down: frozenset[int]) -> tuple[Parcel, ...]:
+        manifest = self._executors[device].manifest
+        due: list[ShardId] = []
+        for exchange in manifest.stages[stage].exchanges:
+            found = publishers(manifest.exchanges[exchange].shards, down)
+            due += [(exchange, shard) for shard, publisher in enumerate(found) if publisher == device]
+        if not due:
+            return ()
+        pieces = manifest.stages[stage].pieces
+        mine = [number for number, piece in enumerate(pieces) if not set(due).isdisjoint(piece.shards)]
+        return self._executors[device].run_pieces(stage, mine, values, down, tuple(due))[:1]

@@ -6,11 +6,13 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.protocol.early import Early
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight, Phase
 
 RATE_SECONDS = 5.0
 
@@ -58,9 +60,11 @@ class Deadlines:
         """Nothing is known yet."""
         self._settings = settings
         self._weights = [_weight(manifest, stage) for stage in range(len(manifest.stages))]
+        self._weights_from = [*accumulate(reversed(self._weights))][::-1]
         self.waits = [Estimate() for _ in manifest.stages]
         """From publishing a stage's own shards to having all; of frames that nobody left meanwhile."""
         self.computes = [Estimate() for _ in manifest.stages]
+        self._learn()
         self._hurries = Estimate()
         """Of frames that wait for nothing any more, seconds per stage until they are answered."""
         self.introductions = Estimate()
@@ -69,19 +73,18 @@ class Deadlines:
     def arm(self, frame: InFlight, now: float, factor: float = 1.0) -> None:
         """Let a frame wait as long as peers may need: what was observed, and they may be within a stage of another
         frame. But leave time for what may still follow before the frame's own deadline."""
-        means = [estimate.mean or 0.0 for estimate in self.computes]
-        wait = factor * self.waits[frame.stage].deadline(self._settings) + means[frame.stage] + max(means)
+        mean = self.computes[frame.stage].mean or 0.0
+        wait = factor * self.waits[frame.stage].deadline(self._settings) + mean + self._longest
         wait = min(wait, max(frame.patient_until - now, self._settings.minimum_wait))
         frame.wait_until, frame.nudge_at, frame.rearmed = now + wait, now + wait / 2, False
 
     def be_patient(self, frame: InFlight, now: float) -> None:
         """Say how long the frame may wait in its stage for shards that are on the way: as long as later stages have the
         time that they usually need, but at least its share of the time that is left, by the bytes that are moved."""
-        left, later = max(0.0, self.hurry_at(frame) - now), range(frame.stage + 1, len(self.waits))
-        rest = sum(self._weights[frame.stage :])
+        left = max(0.0, self.hurry_at(frame) - now)
+        rest = self._weights_from[frame.stage]
         share = min(1.0, GENEROSITY * self._weights[frame.stage] / rest) if rest else 1.0
-        means = [self.waits[stage].mean for stage in later if self._weights[stage]]
-        usual = left if None in means else GENEROSITY * sum(mean or 0.0 for mean in means)
+        usual = min(left, GENEROSITY * self._waiting_after[frame.stage])
         frame.patient_until = now + max(share * left, left - usual)
 
     def pass_after(self) -> float:
@@ -110,12 +113,26 @@ class Deadlines:
             if own >= now:
                 younger = due
 
+    def _learn(self) -> None:
+        """Sum up what was observed. Once for each frame: it would take longer than an exchange to do so in each."""
+        computes = [estimate.mean or 0.0 for estimate in self.computes]
+        waits = [
+            math.inf if estimate.mean is None else estimate.mean if weight else 0.0
+            for estimate, weight in zip(self.waits, self._weights, strict=True)
+        ]
+        self._longest = max(computes)
+        self._computing_after, self._waiting_after = (
+            [*accumulate([0.0, *reversed(of_stages[1:])])][::-1] for of_stages in (computes, waits)
+        )
+        """What the stages after each one usually take, and wait; infinite where that is not known."""
+
     def _computing(self, frame: InFlight) -> float:
         """What the stages after its current one usually take."""
-        return sum(estimate.mean or 0.0 for estimate in self.computes[frame.stage + 1 :])
+        return self._computing_after[frame.stage]
 
     def finished(self, frame: InFlight, now: float) -> None:
         """Learn from a frame that was answered or given up."""
+        self._learn()
         if frame.hurried is not None:
             stage, since = frame.hurried
             self._hurries.observe((now - since) / (len(self.computes) - stage))

@@ -6,8 +6,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from robustdice.runtime.protocol.deadlines import Deadlines
+from robustdice.runtime.protocol.early import Early
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import Early, InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight, Phase
 from robustdice.runtime.wire.messages import FrameId
 
 
@@ -45,11 +46,13 @@ class Frames:
         self._admitted[frame.id] = frame
         early = self._early.pop(frame.id, None)
         if early:
+            if early.passed or early.wanted:
+                frame.unfold()
             frame.live -= early.passed
             frame.parted |= early.passed
             frame.wanted = early.wanted
-            for (shard, source), (array, lineage) in early.shards.items():
-                frame.offer([(shard, array)], source, lineage)
+            for message in early.messages:
+                frame.take(message)
         return early
 
     def early(self, frame_id: FrameId, now: float) -> Early | None:
@@ -109,5 +112,5 @@ class Frames:
     @property
     def buffered(self) -> int:
         """Arrays held for all frames."""
-        early = sum(len(early.shards) for early in self._early.values())
-        return early + sum(len(frame.got) + len(frame.own) for frame in self._admitted.values())
+        early = sum(len(early.known) for early in self._early.values())
+        return early + sum(frame.buffered for frame in self._admitted.values())

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.events import RunPieces, RunStage
 from robustdice.runtime.protocol.lineage import TOLERANCE, Ancestry
-from robustdice.runtime.wire.messages import Array, FrameId, Lineage, ShardId
+from robustdice.runtime.protocol.views import View
+from robustdice.runtime.wire.messages import Array, FrameId, Lineage, Parcel, ShardId, Shards
 
 
 class Phase(enum.Enum):
@@ -36,9 +37,16 @@ class InFlight:
     """The view when it was admitted."""
     array: Array | None
     """The input; None once stage 0 has been handed to the executor."""
+    straight: View | None
+    """As long as nothing irregular has happened to the frame: the view that it is computed in. Everything that was said
+    of it is in ``parcels`` then; :meth:`unfold` turns that into what is kept of single shards."""
     stage: int = 0
     """Only grows. All earlier stages have been entered; this one too, unless the phase is READY."""
     phase: Phase = Phase.READY
+    parcels: dict[tuple[int, int], Parcel] = field(default_factory=dict)
+    """While straight, by stage and device: what that device publishes there. Others' are dropped when they are used."""
+    spared: list[Parcel] = field(default_factory=list)
+    """While straight: what was computed here though it is not this device's task."""
     got: dict[ShardId, Array] = field(default_factory=dict)
     """Shards of this stage and later ones, the first of those that are built on most; own ones only while this device
     is publisher."""
@@ -84,8 +92,14 @@ class InFlight:
     """Nobody left the view during the current wait, so that its length may be learnt from."""
 
     @property
+    def _hot(self) -> bool:
+        return self.manifest.spares == "hot"
+
+    @property
     def down(self) -> frozenset[int]:
         """The devices that take no part, in the frame's view."""
+        if self.straight is not None:
+            return self.straight.down
         return frozenset(range(self.manifest.devices)) - self.live
 
     def expected_accuracy(self) -> float | None:
@@ -93,8 +107,7 @@ class InFlight:
         measured: in one view, every shard from its publisher, here and wherever they were computed. None where nobody
         has measured it."""
         certificate, view = self.manifest.certificate, tuple(sorted(self.live))
-        settled = not self.manifest.exchanges or self.built[-1].view == view
-        if certificate is None or not settled or frozenset(view) != self.admitted_with:
+        if certificate is None or self.built[-1].view != view or frozenset(view) != self.admitted_with:
             return None
         return certificate.expected(self.down)
 
@@ -137,6 +150,82 @@ class InFlight:
         others += [s for e, s in self.sources if e == exchange]
         sums = self.ancestry.sums
         return not sums.neurons(exchange, [number]) & ~sums.neurons(exchange, others)
+
+    def take(self, message: Shards) -> None:
+        """Take what a peer publishes in this stage or a later one."""
+        view, parcel, due = self.straight, message.parcel, None
+        if view is not None and message.lineage == view.lineage:
+            due = view.due[message.stage].get(message.sender)
+        if due == parcel.shards:
+            self.parcels.setdefault((message.stage, message.sender), parcel)
+            return
+        self.unfold()
+        self.offer(zip(parcel.shards, parcel.arrays, strict=True), message.sender, message.lineage)
+
+    def unfold(self) -> None:
+        """From now on every shard is looked after by itself, for something irregular happens."""
+        view, self.straight = self.straight, None
+        if view is None:
+            return
+        used = self.stage - (self.phase is Phase.READY)
+        """The stages before this one have been used."""
+        for stage in range(used):
+            for device, shards in view.due[stage].items():
+                self.sources.update(dict.fromkeys(shards, device))
+        for (stage, device), parcel in self.parcels.items():
+            arrays = dict(zip(parcel.shards, parcel.arrays, strict=True))
+            self.sources.update(dict.fromkeys(arrays, device))
+            if device == self.manifest.device:
+                self.own.update(arrays)
+                self.published.update(arrays)
+            if stage >= used:
+                self.got.update(arrays)
+        self.lineages = dict.fromkeys(self.sources, view.lineage)
+        for parcel in self.spared:
+            self.own.update(zip(parcel.shards, parcel.arrays, strict=True))
+        self.parcels.clear()
+        self.spared.clear()
+
+    def computed(self, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> Parcel | None:
+        """Keep what was computed here. While straight: what of it is to be published."""
+        if self.straight is None:
+            for parcel in parcels:
+                self.own.update(zip(parcel.shards, parcel.arrays, strict=True))
+            built = self.built[task.stage]
+            if built.view is not None and not task.down.isdisjoint(built.view):
+                # Not all of this stage was corrected for the view that the frame was in when it entered it.
+                self.built[task.stage] = self.ancestry.shares(built, task.stage)
+            return None
+        due = parcels[0] if self._due(task.stage) else None
+        if due is not None:
+            self.parcels[task.stage, self.manifest.device] = due
+        self.spared += parcels[due is not None :]
+        return due
+
+    def _due(self, stage: int) -> tuple[ShardId, ...]:
+        """While straight: what this device publishes in a stage."""
+        return () if self.straight is None else self.straight.due[stage].get(self.manifest.device, ())
+
+    @property
+    def complete(self) -> bool:
+        """Nothing that has a live publisher is missing of this stage."""
+        if self.straight is None:
+            return not self.missing()
+        stage, parcels = self.stage, self.parcels
+        return all((stage, device) in parcels for device in self.straight.due[stage])
+
+    @property
+    def buffered(self) -> int:
+        """Shards that are kept."""
+        parcels = sum(len(parcel.shards) for parcel in (*self.parcels.values(), *self.spared))
+        return parcels + len(self.got) + len(self.own)
+
+    def retire(self) -> None:
+        """It was answered or given up: what came from others is of no use any more."""
+        self.phase = Phase.DONE
+        self.got.clear()
+        mine = self.manifest.device
+        self.parcels = {key: parcel for key, parcel in self.parcels.items() if key[1] == mine}
 
     def offer(self, shards: Iterable[tuple[ShardId, Array]], source: int, lineage: Lineage) -> None:
         """Take shards for this stage or later ones, of one lineage; of several copies the first that is worth most."""
@@ -218,8 +307,15 @@ class InFlight:
     def _is_parity(self, shard: ShardId) -> bool:
         return bool(self.manifest.exchanges[shard[0]].shards[shard[1]].parity_of)
 
-    def gather(self, stage: int, me: int) -> dict[ShardId, Array]:
-        """Take a finished stage's shards out of ``got``; a spare of our own stands in for what did not come."""
+    def gather(self, stage: int, me: int) -> tuple[Parcel, ...]:
+        """Take what the next stage is assembled from; a spare of our own stands in for what did not come."""
+        if self.straight is not None:
+            self.built.append(self.straight.lineage)
+            found = [self.parcels[stage, device] for device in self.straight.due[stage]]
+            for device in self.straight.due[stage]:
+                if device != me:
+                    del self.parcels[stage, device]
+            return tuple(found)
         shards, mine = self.shards_of(stage), self.built[stage]
         self.offer(((shard, self.own[shard]) for shard in shards if shard in self.own), me, mine)
         every = {shard: self.sources[shard] for shard in shards if shard in self.sources}
@@ -236,7 +332,7 @@ class InFlight:
         self.built.append(built)
         for shard in every.keys() - taken.keys():
             del self.sources[shard], self.got[shard]
-        return {shard: self.got.pop(shard) for shard in taken}
+        return (Parcel(tuple(taken), [self.got.pop(shard) for shard in taken]),)
 
     def _without_overlaps(self, held: dict[ShardId, int], poor: set[ShardId]) -> dict[ShardId, int]:
         """What is there but for sums of neurons that are in others, too; those that are not poor go first."""
@@ -250,12 +346,13 @@ class InFlight:
         return kept
 
     def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
-        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task."""
+        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task. Hot spares are always
+        computed."""
         return tuple(
             number
             for number, piece in enumerate(self.manifest.stages[stage].pieces)
             if any(
-                shard not in self.own and (self.publisher(shard) == me or shard in self.wanted)
+                shard not in self.own and (self._hot or self.publisher(shard) == me or shard in self.wanted)
                 for shard in piece.shards
             )
         )
@@ -270,10 +367,11 @@ class InFlight:
 
     def enter(self, me: int) -> RunStage:
         """What has to be computed of the next stage, which is entered."""
-        gathered = self.gather(self.stage - 1, me) if self.stage else {}
-        every = range(len(self.manifest.stages[self.stage].pieces))
-        pieces = tuple(every) if self.manifest.spares == "hot" else self.pieces_due(self.stage, me)
-        task = RunStage(self.id, self.stage, self.array, gathered, pieces, self.down)
+        gathered = self.gather(self.stage - 1, me) if self.stage else ()
+        if not self.stage:
+            self.built[0] = Lineage(tuple(sorted(self.live)))
+        pieces = self.pieces_due(self.stage, me) if self.straight is None else self.straight.pieces[self.stage]
+        task = RunStage(self.id, self.stage, self.array, gathered, pieces, self.down, self._due(self.stage))
         self.array, self.phase = None, Phase.COMPUTING
         return task
 
@@ -281,18 +379,7 @@ class InFlight:
         """Least share of neurons present and largest share from a spare, over the exchanges, in all that the output is
         built on; and where this device had each shard from."""
         shares = self.ancestry.shares(self.built[-1], len(self.built) - 1)
+        if self.straight is not None:
+            return min(shares.present, default=1.0), max(shares.spares, default=0.0), self.straight.rows
         sources = tuple(self.ancestry.row(e, self.sources) for e in range(len(self.manifest.exchanges)))
         return min(shares.present, default=1.0), max(shares.spares, default=0.0), sources
-
-
-@dataclass
-class Early:
-    """What peers said about a frame before its client did."""
-
-    since: float
-    shards: dict[tuple[ShardId, int], tuple[Array, Lineage]] = field(default_factory=dict)
-    """By shard and sender."""
-    wanted: dict[ShardId, set[int]] = field(default_factory=dict)
-    passed: set[int] = field(default_factory=set)
-    told: bool = False
-    """Peers have been told that this device does not know the frame."""

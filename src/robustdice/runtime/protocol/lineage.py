@@ -19,16 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.plan import publishers
 from robustdice.runtime.protocol.sums import Sums
+from robustdice.runtime.protocol.views import REMEMBERED_VIEWS, Row, Views, source_row
 from robustdice.runtime.wire.messages import Lineage, ShardId
-
-Row = tuple[int, ...]
-"""The device that each shard of an exchange came from; -1 where it was missing."""
 
 TOLERANCE = 1e-9
 """Shares that differ by no more are equal: sums of floats in different order."""
-REMEMBERED_VIEWS = 64
 
 
 class Ancestry:
@@ -38,13 +34,13 @@ class Ancestry:
         """For all frames of a device."""
         self._manifest = manifest
         self.sums = Sums(manifest)
+        self.views = Views(manifest)
         self._stage_of = {e: number for number, stage in enumerate(manifest.stages) for e in stage.exchanges}
         self._before = [
             tuple(e for earlier in manifest.stages[:number] for e in earlier.exchanges)
             for number in range(len(manifest.stages) + 1)
         ]
         """For every stage, the exchanges that what is computed in it is built on."""
-        self._rows: dict[tuple[int, ...], list[Row]] = {}
         self._settled: dict[tuple[tuple[int, ...], int], Lineage] = {}
 
     def stage_of(self, shard: ShardId) -> int:
@@ -55,8 +51,10 @@ class Ancestry:
         """The same with its shares, of what was computed in ``stage``."""
         if lineage.view is None:
             return lineage
-        key, rows = (lineage.view, stage), self._settled_rows(lineage.view)
+        key, rows = (lineage.view, stage), self.views.of(lineage.view).rows
         if key not in self._settled:
+            if len(self._settled) >= REMEMBERED_VIEWS * len(self._manifest.stages):
+                self._settled.clear()
             told = [self._told(e, rows[e]) for e in self._before[stage]]
             self._settled[key] = Lineage(None, tuple(p for p, _ in told), tuple(s for _, s in told))
         return self._settled[key]
@@ -70,13 +68,8 @@ class Ancestry:
         return one != other and self.worth(one, stage) < self.worth(other, stage) - TOLERANCE
 
     def row(self, exchange: int, sources: Mapping[ShardId, int]) -> Row:
-        """Where an exchange's shards came from: what a parity shard makes up for came from its holder."""
-        shards = self._manifest.exchanges[exchange].shards
-        found = [sources.get((exchange, s), -1) for s in range(len(shards))]
-        members = shards[-1].parity_of
-        if found[-1] >= 0 and [found[m] for m in members].count(-1) == 1:
-            found[found.index(-1)] = found[-1]
-        return tuple(found)
+        """Where an exchange's shards came from, as :func:`source_row` says."""
+        return source_row(self._manifest, exchange, sources)
 
     def after(
         self,
@@ -91,11 +84,12 @@ class Ancestry:
         exchanges = self._manifest.stages[stage].exchanges
         if not exchanges:
             return mine
-        view = mine.view if self._before[stage] else tuple(sorted(live))
+        # Whoever goes on in another view than before corrects what it computes for others that are down.
+        view = mine.view if mine.view == tuple(sorted(live)) else None
         rows = {e: self.row(e, sources) for e in exchanges}
         taken = [(e, s) for e in exchanges for s in range(len(rows[e])) if (e, s) in sources]
         if view is not None and all(lineages[shard] == mine for shard in taken):
-            settled = self._settled_rows(view)
+            settled = self.views.of(view).rows
             if all(self._neurons_from(e, rows[e]) == self._neurons_from(e, settled[e]) for e in exchanges):
                 return Lineage(view)
         shares = self.shares(mine, stage)
@@ -140,19 +134,6 @@ class Ancestry:
     def _neurons_from(self, exchange: int, row: Row) -> Row:
         shards = self._manifest.exchanges[exchange].shards
         return tuple(source for source, shard in zip(row, shards, strict=True) if shard.neurons)
-
-    def _settled_rows(self, view: tuple[int, ...]) -> list[Row]:
-        if view not in self._rows:
-            if len(self._rows) == REMEMBERED_VIEWS:
-                self._rows.clear()
-                self._settled.clear()
-            down = set(range(self._manifest.devices)) - set(view)
-            due = [publishers(exchange.shards, down) for exchange in self._manifest.exchanges]
-            self._rows[view] = [
-                self.row(e, {(e, s): device for s, device in enumerate(row) if device is not None})
-                for e, row in enumerate(due)
-            ]
-        return self._rows[view]
 
 
 def _mean(sizes: Sequence[int], shares: Sequence[float]) -> float:

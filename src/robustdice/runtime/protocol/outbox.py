@@ -8,7 +8,7 @@ from robustdice.runtime.protocol.contact import Contacts
 from robustdice.runtime.protocol.events import Action, Send
 from robustdice.runtime.protocol.inflight import InFlight, Phase
 from robustdice.runtime.protocol.membership import Membership
-from robustdice.runtime.wire.messages import FrameId, Message, Pass, Refused, ShardId, Shards, Want
+from robustdice.runtime.wire.messages import FrameId, Message, Parcel, Pass, Refused, ShardId, Shards, Want
 
 
 class Outbox:
@@ -73,8 +73,14 @@ class Outbox:
         """Hand over shards that are computed, in one message."""
         ordered = tuple(sorted(shards))
         if ordered:
-            arrays = tuple(frame.own[shard] for shard in ordered)
-            serial = self._contacts.hand_over(to, now)
-            message = Shards(self._me, serial, frame.id, stage, ordered, arrays, frame.built[stage])
-            for device in to:
-                self.send(device, message)
+            self.hand_over(frame, stage, Parcel(ordered, [frame.own[shard] for shard in ordered]), to, now)
+
+    def publish_straight(self, frame: InFlight, stage: int, parcel: Parcel, now: float) -> None:
+        """Publish what a frame that nothing irregular has happened to has to give in a stage."""
+        self.hand_over(frame, stage, parcel, self._membership.reachable, now)
+
+    def hand_over(self, frame: InFlight, stage: int, parcel: Parcel, to: Sequence[int], now: float) -> None:
+        """A parcel for some peers."""
+        message = Shards(self._me, self._contacts.hand_over(to, now), frame.id, stage, parcel, frame.built[stage])
+        for device in to:
+            self.send(device, message)

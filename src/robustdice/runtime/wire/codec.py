@@ -1,17 +1,15 @@
 """Messages <-> frames of bytes.
 
-A message is a JSON header of at most 64 KiB followed by raw frames (float32, or what the plan says that shards travel
-as; little-endian, C order). Every
-header carries the protocol version, the plan's digest and the kind. Decoding believes nothing: whatever is not
-exactly a message of this cluster raises :class:`MessageError` with the reason. docs/formats.md describes the bytes.
+A message is a JSON header of at most 64 KiB followed by raw frames (float32, little-endian, C order); but for those of
+shards, which :mod:`robustdice.runtime.wire.parcel_codec` has. Every header carries the protocol version, the plan's
+digest and the kind. Decoding believes nothing: whatever is not exactly a message of this cluster raises
+:class:`MessageError` with the reason. docs/formats.md describes the bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,28 +17,26 @@ import numpy as np
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.errors import MessageError, OtherBuildError
+from robustdice.runtime.wire.arrays import array_of, client_name, integers, raw, raw_shards, shards_of
 from robustdice.runtime.wire.messages import (
     DOCUMENT_LIMIT,
     HEADER_LIMIT,
     MAX_TIMEOUT_SECONDS,
-    OUTPUTS_LIMIT,
     PROTOCOL_VERSION,
     Answer,
-    Array,
     Frame,
     FrameId,
     Hello,
-    Lineage,
     Message,
     Pass,
     Pulse,
     Refused,
-    ShardId,
     Shards,
     Status,
     StatusRequest,
     Want,
 )
+from robustdice.runtime.wire.parcel_codec import ParcelCodec, is_parcel
 
 
 class Codec:
@@ -52,21 +48,24 @@ class Codec:
         self._plan = plan_digest
         self._manifest = manifest
         exchanges = manifest.exchanges if manifest else ()
-        self._forms = [[exchange.form(number) for number in range(len(exchange.shards))] for exchange in exchanges]
-        sizes = [form.nbytes for forms in self._forms for form in forms]
+        # The largest is a parcel of all shards of an exchange.
+        sizes = [sum(e.form(number).nbytes for number in range(len(e.shards))) for e in exchanges]
         if manifest:
             sizes.append(4 * math.prod(manifest.input_shape))
+            self._parcels = ParcelCodec(plan_digest, manifest)
         self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, *sizes])
         """Bytes that no frame of a message of this plan exceeds."""
 
     def encode(self, message: Message) -> list[Any]:
         """The frames of ``message``: bytes-like objects, arrays not copied where they need not be."""
+        if isinstance(message, Shards):
+            return self._parcels.encode(message)
         kind = type(message).__name__
         header: dict[str, Any] = {"v": PROTOCOL_VERSION, "plan": self._plan, "kind": kind}
         body: list[Any] = []
         if not isinstance(message, Frame | StatusRequest):
             header["from"] = message.sender
-        if isinstance(message, Frame | Shards | Want | Pass | Answer | Refused):
+        if isinstance(message, Frame | Want | Pass | Answer | Refused):
             header["frame"] = [message.frame.client, message.frame.number]
         if isinstance(message, Hello):
             header.update(incarnation=message.incarnation, reply=int(message.reply))
@@ -77,15 +76,10 @@ class Codec:
             header["owes"] = [[frame.client, frame.number] for frame in message.owes]
         elif isinstance(message, Frame):
             header.update(oldest=message.oldest, timeout=message.timeout_seconds)
-            body = [_raw(message.array)]
-        elif isinstance(message, Shards | Want):
+            body = [raw(message.array)]
+        elif isinstance(message, Want):
             header["stage"] = message.stage
-            body = [np.asarray(message.shards, "<u4").tobytes()]
-            if isinstance(message, Shards):
-                header["serial"] = message.serial
-                body += _encoded(message.lineage, header)
-                forms = (self._forms[e][s] for e, s in message.shards)
-                body += [_raw(array, form.dtype) for array, form in zip(message.arrays, forms, strict=True)]
+            body = [raw_shards(message.shards)]
         elif isinstance(message, Answer):
             header.update(coverage=message.coverage, spares=message.from_spares, down=message.down)
             header.update(late=message.late, seconds=message.seconds)
@@ -93,7 +87,7 @@ class Codec:
                 header["expected"] = message.expected
             flat = [source for sources in message.sources for source in sources]
             counts = [len(sources) for sources in message.sources]
-            body = [_raw(message.outputs), np.asarray(flat, "i1").tobytes(), np.asarray(counts, "<u4").tobytes()]
+            body = [raw(message.outputs), np.asarray(flat, "i1").tobytes(), np.asarray(counts, "<u4").tobytes()]
         elif isinstance(message, Refused):
             header["reason"] = message.reason[:500]
         elif isinstance(message, StatusRequest):
@@ -106,6 +100,10 @@ class Codec:
         """The message in ``parts`` (bytes-like); ``source`` is the authenticated device, or None for a client."""
         if not parts:
             raise MessageError("a message without a header")
+        if is_parcel(parts[0]):
+            if self._manifest is None:
+                raise MessageError("shards arrived at a client")
+            return self._parcels.decode(parts, source)
         header = _Header(parts[0], self._plan)
         decoder = _DECODERS.get(header.text("kind", 20))
         if decoder is None:
@@ -126,7 +124,7 @@ class Codec:
         oldest, timeout = header.whole("oldest"), header.number("timeout")
         if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
             raise MessageError(f"a timeout of {timeout} s, expected more than 0, at most {MAX_TIMEOUT_SECONDS} s")
-        return Frame(header.frame(), oldest, timeout, _array(body[0], (1, *manifest.input_shape)))
+        return Frame(header.frame(), oldest, timeout, array_of(body[0], (1, *manifest.input_shape)))
 
     def _pulse(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 0)
@@ -135,38 +133,11 @@ class Codec:
         hears = header.whole("hears") > 0
         return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64), hears)
 
-    def _shards(self, header: _Header, body: Sequence[Any]) -> Message:
-        sender, stage, shards = self._positions(header, body, header.device())
-        lineage, rest = self._lineage(header, body[1:], stage)
-        _count(rest, len(shards))
-        forms = (self._forms[e][s] for e, s in shards)
-        arrays = tuple(_array(raw, (1, *f.sent_shape), f.dtype) for raw, f in zip(rest, forms, strict=True))
-        return Shards(sender, header.whole("serial"), header.frame(), stage, shards, arrays, lineage)
-
-    def _lineage(self, header: _Header, body: Sequence[Any], stage: int) -> tuple[Lineage, Sequence[Any]]:
-        """What the shards of a message were built on, and the frames of it that follow."""
-        manifest = self._known()
-        if header.has("view"):
-            mask = header.whole("view")
-            if mask >> manifest.devices:
-                raise MessageError(f"a view of {mask:#b}, the plan has {manifest.devices} devices")
-            return Lineage(tuple(device for device in range(manifest.devices) if mask >> device & 1)), body
-        count = sum(len(earlier.exchanges) for earlier in manifest.stages[:stage])
-        if not count:
-            return Lineage(), body
-        if not body or len(body[0]) != 16 * count:
-            raise MessageError(f"shards of stage {stage} must say what they are built on: 2 float64 for each exchange")
-        shares = np.frombuffer(body[0], "<f8").reshape(2, count)
-        if not ((shares >= 0) & (shares <= 1)).all():
-            raise MessageError("shards that are built on shares beyond 0 to 1")
-        present, spares = (tuple(float(share) for share in row) for row in shares)
-        return Lineage(None, present, spares), body[1:]
-
     def _want(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 1)
         holder = self._known().device
-        sender, stage, shards = self._positions(header, body, holder)
-        return Want(sender, header.frame(), stage, shards)
+        stage = header.whole("stage")
+        return Want(header.device(), header.frame(), stage, shards_of(body[0], stage, self._known(), holder))
 
     def _pass(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 0)
@@ -174,8 +145,8 @@ class Codec:
 
     def _answer(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 3)
-        outputs = _array(body[0], None)
-        flat, counts = _integers(body[1], "i1"), _integers(body[2], "<u4")
+        outputs = array_of(body[0], None)
+        flat, counts = integers(body[1], "i1"), integers(body[2], "<u4")
         if sum(counts) != len(flat) or any(source < -1 for source in flat):
             raise MessageError("an answer whose sources contradict each other")
         sources, start = [], 0
@@ -209,29 +180,11 @@ class Codec:
             raise MessageError("a message for devices arrived at a client")
         return self._manifest
 
-    def _positions(self, header: _Header, body: Sequence[Any], holder: int) -> tuple[int, int, tuple[ShardId, ...]]:
-        manifest, stage = self._known(), header.whole("stage")
-        if stage >= len(manifest.stages):
-            raise MessageError(f"stage {stage}, the plan has stages 0 to {len(manifest.stages) - 1}")
-        flat = _integers(body[0], "<u4") if body else []
-        shards = tuple(zip(flat[::2], flat[1::2], strict=False))
-        if not shards or len(flat) % 2 or any(a >= b for a, b in itertools.pairwise(shards)):
-            raise MessageError("shards must be listed once each, in order, at least one")
-        for exchange, shard in shards:
-            if exchange not in manifest.stages[stage].exchanges:
-                raise MessageError(f"exchange {exchange} is not of stage {stage}")
-            if shard >= len(manifest.exchanges[exchange].shards):
-                raise MessageError(f"exchange {exchange} has no shard {shard}")
-            if holder not in manifest.exchanges[exchange].shards[shard].devices:
-                raise MessageError(f"device {holder} does not hold shard {shard} of exchange {exchange}")
-        return header.device(), stage, shards
-
 
 _DECODERS = {
     "Hello": Codec._hello,
     "Pulse": Codec._pulse,
     "Frame": Codec._frame,
-    "Shards": Codec._shards,
     "Want": Codec._want,
     "Pass": Codec._pass,
     "Answer": Codec._answer,
@@ -276,7 +229,7 @@ class _Header:
         return value
 
     def name(self, key: str) -> str:
-        return _client(self._fields.get(key))
+        return client_name(self._fields.get(key))
 
     def device(self) -> int:
         return self.whole("from")
@@ -297,13 +250,7 @@ class _Header:
 def _frame_id(value: object) -> FrameId:
     if not isinstance(value, list) or len(value) != 2:
         raise MessageError(f"frame is {_short(value)}, expected [client, number]")
-    return FrameId(_client(value[0]), _whole(value[1], "frame number"))
-
-
-def _client(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{1,32}", value):
-        raise MessageError(f"client is {_short(value)}, expected up to 32 hexadecimal digits")
-    return value
+    return FrameId(client_name(value[0]), _whole(value[1], "frame number"))
 
 
 def _whole(value: object, what: str) -> int:
@@ -327,40 +274,6 @@ def _json_object(raw: Any, limit: int) -> dict[str, Any]:
 def _count(body: Sequence[Any], expected: int) -> None:
     if len(body) != expected:
         raise MessageError(f"{len(body)} frames after the header, expected {expected}")
-
-
-def _encoded(lineage: Lineage, header: dict[str, Any]) -> list[bytes]:
-    """A view goes into the header; shares are a frame, as far as there are any."""
-    if lineage.view is not None:
-        header["view"] = sum(1 << device for device in lineage.view)
-    elif lineage.present:
-        return [np.asarray([lineage.present, lineage.spares], "<f8").tobytes()]
-    return []
-
-
-def _raw(array: Any, kind: str = "<f4") -> memoryview:
-    raw: Any = np.ascontiguousarray(array, kind)
-    return memoryview(raw).cast("B")
-
-
-def _array(raw: Any, shape: tuple[int, ...] | None, kind: str = "<f4") -> Array:
-    """``raw`` as numbers of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
-    size = len(raw)
-    if shape is None:
-        if size % 4 or not 0 < size <= 4 * OUTPUTS_LIMIT:
-            raise MessageError(f"an array of {size} bytes, expected 1 to {OUTPUTS_LIMIT} float32")
-        shape = (size // 4,)
-    elif size != (expected := np.dtype(kind).itemsize * math.prod(shape)):
-        raise MessageError(f"an array of {size} bytes, expected {expected} for shape {shape}")
-    array = np.frombuffer(raw, kind).reshape(shape)
-    array.flags.writeable = False
-    return array
-
-
-def _integers(raw: Any, kind: str) -> list[int]:
-    if len(raw) % np.dtype(kind).itemsize or len(raw) > HEADER_LIMIT * 16:
-        raise MessageError(f"a list of numbers of {len(raw)} bytes")
-    return [int(value) for value in np.frombuffer(raw, kind)]
 
 
 def _who(device: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -11,6 +12,7 @@ import zmq
 from robustdice.runtime.wire.address import Address, Lookup
 from robustdice.runtime.wire.security import ANOTHER_MECHANISM, Greeting, secure
 
+COPIED_BYTES = 2**16
 QUEUED_MESSAGES = 16
 """Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
 CURVE_OVERHEAD = 64
@@ -70,6 +72,13 @@ def set_options(
         socket.reconnect_ivl = 10
         socket.reconnect_ivl_max = 200
     secure(socket, transport, keys, server_key)
+
+
+def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Any]) -> None:
+    """Send a message of several parts, or zmq.Again. What is small is copied: that is faster than not to."""
+    for part in parts[:-1]:
+        socket.send(part, zmq.NOBLOCK | zmq.SNDMORE, copy=len(part) < COPIED_BYTES)
+    socket.send(parts[-1], zmq.NOBLOCK, copy=len(parts[-1]) < COPIED_BYTES)
 
 
 class Reach(enum.Enum):
@@ -183,7 +192,7 @@ class Line:
         if self.socket is None:
             return False
         try:
-            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            send_parts(self.socket, parts)
         except zmq.Again:
             return False
         return True

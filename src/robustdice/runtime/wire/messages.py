@@ -1,12 +1,15 @@
-"""What devices and clients say to each other."""
+"""What devices and clients say to each other.
+
+What is said in every exchange is a named tuple: those are made fastest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HEADER_LIMIT = 64 * 2**10
 DOCUMENT_LIMIT = 2**20
 OUTPUTS_LIMIT = 2**20
@@ -19,8 +22,7 @@ Array: TypeAlias = Any
 """float32 [1, ...], or a shard as it travels; opaque to everyone but the executor and the bytes."""
 
 
-@dataclass(frozen=True, order=True)
-class FrameId:
+class FrameId(NamedTuple):
     """A client's random name (hex) and its frame's number, which only ever grows."""
 
     client: str
@@ -64,8 +66,7 @@ class Pulse:
     hears: bool = True
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(NamedTuple):
     """What something that was computed is built on. Either all was built in one ``view`` (device numbers, ascending),
     every shard taken from its publisher there. Or, with no view, for every exchange of the stages before: the share of
     its neurons that is ``present`` in it, and the share that came from ``spares``; both 0 to 1."""
@@ -75,17 +76,22 @@ class Lineage:
     spares: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Shards:
-    """What ``sender`` publishes for one stage of a frame: ``arrays[k]`` is ``shards[k]`` as it travels. ``serial``
-    grows from 1 with every such message of the sender, whoever it is for. All were built on ``lineage``."""
+class Parcel(NamedTuple):
+    """Shards that travel together: ``arrays[k]`` is ``shards[k]``, as it travels."""
+
+    shards: tuple[ShardId, ...]
+    arrays: Sequence[Array]
+
+
+class Shards(NamedTuple):
+    """What ``sender`` publishes for one stage of a frame. ``serial`` grows from 1 with every such message of the
+    sender, whoever it is for. All were built on ``lineage``."""
 
     sender: int
     serial: int
     frame: FrameId
     stage: int
-    shards: tuple[ShardId, ...]
-    arrays: tuple[Array, ...]
+    parcel: Parcel
     lineage: Lineage = Lineage()
 
 

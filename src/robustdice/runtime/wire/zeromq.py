@@ -26,7 +26,7 @@ from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
-from robustdice.runtime.wire.line import set_options
+from robustdice.runtime.wire.line import send_parts, set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
 from robustdice.runtime.wire.messages import Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
@@ -36,6 +36,7 @@ from robustdice.runtime.wire.security import ANOTHER_MECHANISM, proven_key
 log = logging.getLogger(__name__)
 
 DRAINED_AT_ONCE = 64
+LOOK_SECONDS = 0.001
 REMEMBERED_CLIENTS = 64
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 NOT_LISTED = "its key is not listed"
@@ -59,6 +60,8 @@ class ZeroMQTransport:
                 "copy both from one 'robustdice build'"
             )
         self.dropped = 0
+        self._look_at = 0.0
+        """When to look at everything again, not just at messages."""
         self._entry = entry
         self._device = device
         self._codec = codec
@@ -108,7 +111,7 @@ class ZeroMQTransport:
 
     def _reply(self, route: bytes, parts: list[Any]) -> bool:
         try:
-            self._router.send_multipart([route, *parts], zmq.NOBLOCK, copy=False)
+            send_parts(self._router, [route, *parts])
         except zmq.ZMQError as error:
             if error.errno in {zmq.EAGAIN, zmq.EHOSTUNREACH}:
                 return False
@@ -117,10 +120,14 @@ class ZeroMQTransport:
 
     def poll(self, timeout_seconds: float) -> list[Received | PeerUp | PeerDown]:
         """Everything that can be read now, after waiting for something up to ``timeout_seconds``."""
-        if self._lines.restless:
-            self._lines.tend(time.monotonic())
-        ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_seconds) * 1000)))
+        now = time.monotonic()
+        if now < self._look_at and (said := self._read()):
+            return said  # while much is said, nothing else is looked at: that takes longer than an exchange
         events: list[Received | PeerUp | PeerDown] = []
+        self._look_at = now + LOOK_SECONDS
+        if self._lines.restless:
+            self._lines.tend(now)
+        ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_seconds) * 1000)))
         if self._bell in ready:
             self._drain_bell()
         if self._zap in ready:
@@ -135,9 +142,12 @@ class ZeroMQTransport:
                     with contextlib.suppress(OtherBuildError):  # it says so on its own connection too
                         events += self._decode(frames, device)
         if self._router in ready:
-            for frames in _drain(self._router):
-                events += self._receive(frames)
+            events += self._read()
         return events
+
+    def _read(self) -> list[Received | PeerUp | PeerDown]:
+        """What others have sent to the ROUTER."""
+        return [event for frames in _drain(self._router) for event in self._receive(frames)]
 
     def waker(self) -> Callable[[], None]:
         """A function for one other thread that ends a poll."""
@@ -217,16 +227,17 @@ class ZeroMQTransport:
 
     def _receive(self, frames: list[zmq.Frame]) -> list[Received]:
         """What has come in to the ROUTER."""
-        user = str(frames[-1].get("User-Id"))
+        user = frames[-1].get("User-Id")
         source = None if user == "client" else int(user)
         try:
             events = self._decode(frames[1:], source)
         except OtherBuildError as error:
             self._meet_other_build(frames, str(error))
             return []
-        route = bytes(frames[0].buffer)
+        route = frames[0].bytes
         if source is not None:
             self._routes[source] = route
+            return events
         for message in [event.message for event in events]:
             if isinstance(message, Frame | StatusRequest):
                 name = message.frame.client if isinstance(message, Frame) else message.client

@@ -1,0 +1,130 @@
+"""Shards that travel together, kept as they lie in memory: one array for each exchange.
+
+A device computes its shards of an exchange as one array, sends that, and its peers place it as one. What each number of
+shards looks like is the same for every frame, so it is worked out once (:class:`Layout`). Single shards are cut out of
+a parcel only where somebody asks for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdice.bundle.manifest import Exchange, Manifest
+from robustdice.runtime.wire.messages import Parcel, ShardId
+from robustdice.wire_format import WireForm
+
+Array = NDArray[Any]
+REMEMBERED_LAYOUTS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """How those of some shards that are of one exchange lie in one array, one behind the other, with so many
+    ``neurons`` each; ``form`` says how that array travels."""
+
+    exchange: int
+    numbers: tuple[int, ...]
+    neurons: tuple[int, ...]
+    form: WireForm
+    index: tuple[slice | NDArray[np.intp], ...]
+    """Where the array lies in the exchange's value [batch, ...]; nowhere if it is a sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How some shards, of one or several exchanges, lie in one array for each exchange: ``blocks``, in the shards'
+    order, which has those of one exchange together."""
+
+    shards: tuple[ShardId, ...]
+    blocks: tuple[Block, ...]
+
+    def packed(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """The blocks' arrays, from a single array for each shard."""
+        if isinstance(arrays, Packed):
+            return arrays.blocks
+        found, start = [], 0
+        for block in self.blocks:
+            some = arrays[start : start + len(block.numbers)]
+            found.append(some[0] if len(some) == 1 else block.form.join(some, block.neurons))
+            start += len(some)
+        return tuple(found)
+
+
+class Packed(Sequence[Array]):
+    """The shards of a layout, in its blocks' arrays: cut out when they are asked for."""
+
+    def __init__(self, layout: Layout, blocks: tuple[Array, ...]) -> None:
+        """``blocks`` are the arrays, each [batch, *shape]; nothing is copied."""
+        self.layout, self.blocks = layout, blocks
+
+    def __len__(self) -> int:
+        return len(self.layout.shards)
+
+    def __iter__(self) -> Iterator[Array]:
+        for block, array in zip(self.layout.blocks, self.blocks, strict=True):
+            yield from [array] if len(block.numbers) == 1 else block.form.split(array, block.neurons)
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Array]: ...
+    def __getitem__(self, index: int | slice) -> Array | Sequence[Array]:
+        return list(self)[index]
+
+
+class Layouts:
+    """The layouts of one plan's shards, each worked out once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        """None is known yet."""
+        self._exchanges = manifest.exchanges
+        self._known: dict[tuple[ShardId, ...], Layout] = {}
+
+    def of(self, shards: tuple[ShardId, ...]) -> Layout:
+        """The layout of some shards, those of one exchange together."""
+        if (known := self._known.get(shards)) is not None:
+            return known
+        if len(self._known) == REMEMBERED_LAYOUTS:
+            self._known.clear()
+        blocks = [
+            _block(self._exchanges[exchange], exchange, tuple(number for _, number in some))
+            for exchange, some in groupby(shards, key=lambda shard: shard[0])
+        ]
+        layout = self._known[shards] = Layout(shards, tuple(blocks))
+        return layout
+
+    def select(self, shards: tuple[ShardId, ...], parcels: Sequence[Parcel]) -> tuple[Parcel, ...]:
+        """``shards`` as one parcel, out of what several hold, and what these hold beside them."""
+        if parcels[0].shards == shards:
+            return tuple(parcels)
+        found = {shard: array for parcel in parcels for shard, array in zip(parcel.shards, parcel.arrays, strict=True)}
+        wanted = self.packed(shards, [found.pop(shard) for shard in shards])
+        return (wanted, Parcel(tuple(found), list(found.values()))) if found else (wanted,)
+
+    def packed(self, shards: tuple[ShardId, ...], arrays: Sequence[Array]) -> Parcel:
+        """A parcel of single arrays, with those of one exchange in one."""
+        layout = self.of(shards)
+        return Parcel(shards, Packed(layout, layout.packed(arrays)))
+
+
+def _block(exchange: Exchange, position: int, numbers: tuple[int, ...]) -> Block:
+    widths = [exchange.entries(number) for number in numbers]
+    shape = (*exchange.shape[: exchange.axis - 1], sum(widths), *exchange.shape[exchange.axis :])
+    form = WireForm(exchange.wire, shape, exchange.axis, exchange.features)
+    held = [neuron for number in numbers for neuron in exchange.shards[number].neurons]
+    index = (*(slice(None),) * exchange.axis, _place(held, exchange.features)) if held and not exchange.sums else ()
+    return Block(position, numbers, tuple(width // exchange.features for width in widths), form, index)
+
+
+def _place(neurons: Sequence[int], features: int) -> slice | NDArray[np.intp]:
+    """Where neurons' entries lie along the axis: a slice when they are neighbours."""
+    if list(neurons) == list(range(neurons[0], neurons[0] + len(neurons))):
+        return slice(neurons[0] * features, (neurons[0] + len(neurons)) * features)
+    entries: NDArray[np.intp] = (np.array(neurons)[:, None] * features + np.arange(features)).ravel()
+    return entries
