@@ -13,12 +13,11 @@ from torch import nn
 
 from commands import fails, run
 from nets import Residual, network_of, save, seeded, shared_network
-from robustdice.cost.model import alone, handed_over, parse_link, predict, shares
+from robustdice.cost.model import Judge, alone, handed_over, parse_link, predict, shares
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import PlanError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
-from robustdice.plan import Plan
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_plan import example
@@ -75,7 +74,7 @@ def test_without_exchanges_devices_take_frames_in_turn() -> None:
     found = predict(plan, TYPICAL)
     assert found == alone(TYPICAL, plan.layers, 3)
     assert found.frames_per_second == pytest.approx(3 / found.latency_seconds)
-    assert plans_for_fewer(network, plan, TYPICAL, None, "latency") == [plan]
+    assert plans_for_fewer(network, plan, Judge()) == [plan]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def device(exchange_seconds: float, macs_per_second: float) -> Profile:
 
 def splits(profile: Profile, devices: int = 2, link: float | None = None, goal: str = "throughput") -> list[str]:
     network = shared_network(headed, 3, 32, 32)
-    chosen = choose_splits(network, devices, profile, link, goal, "float32", pairs_too=True)
+    chosen = choose_splits(network, devices, Judge(profile, link, goal), "float32", pairs_too=True)
     plan = even_plan(network, devices, chosen, "float32")
     return [plan.split(layer) for layer in range(6)]
 
@@ -124,15 +123,21 @@ def test_splits_follow_from_what_handing_over_costs() -> None:
 def test_chosen_splits_are_modelled_to_be_no_worse_than_any_one_word(goal: str, link: float | None) -> None:
     network = shared_network(headed, 3, 32, 32)
     for profile in (TYPICAL, device(1e-3, 1e8), device(1e-5, 1e9)):
-        chosen = choose_splits(network, 3, profile, link, goal, "float32", pairs_too=True)
-
-        def seconds(plan: Plan, profile: Profile = profile) -> float:
-            found = predict(plan, profile, link)
-            return found.latency_seconds if goal == "latency" else 1 / found.frames_per_second
-
-        best = seconds(even_plan(network, 3, chosen, "float32"))
+        judge = Judge(profile, link, goal)
+        best = judge.seconds(even_plan(network, 3, splits_of(network, 3, "auto", judge), "float32"))
         for word in ("neurons", "hidden", "rows"):
-            assert best <= seconds(even_plan(network, 3, splits_of(network, 3, word), "float32")) * (1 + 1e-9)
+            by_word = judge.seconds(even_plan(network, 3, splits_of(network, 3, word, judge), "float32"))
+            assert best <= by_word * (1 + 1e-9)
+
+
+def test_a_run_ends_before_what_strips_have_in_common_outweighs_the_exchanges() -> None:
+    network = shared_network(headed, 3, 32, 32)
+    lengths = [
+        len(plan.strips[0].layers)
+        for profile in (device(0.0, 1e6), device(1.0, 1e9))
+        for plan in [partition(network, devices=4, method="lop", split="rows", profile=profile)]
+    ]
+    assert lengths == [1, 4]
 
 
 def test_a_plan_by_the_cost_model_keeps_its_method_and_says_how_it_was_made() -> None:
@@ -147,7 +152,7 @@ def test_a_plan_by_the_cost_model_keeps_its_method_and_says_how_it_was_made() ->
     assert not coarse.pairs
     with pytest.raises(PlanError, match="unknown goal 'speed'; known: throughput, latency"):
         partition(network, devices=2, method="lop", split="auto", goal="speed")
-    fewer = plans_for_fewer(network, partition(network, devices=4, method="lop"), TYPICAL, None, "throughput")
+    fewer = plans_for_fewer(network, partition(network, devices=4, method="lop"), Judge())
     assert [each.devices for each in fewer] == [2, 3, 4]
 
 

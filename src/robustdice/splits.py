@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from robustdice.cost.model import Prediction, check_goal, predict
-from robustdice.cost.profile import Profile
+from robustdice.cost.model import Judge
+from robustdice.errors import PlanError
 from robustdice.model.network import Network
 from robustdice.model.pairs import choose_pairs, possible_pairs
-from robustdice.model.strips import FEW_WEIGHTS, early_run, runs_of
+from robustdice.model.strips import FEW_WEIGHTS, runs_of
 from robustdice.partitioning import partition
 from robustdice.plan import Plan, Strips
 
@@ -28,37 +28,47 @@ class Splits:
     whole: frozenset[int] = frozenset()
 
 
-def plans_for_fewer(network: Network, made: Plan, profile: Profile, link: float | None, goal: str) -> list[Plan]:
+def plans_for_fewer(network: Network, made: Plan, judge: Judge) -> list[Plan]:
     """Plans for 2, 3, ... devices that split layers by the same rule as the one that was ``made``, which comes last."""
     if not made.exchanges:
         return [made]
     split, plans = str(made.settings.get("split", "neurons")), []
     for devices in range(2, made.devices):
-        if split == "auto":
-            splits = choose_splits(network, devices, profile, link, goal, made.wire, pairs_too=bool(made.pairs))
-        else:
-            splits = splits_of(network, devices, split)
+        splits = splits_of(network, devices, split, judge, made.wire, pairs_too=bool(made.pairs))
         plans.append(even_plan(network, devices, splits, made.wire))
     return [*plans, made]
 
 
-def splits_of(network: Network, devices: int, split: str) -> Splits:
-    """The splits that one word asks for, without a cost model; PlanError where there are none."""
+def splits_of(
+    network: Network, devices: int, split: str, judge: Judge, wire: str = "float32", pairs_too: bool = True
+) -> Splits:
+    """The splits that a word asks for; PlanError where there are none, or the profile is of another model.
+
+    ``hidden`` are the pairs that hand over least, ``rows`` the run that is modelled to be best, ``auto`` whatever is:
+    without pairs unless ``pairs_too``."""
     if split == "hidden":
         return Splits(pairs=choose_pairs(network, devices))
-    return Splits(run=early_run(network, devices)) if split == "rows" else Splits()
+    if split == "rows":
+        return Splits(run=_best_run(network, devices, judge, wire))
+    return choose_splits(network, devices, judge, wire, pairs_too) if split == "auto" else Splits()
 
 
-def choose_splits(
-    network: Network, devices: int, profile: Profile, link: float | None, goal: str, wire: str, pairs_too: bool
-) -> Splits:
-    """The splits with which a plan is modelled to be best at ``goal``: one thing is split otherwise after the other, as
-    long as that makes it better. Layers that all devices hold have few weights together, so that plans still share out
-    the model. ``link`` is in bits per second; None: it is no bound. PlanError when the profile is of another model."""
-    check_goal(goal)
+def _best_run(network: Network, devices: int, judge: Judge, wire: str) -> Strips:
+    if runs := runs_of(network, devices):
+        return min(runs, key=lambda run: judge.seconds(even_plan(network, devices, Splits(run=run), wire)))
+    raise PlanError(
+        f"the model does not begin with layers of at most {FEW_WEIGHTS:.0%} of its weights whose maps have a row for "
+        f"each of {devices} devices; plan without rows"
+    )
+
+
+def choose_splits(network: Network, devices: int, judge: Judge, wire: str, pairs_too: bool) -> Splits:
+    """The splits with which a plan is modelled to be best: one thing is split otherwise after the other, as long as
+    that makes it better. Layers that all devices hold have few weights together, so that plans still share out the
+    model."""
 
     def seconds(splits: Splits) -> float:
-        return _seconds(predict(even_plan(network, devices, splits, wire), profile, link), goal)
+        return judge.seconds(even_plan(network, devices, splits, wire))
 
     best = Splits()
     least = seconds(best)
@@ -121,10 +131,6 @@ def _few(network: Network, splits: Splits) -> bool:
     by_all = {*splits.whole, *(() if splits.run is None else splits.run.layers)}
     weights = sum(layer.neurons * layer.neuron_weights for layer in (network.plan_layers[i] for i in by_all))
     return weights <= FEW_WEIGHTS * network.parameters and len(by_all) < len(network.layers)
-
-
-def _seconds(prediction: Prediction, goal: str) -> float:
-    return prediction.latency_seconds if goal == "latency" else 1 / prediction.frames_per_second
 
 
 def even_plan(network: Network, devices: int, splits: Splits, wire: str) -> Plan:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from robustdice.auto import Candidate, Table, best_first, candidates, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
-from robustdice.cost.model import parse_link
+from robustdice.cost.model import Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.activations import activation_steps
@@ -36,7 +36,7 @@ from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.founding import found_cluster
-from robustdice.splits import choose_splits, splits_of
+from robustdice.splits import splits_of
 
 
 def partition(
@@ -64,21 +64,18 @@ def partition(
     Primaries are kept in ``precision``, spares in ``spare_precision`` (the same unless said otherwise); the first and
     the last layer and very small filters in at least 8 bits. Coarse weights are fitted to ``images`` (unlabelled,
     [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
-    alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with the run of
-    :func:`robustdice.model.strips.early_run`, of which nothing can be lost; or ``auto``: each layer as
-    :func:`robustdice.splits.choose_splits` says for ``profile``, ``link`` (such as ``"1Gbit"``) and ``goal``. Devices
-    hand each other values as ``wire`` says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`).
+    alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with a run
+    of early layers in strips, of which nothing can be lost; or ``auto``: each layer as is modelled to be best, as
+    :func:`robustdice.splits.splits_of` says, for ``profile``, ``link`` (such as ``"1Gbit"``) and ``goal``. Devices hand
+    each other values as ``wire`` says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`).
     PlanError also when a ``method`` of the user's own takes more memory than it was given.
     """
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     kinds = (precision, spare_precision or precision)
-    if split == "auto":
-        rate = None if link is None else parse_link(link)
-        pairs_too = method != "cdc" and kinds == ("float32", "float32")
-        splits = choose_splits(network, devices, profile, rate, goal, wire, pairs_too)
-    else:
-        splits = splits_of(network, devices, split)
+    judge = Judge(profile, None if link is None else parse_link(link), goal)
+    pairs_too = method != "cdc" and kinds == ("float32", "float32")
+    splits = splits_of(network, devices, split, judge, wire, pairs_too)
     plan = partition_layers(
         network.plan_layers,
         scores,

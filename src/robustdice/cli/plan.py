@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +34,7 @@ from robustdice.cli.options import (
     score_with,
 )
 from robustdice.cli.usage import number, one_of
-from robustdice.cost.model import GOALS, check_goal, parse_link
+from robustdice.cost.model import GOALS, Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
@@ -163,16 +162,13 @@ def plan(
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     check_wire(wire, sums=method == "cdc")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
-    check_goal(goal)
-    judged = _Judged(
-        TYPICAL if profile is None else Profile.load(profile),
-        "typical figures" if profile is None else str(profile),
-        None if link is None else parse_link(link),
-        goal,
+    judge = Judge(
+        TYPICAL if profile is None else Profile.load(profile), None if link is None else parse_link(link), goal
     )
+    source = "typical figures" if profile is None else str(profile)
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
-    judged.profile.check_fits(network.reference)
+    judge.profile.check_fits(network.reference)
     importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
     if survive is not None and method != "auto":
@@ -206,7 +202,13 @@ def plan(
                 on_progress=advance,
             )
         _finish(
-            considered[0].plan, judged.outlook(network, considered[0].plan), output, plot, as_json, images, considered
+            considered[0].plan,
+            _outlook(network, considered[0].plan, judge, source),
+            output,
+            plot,
+            as_json,
+            images,
+            considered,
         )
         return
     coarse = {precision, spare_precision or precision} != {"float32"}
@@ -229,13 +231,13 @@ def plan(
             images=seen,
             split=split,
             wire=wire,
-            profile=judged.profile,
+            profile=judge.profile,
             link=link,
             goal=goal,
             on_progress=advance,
         )
     made = _with_activations(activations, network, made, seen)
-    _finish(made, judged.outlook(network, made), output, plot, as_json, images)
+    _finish(made, _outlook(network, made, judge, source), output, plot, as_json, images)
     if coarse and seen is None and not as_json:
         out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
 
@@ -259,21 +261,10 @@ def _with_activations(
     return made if activations == "float32" or images is None else rd.round_activations(network, made, images)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """By what plans are modelled: a profile, where it comes from, bits per second of a device's link, and for what."""
+def _outlook(network: rd.Network, made: rd.Plan, judge: Judge, source: str) -> cost_tables.Outlook:
+    from robustdice.splits import plans_for_fewer  # noqa: PLC0415 -- it needs the workshop
 
-    profile: Profile
-    source: str
-    link: float | None
-    goal: str
-
-    def outlook(self, network: rd.Network, made: rd.Plan) -> cost_tables.Outlook:
-        """What the plan and plans for fewer devices are modelled to give."""
-        from robustdice.splits import plans_for_fewer  # noqa: PLC0415 -- it needs the workshop
-
-        plans = plans_for_fewer(network, made, self.profile, self.link, self.goal)
-        return cost_tables.Outlook(plans, self.profile, self.source, self.link)
+    return cost_tables.Outlook(plans_for_fewer(network, made, judge), judge.profile, source, judge.link)
 
 
 def _finish(

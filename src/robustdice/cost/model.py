@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.cost.profile import Profile
+from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import PlanError
 from robustdice.plan import Layer, Plan
 
@@ -34,18 +34,31 @@ class Prediction:
     sent_bytes: float
 
 
+@dataclass(frozen=True)
+class Judge:
+    """By what plans are compared: a device's profile, bits per second of its link (None: no bound), and the goal, one
+    of :data:`GOALS`. PlanError for another goal."""
+
+    profile: Profile = TYPICAL
+    link: float | None = None
+    goal: str = "throughput"
+
+    def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise PlanError(f"unknown goal {self.goal!r}; known: {', '.join(GOALS)}")
+
+    def seconds(self, plan: Plan) -> float:
+        """What a plan takes for a frame, alone or of a stream, as the goal has it."""
+        found = predict(plan, self.profile, self.link)
+        return found.latency_seconds if self.goal == "latency" else 1 / found.frames_per_second
+
+
 def parse_link(text: str) -> float:
     """Bits per second of a link such as ``1Gbit`` or ``100Mbit``; PlanError for anything else."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmg]?)bit(/s|ps)?\s*", text, re.IGNORECASE)
     if match is None or not (rate := float(match[1]) * _UNITS[match[2].lower()]):
         raise PlanError(f"link {text!r} is not a rate; give bits per second such as '1Gbit' or '100Mbit'")
     return rate
-
-
-def check_goal(goal: str) -> None:
-    """PlanError unless it is one of :data:`GOALS`."""
-    if goal not in GOALS:
-        raise PlanError(f"unknown goal {goal!r}; known: {', '.join(GOALS)}")
 
 
 def alone(profile: Profile, layers: Sequence[Layer], devices: int = 1) -> Prediction:

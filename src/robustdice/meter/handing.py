@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +34,9 @@ FEW, MANY = 2, 10
 SMALL, LARGE = 2, 96
 """Height and width of what is exchanged, four channels deep."""
 STREAM_SECONDS = 1.5
+IDLE_SECONDS = 1.0
 FRAMES_ALONE = 20
+T = TypeVar("T")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -107,12 +111,22 @@ def measure_plan(network: Network, plan: Plan, seconds: float) -> Taken:
         with LocalCluster(Path(directory) / "build", timeout_seconds=30.0, window=4) as cluster:
             processes = [pid for device in range(plan.devices) if (pid := cluster.process(device)) is not None]
             _stream(cluster, frame, seconds / 3)
-            before, start = [_processor_seconds(pid) for pid in processes], time.perf_counter()
-            frames = _stream(cluster, frame, seconds)
-            elapsed = time.perf_counter() - start
-            spent = [_processor_seconds(pid) - then for pid, then in zip(processes, before, strict=True)]
+            cluster.infer(frame)  # the frames that were in flight are done before it
+            _, idle, _ = _loads(processes, lambda: time.sleep(IDLE_SECONDS))
+            frames, busy, elapsed = _loads(processes, lambda: _stream(cluster, frame, seconds))
             latencies = [cluster.infer(frame).latency_seconds for _ in range(FRAMES_ALONE)]
-    return Taken(max(spent) / frames, frames / elapsed, median(latencies))
+    # Devices keep in contact whether there are frames or not: that is no part of what a frame takes.
+    load = max(0.0, *(with_frames - without for with_frames, without in zip(busy, idle, strict=True)))
+    return Taken(load * elapsed / frames, frames / elapsed, median(latencies))
+
+
+def _loads(processes: Sequence[int], run: Callable[[], T]) -> tuple[T, list[float], float]:
+    """What ``run`` gives, how much of a processor each process took meanwhile, and how many seconds these were."""
+    before, start = [_processor_seconds(process) for process in processes], time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - start
+    spent = [_processor_seconds(process) - then for process, then in zip(processes, before, strict=True)]
+    return result, [seconds / elapsed for seconds in spent], elapsed
 
 
 def _stream(cluster: LocalCluster, frame: np.ndarray, seconds: float) -> int:

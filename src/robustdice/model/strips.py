@@ -121,16 +121,6 @@ def runs_of(network: Network, devices: int) -> list[Strips]:
     return found
 
 
-def early_run(network: Network, devices: int) -> Strips:
-    """The longest of :func:`runs_of`; PlanError without any."""
-    if runs := runs_of(network, devices):
-        return runs[-1]
-    raise PlanError(
-        f"the model does not begin with layers of at most {FEW_WEIGHTS:.0%} of its weights whose maps have a row for "
-        f"each of {devices} devices; plan without rows"
-    )
-
-
 def rows_needed(network: Network, region: Region, rows: Rows) -> dict[fx.Node, Rows]:
     """For every value of a region, its source included: the rows that ``rows`` of its end are computed from."""
     needed = {region.end: rows}
