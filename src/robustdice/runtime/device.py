@@ -134,7 +134,7 @@ class Worker(threading.Thread):
         self._away = 0
         """Tasks that the thread was given, and whose results were not asked for yet."""
         self._seconds: dict[int, float] = {}
-        """What a stage took the last time."""
+        """What a stage usually takes."""
         self._executor, self._wake = executor, wake
         self._inputs: dict[FrameId, dict[int, Values]] = {}
         """For every stage that a frame has entered: what its pieces read."""
@@ -192,7 +192,9 @@ class Worker(threading.Thread):
         except Exception as error:  # whatever ONNX Runtime raises costs this frame, not the device
             log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
             return Computed(task, (), error=f"{type(error).__name__}: {error}"[:300])
-        self._seconds[task.stage] = time.perf_counter() - started
+        taken = time.perf_counter() - started
+        usual = self._seconds.get(task.stage, taken)
+        self._seconds[task.stage] = min(taken, usual + (taken - usual) / 8)  # once may be chance
         return result
 
     def _forget(self, frame: FrameId) -> None:

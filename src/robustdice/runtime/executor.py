@@ -44,6 +44,7 @@ class Executor:
         give_back()
         self.layouts = Layouts(manifest)
         self._assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
+        self._pieces = [[(piece, self.layouts.of(piece.shards)) for piece in stage.pieces] for stage in manifest.stages]
         self._read = [{name for piece in stage.pieces for name in piece.inputs} for stage in manifest.stages]
         self._calibrated = lru_cache(64)(manifest.calibrated_for)
 
@@ -69,9 +70,8 @@ class Executor:
     def run_piece(self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Parcel:
         """The piece's shards, while the devices ``down`` are: one array [batch, ...] for each exchange, as it travels,
         which single ones are cut out of."""
-        part = self.manifest.stages[stage].pieces[piece]
+        part, layout = self._pieces[stage][piece]
         outputs = self._run(part, values, down)
-        layout = self.layouts.of(part.shards)
         blocks = (block.form.narrow(outputs[name]) for block, name in zip(layout.blocks, part.outputs, strict=True))
         return Parcel(part.shards, Packed(layout, tuple(blocks)))
 

@@ -227,8 +227,8 @@ class Engine:
 
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
-        for frame in () if self._workload.full else self.frames:
-            if not (frame.owes or frame.hurried or frame.phase is Phase.READY) or frame.id not in self.frames:
+        for frame in () if self._workload.full else self.frames.with_work():
+            if frame.id not in self.frames:
                 continue
             if self._workload.full:
                 return

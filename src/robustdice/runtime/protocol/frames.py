@@ -96,6 +96,10 @@ class Frames:
         """The oldest frame that is not DONE."""
         return next((frame for frame in self._admitted.values() if frame.phase is not Phase.DONE), None)
 
+    def with_work(self) -> list[InFlight]:
+        """Those that may have something to be computed, the oldest first."""
+        return [f for f in self._admitted.values() if f.phase is Phase.READY or f.owes or f.hurried]
+
     def owing(self) -> list[FrameId]:
         """Those that wait for nothing but this device's own work."""
         return [frame.id for frame in self if frame.phase in {Phase.READY, Phase.COMPUTING} or frame.owes]

@@ -68,18 +68,18 @@ class ParcelCodec:
         self._earlier = [sum(len(s.exchanges) for s in manifest.stages[:n]) for n in range(len(manifest.stages))]
         self._routes: dict[bytes, _Route] = {}
         self._heads: dict[tuple[Any, ...], tuple[bytes, Layout]] = {}
+        """For a view, stage and sender: what was sent last begins with, and how it lies in memory."""
         self._frames: dict[bytes, FrameId] = {}
 
     def encode(self, message: Shards) -> list[Any]:
         """The frames of ``message``: bytes-like objects, large arrays not copied where they need not be."""
         sender, serial, frame, stage, (shards, arrays), lineage = message
-        key = lineage.view, stage, sender, shards
-        known = self._heads.get(key)
-        if known is None:
-            if len(self._heads) == REMEMBERED_ROUTES:
+        key = lineage.view, stage, sender
+        head, layout = self._heads.get(key, (b"", None))
+        if layout is None or layout.shards != shards:
+            if len(self._heads) >= REMEMBERED_ROUTES:
                 self._heads.clear()
-            known = self._heads[key] = self._head(lineage, stage, sender, shards)
-        head, layout = known
+            head, layout = self._heads[key] = self._head(lineage, stage, sender, shards)
         blocks = arrays.blocks if isinstance(arrays, Packed) else layout.packed(arrays)
         told = [FRAME.pack(frame.client.encode(), frame.number, serial)]
         if head[3] & LISTED:
