@@ -54,6 +54,8 @@ LOOK_SECONDS = 0.001
 DRAIN_ROUNDS = 16
 BRIEF_SECONDS = 0.001
 """What takes no longer is computed at once: handing it over to another thread would take about as long."""
+AT_A_TIME_SECONDS = 0.002
+"""After computing for so long, a device looks whether anything has arrived."""
 
 
 def run_device(
@@ -133,8 +135,8 @@ class Worker(threading.Thread):
         """What is to be done next; nothing while the thread has something to do."""
         self._away = 0
         """Tasks that the thread was given, and whose results were not asked for yet."""
-        self._seconds: dict[int, float] = {}
-        """What a stage usually takes."""
+        self._seconds: dict[tuple[type, int], float] = {}
+        """What a stage usually takes, and what standing in for others in it."""
         self._executor, self._wake = executor, wake
         self._inputs: dict[FrameId, dict[int, Values]] = {}
         """For every stage that a frame has entered: what its pieces read."""
@@ -148,6 +150,11 @@ class Worker(threading.Thread):
         else:
             self._given.append(task)
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is something to do that the thread does not do."""
+        return bool(self._given)
+
     def result(self) -> Computed | None:
         """What was computed next, if anything was."""
         if self._away:
@@ -159,7 +166,7 @@ class Worker(threading.Thread):
             task = self._given.popleft()
             if isinstance(task, Forget):
                 self._forget(task.frame)
-            elif self._seconds.get(task.stage, math.inf) <= BRIEF_SECONDS:
+            elif self._seconds.get((type(task), task.stage), math.inf) <= BRIEF_SECONDS:
                 return self._attempt(task)
             else:
                 for each in (task, *self._given):
@@ -193,8 +200,9 @@ class Worker(threading.Thread):
             log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
             return Computed(task, (), error=f"{type(error).__name__}: {error}"[:300])
         taken = time.perf_counter() - started
-        usual = self._seconds.get(task.stage, taken)
-        self._seconds[task.stage] = min(taken, usual + (taken - usual) / 8)  # once may be chance
+        kind = type(task), task.stage
+        usual = self._seconds.get(kind, taken)
+        self._seconds[kind] = min(taken, usual + (taken - usual) / 8)  # once may be chance
         return result
 
     def _forget(self, frame: FrameId) -> None:
@@ -255,7 +263,8 @@ class Loop:
         if self._stale and now >= self._look_at:
             self._look(now)
         until = min(self._due, self._look_at) if self._stale else self._due
-        happened = self._read(min(max(until - now, 0.0), LONGEST_POLL_SECONDS))
+        wait = 0.0 if self._worker.at_hand else min(max(until - now, 0.0), LONGEST_POLL_SECONDS)
+        happened = self._read(wait)
         self._stale |= happened
         now = time.monotonic()
         if now < self._due:
@@ -281,8 +290,10 @@ class Loop:
             else:
                 self._act(self._engine.handle(event, time.monotonic()))
         happened = bool(events)
-        while (result := self._worker.result()) is not None:
-            self._act(self._engine.handle(result, time.monotonic()))
+        started = now = time.monotonic()
+        while now - started < AT_A_TIME_SECONDS and (result := self._worker.result()) is not None:
+            now = time.monotonic()
+            self._act(self._engine.handle(result, now))
             happened = True
         return happened
 
