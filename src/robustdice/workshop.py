@@ -23,8 +23,9 @@ from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
+from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
-from robustdice.model.network import Network, check_plan_fits
+from robustdice.model.network import Network
 from robustdice.partitioning import SPLITS, Method
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory

@@ -29,7 +29,8 @@ from robustdice.bundle.parts import Affine, Coarse, Corrected, Filter, Part, Pie
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
 from robustdice.model.canonical import attribute
-from robustdice.model.network import Network, check_plan_fits
+from robustdice.model.fits import check_plan_fits
+from robustdice.model.network import Network
 from robustdice.plan import Plan
 from robustdice.representation import CoarseFilter, Correction, pack
 

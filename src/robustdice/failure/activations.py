@@ -12,7 +12,8 @@ from torch import fx
 
 from robustdice.failure.copies import Copies, rounded
 from robustdice.model.canonical import CONVOLUTIONS, execute
-from robustdice.model.network import Network, check_plan_fits, together
+from robustdice.model.fits import check_plan_fits
+from robustdice.model.network import Network, together
 from robustdice.plan import Plan
 from robustdice.progress import Progress, silent
 from robustdice.representation import Steps

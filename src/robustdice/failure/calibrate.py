@@ -20,8 +20,9 @@ from robustdice.failure.copies import Copies, State, intact, state_of
 from robustdice.failure.handover import as_received, forms
 from robustdice.failure.passes import correct, fill
 from robustdice.model.canonical import execute
+from robustdice.model.fits import check_plan_fits
 from robustdice.model.layers import NetworkLayer
-from robustdice.model.network import Network, check_plan_fits, together
+from robustdice.model.network import Network, together
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.representation import LOST, Correction

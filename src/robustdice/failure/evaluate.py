@@ -23,8 +23,9 @@ from robustdice.failure.passes import run_under
 from robustdice.files import write_csv
 from robustdice.markup import html_table
 from robustdice.model.data import UNKNOWN, Dataset
+from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
-from robustdice.model.network import BATCH_ELEMENTS, Network, check_plan_fits, on_best_device
+from robustdice.model.network import BATCH_ELEMENTS, Network, on_best_device
 from robustdice.plan import FailureSet, ModelReference, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, shown, silent
 from robustdice.tasks import Checkpoint, run_tasks

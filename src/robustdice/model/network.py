@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
-from robustdice.errors import ModelError, PlanError
+from robustdice.errors import ModelError
 from robustdice.markup import html_table
 from robustdice.model.beside import check_types, run_beside
 from robustdice.model.canonical import (
@@ -29,7 +29,7 @@ from robustdice.model.canonical import (
 )
 from robustdice.model.layers import NetworkLayer, find_layers
 from robustdice.model.outputs import SOFTMAX, flatten_scores, read_output
-from robustdice.plan import Layer, ModelReference, Plan
+from robustdice.plan import Layer, ModelReference
 
 BATCH_ELEMENTS = 1_000_000
 """Largest temporary, in numbers: larger ones cost more in page faults than they save in calls."""
@@ -162,21 +162,6 @@ def together(network: Network, images: NDArray[np.float32], elements: int = MAX_
     widest = max(math.prod(shape[1:]) for node, shape in network.shapes.items() if node.op == "call_function")
     every = -(-len(images) * widest // elements)
     return on_best_device(torch.from_numpy(images[::every].copy()))
-
-
-def check_plan_fits(network: Network, plan: Plan) -> None:
-    """PlanError unless ``plan`` was made for ``network``."""
-    planned, found = plan.model, network.reference
-    if planned.digest != found.digest:
-        raise PlanError(
-            f"the plan was made for {planned.source} (digest {planned.digest[:12]}), "
-            f"not for {found.source} (digest {found.digest[:12]}); make a new plan with 'robustdice plan'"
-        )
-    if plan.layers != network.plan_layers or plan.shared_weights != network.shared_weights:
-        raise PlanError(
-            f"the plan has other layers than this version finds in {found.source}; "
-            "make a new plan with 'robustdice plan'"
-        )
 
 
 def exchange_masks(network: Network, survivors: Survivors) -> dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]]:

@@ -152,10 +152,15 @@ def strips_of(network: Network, region: Region, devices: int) -> Strips:
         if not better or min(better)[0] >= max(work):
             break
         _, bounds, work = min(better)
+    return strips_between(network, region, bounds)
+
+
+def strips_between(network: Network, region: Region, bounds: Sequence[int]) -> Strips:
+    """The region in strips of its end's rows ``bounds[d]`` to ``bounds[d + 1]``."""
     needed = [rows_needed(network, region, rows) for rows in pairwise(bounds)]
     nodes = [network.layers[index].node for index in region.layers]
     elements = 1
-    for size in shape[1:]:
+    for size in network.shapes[region.end][1:]:
         elements *= size
     return Strips(
         layers=region.layers,
