@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.errors import MessageError
+from robustdice.plan import Holder, Shard
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.messages import (
     Answer,
@@ -170,11 +173,13 @@ def test_large_arrays_are_frames_of_their_own() -> None:
         (IN_A_VIEW, 36, b"\x09\x00", "stages 0 to 3"),
         (IN_A_VIEW, 38, b"\x09\x00", "a view of 0b1001"),
         (IN_A_VIEW, 38, b"\x05\x00", "publishes nothing"),
+        (IN_A_VIEW, 41, b"\x01", "bytes that mean nothing"),
         (IN_A_VIEW, 40, b"\x02", "device 1 sent Shards of device 2"),
         (IN_A_VIEW, 48, b"AB", "hexadecimal"),
         (IN_A_VIEW, 48, b"\xff", "hexadecimal"),
         (IN_A_VIEW, 80, b"\xff" * 8, "frame number"),
         (IN_A_VIEW, 88, b"\xff" * 8, "serial number"),
+        (LISTED, 38, b"\x05", "a view of what was not built in one"),
         (LISTED, HEADER, b"\x09", "9 shards of stage 2"),
         (LISTED, HEADER, b"\x00", "at least one"),
         (LISTED, HEADER + 4, b"\x01", "not of stage 2"),
@@ -202,6 +207,24 @@ def test_shards_of_another_size_are_refused() -> None:
                 DEVICE.decode(parts, 1)
     with pytest.raises(MessageError, match="arrived at a client"):
         CLIENT.decode(DEVICE.encode(IN_A_VIEW), 1)
+
+
+def test_whatever_shards_a_peer_lists_little_is_remembered_of_them() -> None:
+    """A device that holds eight shards of a wide layer can list them in 255 ways."""
+    shards = tuple(Shard(tuple(range(k, 512, 8)), (Holder(1),)) for k in range(8))
+    plan, manifest = make_plan(2), make_manifest(make_plan(2), 0)
+    wide = replace(manifest.exchanges[0], shape=(512 * 49,), features=49, shards=shards)
+    codec = Codec(plan.digest, replace(manifest, exchanges=(wide, *manifest.exchanges[1:])))
+    whole = codec.encode(Shards(1, 1, ID, 0, Parcel(((0, 0),), (ones(1, 64 * 49),)), Lineage(())))[0][:HEADER]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for size in range(1, 8):
+        for some in itertools.combinations(range(8), size):
+            listed = np.array([(0, number) for number in some], "<u4").tobytes()
+            codec.decode([whole + np.uint32(size).tobytes() + listed, bytes(4 * 64 * 49 * size)], 1)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 2**20
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4), st.sampled_from([None, 0, 1, 2]))

@@ -68,15 +68,17 @@ class Assembly:
 
     def _singly(self, parcels: Sequence[Parcel]) -> list[tuple[Block, Array]]:
         """Every shard by itself; those with neurons, whether they have come or follow from what has."""
-        forms = {number: self._exchange.form(number) for number in range(len(self._exchange.shards))}
         there = {
-            number: forms[number].widen(array)
+            number: self._single(number).form.widen(array)
             for shards, arrays in parcels
             for (position, number), array in zip(shards, arrays, strict=True)
             if position == self._position
         }
         found = _repair(self._exchange, there)
-        return [(self._layouts.of(((self._position, n),)).blocks[0], array) for n, array in found.items()]
+        return [(self._single(number), array) for number, array in found.items()]
+
+    def _single(self, number: int) -> Block:
+        return self._layouts.of(((self._position, number),)).blocks[0]
 
 
 def _repair(exchange: Exchange, shards: Mapping[int, Floats]) -> dict[int, Floats]:

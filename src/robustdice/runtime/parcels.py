@@ -8,7 +8,8 @@ a parcel only where somebody asks for one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any, overload
 
@@ -32,8 +33,14 @@ class Block:
     numbers: tuple[int, ...]
     neurons: tuple[int, ...]
     form: WireForm
-    index: tuple[slice | NDArray[np.intp], ...]
-    """Where the array lies in the exchange's value [batch, ...]; nowhere if it is a sum."""
+    of: Exchange = field(repr=False)
+
+    @cached_property
+    def index(self) -> tuple[slice | NDArray[np.intp], ...]:
+        """Where the array lies in the exchange's value [batch, ...], unless it is a sum. As large as the array, so that
+        it is not worked out for whatever shards a peer chooses to list."""
+        held = [neuron for number in self.numbers for neuron in self.of.shards[number].neurons]
+        return (*(slice(None),) * self.of.axis, _place(held, self.of.features))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +124,7 @@ def _block(exchange: Exchange, position: int, numbers: tuple[int, ...]) -> Block
     widths = [exchange.entries(number) for number in numbers]
     shape = (*exchange.shape[: exchange.axis - 1], sum(widths), *exchange.shape[exchange.axis :])
     form = WireForm(exchange.wire, shape, exchange.axis, exchange.features)
-    held = [neuron for number in numbers for neuron in exchange.shards[number].neurons]
-    index = (*(slice(None),) * exchange.axis, _place(held, exchange.features)) if held and not exchange.sums else ()
-    return Block(position, numbers, tuple(width // exchange.features for width in widths), form, index)
+    return Block(position, numbers, tuple(width // exchange.features for width in widths), form, exchange)
 
 
 def _place(neurons: Sequence[int], features: int) -> slice | NDArray[np.intp]:

@@ -146,6 +146,8 @@ class ParcelCodec:
             raise MessageError(f"device {sender} publishes nothing in stage {stage} of such a view")
         else:
             layout = self._layouts.of(shards)
+        if head != ROUTE.pack(MAGIC, version, flags, plan, stage, mask if flags & IN_ONE_VIEW else 0, sender):
+            raise MessageError("a view of what was not built in one, or bytes that mean nothing and are not 0")
         if len(self._routes) == REMEMBERED_ROUTES:
             self._routes.clear()
         route = _Route(sender, stage, lineage, shards, layout, _expected(layout) if layout else ())
