@@ -128,6 +128,7 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
         stages=(*stages, Stage((), (), (), ())),
         files={},
         weight_bytes=plan.bytes_per_device[device],
+        certificate=plan.certificate,
     )
 
 

@@ -11,6 +11,7 @@ from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
     Computed,
+    Event,
     Forget,
     PeerUp,
     Received,
@@ -152,10 +153,34 @@ def test_without_faults_nothing_is_repaired(seed: int) -> None:
     world.check()
     assert len(world.sent) > 50
     assert set(world.coverage()) == {1.0}
-    assert all(a.from_spares == 0.0 and not a.down for given in world.answers.values() for _, a in given)
-    assert all(len(given) == world.plan.devices for given in world.answers.values())
+    assert_all_is_as_measured(world)
+
+
+def assert_all_is_as_measured(world: World) -> None:
+    given = [answer for answers in world.answers.values() for _, answer in answers]
+    assert all(answer.from_spares == 0.0 and not answer.down and answer.expected == 1.0 for answer in given)
+    assert all(len(answers) == world.plan.devices for answers in world.answers.values())
     assert world.wants == 0
     assert not [note for note in world.notes if "suspect" in note[2]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_frame_can_leave_the_straight_path_at_any_moment(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, handle = random.Random(seed), Engine.handle  # noqa: S311
+
+    def unsettled(engine: Engine, event: Event, now: float) -> list[Action]:
+        for frame in engine.frames:
+            if chance.random() < 0.1:
+                frame.unfold()
+        return handle(engine, event, now)
+
+    monkeypatch.setattr(Engine, "handle", unsettled)
+    plan = make_plan(3, parity=seed % 3 == 1, pair=seed % 3 == 2)
+    world = World(plan, seed, ("hot", "standby")[seed % 2], Network(duplication=0.1), window=2)
+    world.start_client(0.2, 1.0)
+    world.run(3.0)
+    world.check()
+    assert_all_is_as_measured(world)
 
 
 @pytest.mark.parametrize("seed", range(40))
