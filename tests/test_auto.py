@@ -120,7 +120,7 @@ def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None
 def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() -> None:
     network = shared_network(Plain, 1, 8, 8)
     made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
-    found = [Candidate(method, plan, (1.0, 0.5)) for method, plan in made.items()]
+    found = [Candidate(method, plan, (1.0, 0.5), 128) for method, plan in made.items()]
     assert [each.family for each in best_first([*found, Candidate("unfit", made["lop"])])] == ["full", "lop", "unfit"]
 
 

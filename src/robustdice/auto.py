@@ -50,11 +50,12 @@ Rooms = tuple[float, ...] | None
 class Candidate:
     """A plan, what kind it is of (``family``), and how often it answers as the intact network does with 0, 1, 2, ...
     devices down: in the worst failure set of each size, on the images that it was made with. Of a plan that does not
-    fit into the budget no ``agreement`` is measured."""
+    fit into the budget no ``agreement`` is measured, on no ``images``."""
 
     family: str
     plan: Plan
     agreement: tuple[float, ...] = ()
+    images: int = 0
 
     @property
     def fits(self) -> bool:
@@ -171,7 +172,7 @@ def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> 
     if any(held > allowed for held, allowed in zip(plan.bytes_per_device, budgets, strict=True)):
         return Candidate(family, plan)
     seen = affordable(table.network, table.images, TRIAL_IMAGES)
-    return Candidate(family, plan, agreement(table.network, plan, seen, table.survive))
+    return Candidate(family, plan, agreement(table.network, plan, seen, table.survive), len(seen))
 
 
 def choose(

@@ -166,7 +166,8 @@ def considered_table(considered: Sequence[Candidate]) -> Sheet:
     """Every plan that was considered: what it keeps, and what it costs."""
     sizes = range(len(considered[0].agreement))
     table = Sheet(
-        "Answers like the intact network's, worst failure set (measured on images that the plans were made with)",
+        "Answers like the intact network's, worst failure set (measured on "
+        f"{considered[0].images} of the images that the plans were made with)",
         "considered",
         *("all up" if not size else f"{size} down" for size in sizes),
         "memory",
