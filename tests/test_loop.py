@@ -13,10 +13,11 @@ import pytest
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime import device
-from robustdice.runtime.device import AT_A_TIME_SECONDS, Loop, Worker
+from robustdice.runtime.device import AT_A_TIME_SECONDS, Loop
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received, RunPieces, RunStage
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Message, Parcel
+from robustdice.runtime.worker import Worker
 
 STAGE_SECONDS = 0.003
 FRAMES = 8

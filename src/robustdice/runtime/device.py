@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
-import queue
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from robustdice.bundle.manifest import Manifest
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.errors import BundleError, ClusterError, RobustdiceError
-from robustdice.runtime.executor import Executor, Values
+from robustdice.runtime.executor import Executor
 from robustdice.runtime.journal import say
 from robustdice.runtime.memory import peak_rss_bytes, rss_bytes
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
-    Computed,
-    Forget,
     Note,
     Received,
-    RunPieces,
-    RunStage,
     Send,
     Settings,
     Tick,
@@ -40,10 +31,11 @@ from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.keys import SECRET_NAME, read_secret
-from robustdice.runtime.wire.messages import FrameId, Status, StatusRequest
+from robustdice.runtime.wire.messages import Status, StatusRequest
 from robustdice.runtime.wire.security import UNENCRYPTED
 from robustdice.runtime.wire.transport import Transport
 from robustdice.runtime.wire.zeromq import ZeroMQTransport
+from robustdice.runtime.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +44,6 @@ LONGEST_POLL_SECONDS = 0.2
 LOOK_SECONDS = 0.001
 """While there is something to do, a device looks so often what its timers say."""
 DRAIN_ROUNDS = 16
-BRIEF_SECONDS = 0.001
-"""What takes no longer is computed at once: handing it over to another thread would take about as long."""
 AT_A_TIME_SECONDS = 0.002
 """After computing for so long, a device looks whether anything has arrived."""
 
@@ -116,120 +106,6 @@ def _introduce(device: int, bound: Address, cluster: Cluster, weight_bytes: int)
             f'listen = "tcp://*:{bound.port}" there'
         )
         say(log, text, event="loopback", device=device, reason=f"{host} is {bound.host}", level=logging.WARNING)
-
-
-class Worker(threading.Thread):
-    """Computes one task at a time, and keeps the values that frames in flight still need.
-
-    Long tasks are computed in a thread of their own, so that the device can go on talking; those that are brief, by
-    those before them, when their results are asked for. All that is given is done in order, so that never two threads
-    are at it at once.
-    """
-
-    def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
-        """``wake`` is called from this thread after each result."""
-        super().__init__(name="compute", daemon=True)
-        self._tasks: queue.SimpleQueue[RunStage | RunPieces | Forget | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Computed] = queue.SimpleQueue()
-        self._given: deque[RunStage | RunPieces | Forget] = deque()
-        """What is to be done next; nothing while the thread has something to do."""
-        self._away = 0
-        """Tasks that the thread was given, and whose results were not asked for yet."""
-        self._seconds: dict[tuple[type, int], float] = {}
-        """What a stage usually takes, and what standing in for others in it."""
-        self._executor, self._wake = executor, wake
-        self._inputs: dict[FrameId, dict[int, Values]] = {}
-        """For every stage that a frame has entered: what its pieces read."""
-        self._kept: dict[FrameId, Values] = {}
-        """What the stages after the frame's last one need."""
-
-    def give(self, task: RunStage | RunPieces | Forget) -> None:
-        """Something to do, after all that was given before."""
-        if self._away:
-            self._hand_over(task)
-        else:
-            self._given.append(task)
-
-    @property
-    def at_hand(self) -> bool:
-        """Whether there is something to do that the thread does not do."""
-        return bool(self._given)
-
-    def result(self) -> Computed | None:
-        """What was computed next, if anything was."""
-        if self._away:
-            if self._results.empty():
-                return None
-            self._away -= 1
-            return self._results.get()
-        while self._given:
-            task = self._given.popleft()
-            if isinstance(task, Forget):
-                self._forget(task.frame)
-            elif self._seconds.get((type(task), task.stage), math.inf) <= BRIEF_SECONDS:
-                return self._attempt(task)
-            else:
-                for each in (task, *self._given):
-                    self._hand_over(each)
-                self._given.clear()
-        return None
-
-    def _hand_over(self, task: RunStage | RunPieces | Forget) -> None:
-        self._away += not isinstance(task, Forget)
-        self._tasks.put(task)
-
-    def run(self) -> None:
-        """Compute until :meth:`stop`."""
-        while (task := self._tasks.get()) is not None:
-            if isinstance(task, Forget):
-                self._forget(task.frame)
-                continue
-            self._results.put(self._attempt(task))
-            self._wake()
-
-    def stop(self) -> None:
-        """End the thread after its current task."""
-        self._tasks.put(None)
-        self.join()
-
-    def _attempt(self, task: RunStage | RunPieces) -> Computed:
-        started = time.perf_counter()
-        try:
-            result = self._compute(task)
-        except Exception as error:  # whatever ONNX Runtime raises costs this frame, not the device
-            log.exception("stage %d of frame %d failed", task.stage, task.frame.number)
-            return Computed(task, (), error=f"{type(error).__name__}: {error}"[:300])
-        taken = time.perf_counter() - started
-        kind = type(task), task.stage
-        usual = self._seconds.get(kind, taken)
-        self._seconds[kind] = min(taken, usual + (taken - usual) / 8)  # once may be chance
-        return result
-
-    def _forget(self, frame: FrameId) -> None:
-        self._inputs.pop(frame, None)
-        self._kept.pop(frame, None)
-
-    def _compute(self, task: RunStage | RunPieces) -> Computed:
-        executor, stage = self._executor, task.stage
-        manifest = executor.manifest
-        inputs = self._inputs.setdefault(task.frame, {})
-        outputs = None
-        if isinstance(task, RunStage):
-            values = executor.run_local(stage, self._enter(task, manifest), task.down)
-            inputs[stage] = executor.read_by_pieces(stage, values)
-            self._kept[task.frame] = executor.keep(stage, values)
-            if stage + 1 == len(manifest.stages):
-                outputs = values[manifest.output].reshape(-1)
-        due = task.due if isinstance(task, RunStage) else ()
-        return Computed(task, executor.run_pieces(stage, task.pieces, inputs[stage], task.down, due), outputs)
-
-    def _enter(self, task: RunStage, manifest: Manifest) -> Values:
-        if task.array is not None:
-            return {manifest.input: task.array}
-        values = self._kept.pop(task.frame)
-        for exchange in manifest.stages[task.stage - 1].exchanges:
-            values.update(self._executor.assemble(exchange, task.gathered))
-        return values
 
 
 class Loop:
