@@ -12,7 +12,6 @@ import pytest
 
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime import device
 from robustdice.runtime.device import AT_A_TIME_SECONDS, Loop
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received, RunPieces, RunStage
@@ -86,7 +85,7 @@ class Crowd:
 
 
 def test_a_device_listens_between_brief_stages_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "BRIEF_SECONDS", np.inf)  # all is computed at once
+    monkeypatch.setattr("robustdice.runtime.worker.BRIEF_SECONDS", np.inf)  # all is computed at once
     manifest, stop = make_manifest(make_plan(3), 0), threading.Event()
     arithmetic = Arithmetic(manifest)
     crowd = Crowd(arithmetic, stop)

@@ -63,8 +63,9 @@ def outlook_table(outlook: Outlook) -> Sheet:
         "ms alone",
         "kB sent",
         "replicas: frames/s",
-        caption=f"modelled from {outlook.source}, for devices of one core each and {limited}; plans for fewer devices "
-        "deal out neurons evenly. frames/s: with several frames in flight; ms alone: of a frame with no other in "
+        caption=f"modelled from {outlook.source}, for devices of one core each and {limited}, as if all copies were "
+        "float32; plans for fewer devices deal out neurons evenly, without a limit to memory. frames/s: with several "
+        "frames in flight; ms alone: of a frame with no other in "
         "flight; kB sent: by the busiest device for a frame; replicas: of the whole model on every device, which take "
         f"frames in turn ({1e3 * outlook.replicas().latency_seconds:.3g} ms each).",
     )
