@@ -21,16 +21,16 @@ def raw(array: Any, kind: str = "<f4") -> memoryview:
     return memoryview(contiguous).cast("B")
 
 
-def array_of(frame: Any, shape: tuple[int, ...] | None, kind: str = "<f4") -> Array:
-    """``frame`` as numbers of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
+def array_of(frame: Any, shape: tuple[int, ...] | None) -> Array:
+    """``frame`` as float32 of ``shape`` (None: one axis, up to a limit), read-only, not copied."""
     size = len(frame)
     if shape is None:
         if size % 4 or not 0 < size <= 4 * OUTPUTS_LIMIT:
             raise MessageError(f"an array of {size} bytes, expected 1 to {OUTPUTS_LIMIT} float32")
         shape = (size // 4,)
-    elif size != (expected := np.dtype(kind).itemsize * math.prod(shape)):
+    elif size != (expected := 4 * math.prod(shape)):
         raise MessageError(f"an array of {size} bytes, expected {expected} for shape {shape}")
-    array = np.frombuffer(frame, kind).reshape(shape)
+    array = np.frombuffer(frame, "<f4").reshape(shape)
     array.flags.writeable = False
     return array
 
