@@ -22,7 +22,7 @@ import torch
 
 import robustdice as rd
 from robustdice.bundle.read import load_bundle
-from robustdice.runtime.executor import open_session
+from robustdice.runtime.sessions import open_session
 
 LAYERS = 20
 SIDE = 16

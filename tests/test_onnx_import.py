@@ -20,7 +20,7 @@ from nets import Branches, ChannelsLast, Plain, Residual, network_of, random_ima
 from robustdice.errors import ModelError
 from robustdice.model.load import load_model, reload_model
 from robustdice.model.tracing import quiet
-from robustdice.runtime.executor import open_session
+from robustdice.runtime.sessions import open_session
 from robustdice.workshop import build, partition, verify
 
 NETS = ((Residual, (3, 8, 8)), (Plain, (1, 8, 8)), (Branches, (2, 6, 6)), (ChannelsLast, (3, 8, 8)))

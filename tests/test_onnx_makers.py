@@ -18,8 +18,8 @@ from robustdice.bundle.write import write_bundles
 from robustdice.errors import ModelError
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
-from robustdice.runtime.executor import open_session
 from robustdice.runtime.inprocess import run_bundles
+from robustdice.runtime.sessions import open_session
 
 Array = NDArray[Any]
 RANDOM = np.random.default_rng(1)

@@ -394,10 +394,10 @@ def test_strips_of_others_are_loaded_when_they_are_needed(tmp_path: Path, spares
     directories = write_bundles(network, plan, tmp_path / "build", spares, graph)
     together = InProcess([load_bundle(directory) for directory in directories])
     images = random_images(2, network.input_shape)
-    loaded = [len(executor._sessions) for executor in together._executors.values()]
+    loaded = [executor.loaded for executor in together._executors.values()]
     whole_answer = together.run(images)
     assert relative_error(together.run(images, {0, 1}), whole_answer) < 1e-4
-    more = [len(executor._sessions) for executor in together._executors.values()]
+    more = [executor.loaded for executor in together._executors.values()]
     assert np.subtract(more, loaded).tolist() == ([0, 0, 2] if spares == "standby" else [0, 0, 0])
 
 

@@ -109,6 +109,17 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What the ONNX files of a bundle are written in: the version of ONNX's operators, and that of the files' form."""
+
+    opset: int
+    ir: int
+
+    def __str__(self) -> str:
+        return f"it needs ONNX operators of version {self.opset}, in files of version {self.ir}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a device needs to know, beside the ONNX files.
 
@@ -116,7 +127,7 @@ class Manifest:
     ``preprocessing`` is how an image becomes an input (docs/formats.md); ``weight_bytes`` is what the ONNX
     files and the weights hold of the model's parameters, equal to the plan's ``bytes_per_device[device]``;
     ``calibrated`` are the failure sets that the weights have corrections for; ``activation`` makes probabilities of the
-    outputs: ``softmax``, or ``sigmoid`` where each is a question of its own.
+    outputs: ``softmax``, or ``sigmoid`` where each is a question of its own; ``needs`` what ONNX Runtime must know.
     """
 
     device: int
@@ -136,6 +147,7 @@ class Manifest:
     calibrated: tuple[tuple[int, ...], ...] = ()
     activation: str = "softmax"
     certificate: Certificate | None = None
+    needs: Needs | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -201,6 +213,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         calibrated=tuple(tuple(map(int, failed)) for failed in document["calibrated"]),
         activation=str(document.get("activation", "softmax")),
         certificate=Certificate.from_json(document.get("certificate")),
+        needs=None if document.get("needs") is None else Needs(**{k: int(v) for k, v in document["needs"].items()}),
     )
 
 

@@ -340,6 +340,11 @@ class Models:
         given = self._scale_and_shift(index) if index in self.corrected else []
         return cut_layer(self._graph, layer, neurons, prefix, given)
 
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's operators that the models are written in."""
+        return self._graph.opset
+
     def _scale_and_shift(self, index: int) -> list[str]:
         layer = self.network.layers[index]
         return [scale_name(layer), shift_name(layer)]

@@ -20,11 +20,12 @@ from robustdice.bundle.manifest import (
     Exchange,
     FileEntry,
     Manifest,
+    Needs,
     Stage,
 )
 from robustdice.bundle.models import Model, Models, Taken, merged, neurons_of
 from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
-from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
+from robustdice.bundle.onnx_graph import IR_VERSION, OnnxGraph, export_onnx
 from robustdice.bundle.parts import Affine, Coarse, Corrected, Filter, Part, Piece
 from robustdice.bundle.stages import StageGraph, split_into_stages
 from robustdice.errors import OutputError, PlanError
@@ -171,6 +172,7 @@ class _Device:
             calibrated=tuple(tuple(sorted(failed)) for failed in self.calibrated),
             activation=network.activation,
             certificate=plan.certificate,
+            needs=Needs(self.models.opset, IR_VERSION),
         )
         (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
 

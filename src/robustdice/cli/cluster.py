@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import robustdice as rd
 from robustdice.cli.app import app
-from robustdice.cli.options import BuildDirectory, Json, MovedModel, Seed
+from robustdice.cli.options import BuildDirectory, Json, MovedModel, Provider, Seed
 from robustdice.cli.usage import number
 from robustdice.errors import ClusterError, DataError, RobustdiceError
 from robustdice.images import read_image
@@ -28,17 +28,19 @@ def device(
     directory: Annotated[Path, typer.Argument(metavar="DIR/device-K", help="the bundle of the device")],
     cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="cluster.toml, if not in or beside DIR")] = None,
     threads: Annotated[int, number("--threads", "threads to compute with", least=1)] = 1,
+    provider: Provider = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="log one JSON object a line")] = False,
 ) -> None:
     """Run one device in the foreground; Ctrl-C stops it."""
     log_to_stderr(JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s"), logging.INFO)
-    rd.run_device(directory, cluster, threads, stop=stop_on_signals())
+    rd.run_device(directory, cluster, threads, stop=stop_on_signals(), provider=provider)
 
 
 @app.command(epilog="Example: robustdice up build")
 def up(
     directory: BuildDirectory,
     threads: Annotated[int, number("--threads", "threads that each device computes with", least=1)] = 1,
+    provider: Provider = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each device and event")] = False,
 ) -> None:
     """Run all devices of a build on this machine, to try it out; Ctrl-C stops them."""
@@ -47,7 +49,7 @@ def up(
         print_json(facts) if as_json else out.print(text, soft_wrap=True)
 
     stop = stop_on_signals()
-    with rd.LocalCluster(directory, threads) as cluster:
+    with rd.LocalCluster(directory, threads, provider=provider) as cluster:
         pids = {number: cluster.process(number) for number in range(len(cluster.client.cluster.devices))}
         for number, pid in pids.items():
             text = f"device {number} is up, process {pid} (try: kill -9 {pid}, or kill -STOP {pid})"
@@ -140,6 +142,7 @@ def bench(
     seconds: Annotated[float, number("--seconds", "length of each measurement", float, least=0.1)] = 3.0,
     rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
     window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
+    provider: Provider = "auto",
     model: MovedModel = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -152,7 +155,14 @@ def bench(
 
     with progress("measuring") as advance:
         result = bench_build(
-            directory, seconds=seconds, rounds=rounds, window=window, seed=seed, model=model, on_progress=advance
+            directory,
+            seconds=seconds,
+            rounds=rounds,
+            window=window,
+            seed=seed,
+            model=model,
+            provider=provider,
+            on_progress=advance,
         )
     if as_json:
         print_json(cluster_tables.bench_json(result))

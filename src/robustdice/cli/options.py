@@ -54,6 +54,14 @@ Scheduler = Annotated[
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it: a .png, .svg or .pdf file")]
 Samples = Annotated[int | None, number("--samples", "use a seeded, class-balanced subset of this many images", least=1)]
 Seed = Annotated[int, number("--seed", "of everything random", least=0)]
+Provider = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="what of ONNX Runtime computes, where it can: auto, cpu, cuda, tensorrt, openvino, ...",
+        autocompletion=one_of("auto", "cpu", "cuda", "openvino", "tensorrt"),
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="what 'robustdice build' wrote")]
 

@@ -15,7 +15,7 @@ from robustdice.cost.profile import LayerSeconds
 from robustdice.model.canonical import arguments
 from robustdice.model.network import Network
 from robustdice.progress import Progress, silent
-from robustdice.runtime.executor import open_session
+from robustdice.runtime.sessions import open_session
 
 MOST_ROUNDS = 30
 ENOUGH_SECONDS = 2.0

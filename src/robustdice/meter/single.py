@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robustdice.runtime.executor import open_session
+from robustdice.runtime.sessions import open_session
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,19 +19,22 @@ from numpy.typing import NDArray
 from robustdice.errors import ClusterError, ModelError, workshop_missing
 from robustdice.progress import Progress, silent
 from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.sessions import AUTO
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 
 
 @dataclass(frozen=True)
 class DeviceFigures:
     """What one device took: bytes of weights (from its bundle) and resident memory of its process (measured): before
-    the bundle was loaded, after the frames, and the most that it ever was."""
+    the bundle was loaded, after the frames, and the most that it ever was; ``providers``: how many of its models each
+    of ONNX Runtime's providers computed."""
 
     name: str
     weights_bytes: int
     empty_rss_bytes: int
     rss_bytes: int
     peak_rss_bytes: int
+    providers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def bench_build(
     window: int,
     seed: int = 0,
     model: str | None = None,
+    provider: str = AUTO,
     on_progress: Progress = silent,
 ) -> BenchResult:
     """Measure the build in ``directory`` with random images, device k on core k (modulo the number of cores).
@@ -83,7 +87,7 @@ def bench_build(
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
         alone_model = Path(temporary) / "model.onnx"
         alone_model.write_bytes(whole)
-        with LocalCluster(root, cores=cores, timeout_seconds=30.0, window=window) as cluster:
+        with LocalCluster(root, 1, cores, 30.0, window, provider) as cluster:
             shape = cluster.client.model.input_shape
             frame = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
             _stream(cluster, frame, min(seconds, 1.0))
@@ -158,6 +162,7 @@ def _figures(cluster: LocalCluster) -> tuple[DeviceFigures, ...]:
         DeviceFigures(
             entry.name,
             *(int(found[number][key]) for key in ("weights_bytes", "empty_rss_bytes", "rss_bytes", "peak_rss_bytes")),
+            providers=found[number]["providers"],
         )
         for number, entry in enumerate(cluster.cluster.devices)
     )

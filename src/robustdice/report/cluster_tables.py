@@ -72,7 +72,7 @@ def status_json(
 
 def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]], troubles: Mapping[int, str]) -> Sheet:
     """What ``status`` prints: what each device says about itself, and below it what is the matter."""
-    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights")
+    headings = ("device", "state", "sees as up", "in flight", "frames/s", "weights", "computes with")
     faults = _status_troubles(devices, found, troubles)
     sheet = Sheet("Devices, each in its own words", *headings)
     for number, name in enumerate(devices):
@@ -87,6 +87,7 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]],
             str(said["in_flight"]),
             f"{said['frames_per_second']:.1f}",
             f"{said['weights_bytes'] / 1e6:.2f} MB",
+            _computes_with(said["providers"]),
         )
         down = sorted(set(range(len(devices))) - set(said["up"]))
         if down and said.get("corrected_for", down) != down:
@@ -101,6 +102,11 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]],
             faults.append(f"Last fault that {name} saw: device {fault['device']}, {ago}: {fault['reason']}.")
     sheet.caption = "\n".join(faults) or None
     return sheet
+
+
+def _computes_with(providers: Mapping[str, int]) -> str:
+    """The only provider, or how many models each has."""
+    return ", ".join(name if len(providers) == 1 else f"{name} {count}" for name, count in providers.items())
 
 
 def _status_troubles(
@@ -134,6 +140,7 @@ def bench_json(result: BenchResult) -> dict[str, Any]:
                 "empty_rss_bytes": device.empty_rss_bytes,
                 "rss_bytes": device.rss_bytes,
                 "peak_rss_bytes": device.peak_rss_bytes,
+                "providers": dict(device.providers),
                 "joules_per_image": None,
                 "energy_source": None,
             }
@@ -159,9 +166,9 @@ def bench_table(result: BenchResult) -> Sheet:
         )
     title = "Devices, one core each"
     caption += " Resident memory: what the bundle added to an empty process, and the most of all of it."
-    headings = ("device", "weights", "resident for it", "peak memory")
+    headings = ("device", "weights", "resident for it", "peak memory", "computes with")
     sheet = Sheet(title, *headings, caption=f"{caption} Energy is not measured yet.")
     for device in result.devices:
         sizes = (device.weights_bytes, device.rss_bytes - device.empty_rss_bytes, device.peak_rss_bytes)
-        sheet.add_row(device.name, *(f"{size / 1e6:.2f} MB" for size in sizes))
+        sheet.add_row(device.name, *(f"{size / 1e6:.2f} MB" for size in sizes), _computes_with(device.providers))
     return sheet

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from robustdice.errors import ClusterError
 from robustdice.runtime.answer import Answer
 from robustdice.runtime.client import Client
+from robustdice.runtime.sessions import AUTO
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 from robustdice.runtime.wire.listen import is_here
@@ -40,12 +41,14 @@ class LocalCluster:
         cores: Sequence[Sequence[int]] | None = None,
         timeout_seconds: float = 2.0,
         window: int = 4,
+        provider: str = AUTO,
     ) -> None:
-        """Read the cluster file; nothing is started yet. The last two are the client's."""
+        """Read the cluster file; nothing is started yet. The timeout and the window are the client's, the provider is
+        every device's."""
         self.directory = Path(directory)
         self.cluster = Cluster.read(self.directory / CLUSTER_NAME)
         self.devices = len(self.cluster.devices)
-        self._threads, self._cores = threads, cores
+        self._threads, self._cores, self._provider = threads, cores, provider
         self._client_settings = timeout_seconds, window
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._logs: dict[int, Path] = {}
@@ -153,6 +156,7 @@ class LocalCluster:
     def _start(self, device: int) -> None:
         command = [sys.executable, "-m", "robustdice.runtime.device", str(self.directory / f"device-{device}")]
         command += ["--cluster", str(self.directory / CLUSTER_NAME), "--threads", str(self._threads), "--watch-stdin"]
+        command += ["--provider", self._provider]
         with self._logs[device].open("ab") as log:
             process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from robustdice.runtime.protocol.events import (
     Settings,
     Tick,
 )
+from robustdice.runtime.sessions import AUTO, provider_named
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
@@ -54,14 +56,16 @@ def run_device(
     threads: int = 1,
     settings: Settings | None = None,
     stop: threading.Event | None = None,
+    provider: str = AUTO,
 ) -> None:
     """Serve the bundle in ``bundle_directory`` (``DIR/device-K``) until ``stop`` is set.
 
-    ``cluster_file`` is by default the ``cluster.toml`` in the bundle's directory, or beside it. BundleError when the
-    bundle is damaged or of another plan than the cluster; ClusterError when the cluster file, the key or the port
-    cannot be used.
+    ``cluster_file`` is by default the ``cluster.toml`` in the bundle's directory, or beside it; ``provider`` is what of
+    ONNX Runtime computes, such as ``cpu`` or ``cuda``, where it can. BundleError when the bundle is damaged or of
+    another plan than the cluster; ClusterError when the cluster file, the key, the port or the provider cannot be used.
     """
     empty_rss_bytes = rss_bytes()
+    provider = provider_named(provider)
     bundle = load_bundle(bundle_directory)
     manifest = bundle.manifest
     cluster = Cluster.read(cluster_file or _find_cluster(bundle))
@@ -70,7 +74,7 @@ def run_device(
             f"{bundle.directory} is of plan {manifest.plan_digest[:12]} for {manifest.devices} devices, the cluster "
             f"runs plan {cluster.plan_digest[:12]} on {len(cluster.devices)}; copy all of one build"
         )
-    executor = Executor(bundle, threads)
+    executor = Executor(bundle, threads, provider)
     executor.try_out()
     keys = read_secret(bundle.directory / SECRET_NAME)
     codec = Codec(manifest.plan_digest, manifest)
@@ -82,7 +86,11 @@ def run_device(
     try:
         if bound := transport.listen(stop):
             _introduce(manifest.device, bound, cluster, manifest.weight_bytes)
-            Loop(engine, transport, worker, entry.name, empty_rss_bytes).run(stop)
+
+            def facts() -> dict[str, Any]:
+                return {"providers": executor.providers, "empty_rss_bytes": empty_rss_bytes}
+
+            Loop(engine, transport, worker, entry.name, facts).run(stop)
     finally:
         worker.stop()
         transport.close()
@@ -112,11 +120,16 @@ class Loop:
     """Carries events to the engine and its actions to where they belong; the one place with a clock."""
 
     def __init__(
-        self, engine: Engine, transport: Transport, worker: Worker, name: str, empty_rss_bytes: int | None = None
+        self,
+        engine: Engine,
+        transport: Transport,
+        worker: Worker,
+        name: str,
+        facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        """Everything is built and listens; nothing is read before :meth:`run`. ``empty_rss_bytes`` were resident before
-        the bundle was loaded."""
-        self._empty_rss_bytes = empty_rss_bytes
+        """Everything is built and listens; nothing is read before :meth:`run`. ``facts`` is what whoever started this
+        knows, for ``status``."""
+        self._facts = facts
         self._engine, self._transport, self._worker, self._name = engine, transport, worker, name
         self._started = time.monotonic()
         self._unsent = 0
@@ -202,7 +215,7 @@ class Loop:
             "process": os.getpid(),
             "uptime_seconds": now - self._started,
             "cpu_seconds": time.process_time(),
-            "empty_rss_bytes": self._empty_rss_bytes,
+            **self._facts(),
             "rss_bytes": rss_bytes(),
             "peak_rss_bytes": peak_rss_bytes(),
             "dropped_messages": self._transport.dropped,
@@ -254,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("bundle", help="DIR/device-K")
     parser.add_argument("--cluster", help="cluster.toml (default: in the bundle's directory, or beside it)")
     parser.add_argument("--threads", type=int, default=1, help="threads inside one computation (default: 1)")
+    parser.add_argument("--provider", default=AUTO, help="what of ONNX Runtime computes (default: auto)")
     parser.add_argument("--watch-stdin", action="store_true", help="stop when standard input ends")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -263,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.watch_stdin:
         _stop_with_parent(stop)
     try:
-        run_device(options.bundle, options.cluster, options.threads, stop=stop)
+        run_device(options.bundle, options.cluster, options.threads, stop=stop, provider=options.provider)
     except RobustdiceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from robustdice.bundle.manifest import WEIGHTS_NAME
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
-from robustdice.errors import BundleError, first_line
+from robustdice.errors import BundleError
 from robustdice.runtime.assembly import Assembly
 from robustdice.runtime.memory import give_back
 from robustdice.runtime.parcels import Layouts, Packed
+from robustdice.runtime.sessions import CPU, Sessions
 from robustdice.runtime.weights import Weights
 from robustdice.runtime.wire.messages import Parcel, ShardId
 
@@ -33,14 +33,14 @@ class Executor:
     ``threads`` are used inside one computation; BundleError when a model cannot be loaded.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        """Load every model of the bundle."""
+    def __init__(self, bundle: Bundle, threads: int = 1, provider: str = CPU) -> None:
+        """Load every model of the bundle. ``provider``: :func:`robustdice.runtime.sessions.provider_named`."""
         self.manifest = manifest = bundle.manifest
         self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
-        self._bundle, self._threads = bundle, threads
-        self._sessions = {
-            part.file: _session(bundle, part, threads) for part in manifest.parts if not self._stands_by(part)
-        }
+        self._sessions = Sessions(bundle, threads, provider)
+        for part in manifest.parts:
+            if not self._stands_by(part):
+                self._sessions.load(part)
         give_back()
         self.layouts = Layouts(manifest)
         self._assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
@@ -55,10 +55,15 @@ class Executor:
         shards = (self.manifest.exchanges[exchange].shards[shard] for exchange, shard in part.shards)
         return all(shard.devices[0] != self.manifest.device for shard in shards)
 
-    def _load(self, part: Part) -> Any:
-        self._sessions[part.file] = session = _session(self._bundle, part, self._threads)
-        give_back()
-        return session
+    @property
+    def providers(self) -> dict[str, int]:
+        """How many models each of ONNX Runtime's providers computes."""
+        return self._sessions.used
+
+    @property
+    def loaded(self) -> int:
+        """How many models are in memory."""
+        return len(self._sessions)
 
     def run_local(self, stage: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
         """``values`` together with what the stage's local parts make of them while the devices ``down`` are."""
@@ -96,7 +101,8 @@ class Executor:
         return {name: values[name] for name in self._read[stage]}
 
     def try_out(self) -> None:
-        """Run every part on made-up values; BundleError when one does not compute what the workshop said it would."""
+        """Run every part on made-up values. What another provider computes wrongly is computed on the CPU from then on;
+        BundleError when that does not compute what the workshop said it would, either."""
         manifest = self.manifest
         values: Values = {manifest.input: stand_in(manifest.input, manifest.input_shape)}
         depths: dict[str, int] = {}
@@ -111,22 +117,26 @@ class Executor:
                 depths.pop(exchange.value, None)
                 if exchange.mask is not None:
                     values[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
+        self._sessions.say_what_moved()
 
     def _try_part(self, part: Part, values: Values, depths: dict[str, int]) -> Values:
         """``depths`` says of values how many layers in a row read rounded inputs before them, where any did."""
-        found = self._run(part, values, ())
-        if self._stands_by(part):
-            del self._sessions[part.file]
         depth = max((depths.get(name, 0) for name in part.inputs), default=0) + sum(c.rounded for c in part.coarse)
         depths.update(dict.fromkeys(part.outputs, depth))
         allowed = ROUNDED_TOLERANCE * depth if depth else TOLERANCE
-        for output, expected in zip(part.outputs, part.trial, strict=False):  # a bundle without trials has none
-            if (wrong := deviation(summary(found[output]), expected)) > allowed:
-                raise BundleError(
-                    f"{part.file} computes something else here than where it was built: {output} deviates by "
-                    f"{wrong:.2g}, at most {allowed:g} is rounding. ONNX Runtime {onnxruntime.__version__} has a "
-                    f"wrong kernel for this processor ({platform.machine()}); install another version of it"
-                )
+        found = self._run(part, values, ())
+        wrong = _wrong(part, found, allowed)
+        if wrong and self._sessions.move_to_cpu(part, f"a kernel of it is wrong: {wrong}"):
+            found = self._run(part, values, ())
+            wrong = _wrong(part, found, allowed)
+        if wrong:
+            raise BundleError(
+                f"{part.file} computes something else here than where it was built: {wrong}. ONNX Runtime "
+                f"{onnxruntime.__version__} has a wrong kernel for this processor ({platform.machine()}); install "
+                "another version of it"
+            )
+        if self._stands_by(part):
+            self._sessions.drop(part)
         return found
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
@@ -136,62 +146,22 @@ class Executor:
     def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
         inputs = {name: values[name] for name in part.inputs}
         if not part.affine:
-            return dict(zip(part.outputs, self._compute(part, inputs), strict=True))
+            return dict(zip(part.outputs, self._sessions.run(part, inputs), strict=True))
         affine = self._weights.affine(part, self._calibrated(frozenset(down)))
         if not any(layer.coarse and layer.coarse.at_once < layer.neurons for layer in part.affine):
-            outputs = self._compute(part, {**inputs, **affine, **self._weights.filters(part)})
+            outputs = self._sessions.run(part, {**inputs, **affine, **self._weights.filters(part)})
             return dict(zip(part.outputs, outputs, strict=True))
         (output,), (layer,), (coarse,) = part.outputs, part.affine, part.coarse
         found = []
         for start in range(0, layer.neurons, coarse.at_once):
             of_rows = {name: array[start : start + coarse.at_once] for name, array in affine.items()}
-            found += self._compute(part, {**inputs, **affine, **of_rows, **self._weights.filters(part, start)})
+            found += self._sessions.run(part, {**inputs, **affine, **of_rows, **self._weights.filters(part, start)})
         return {output: np.concatenate(found, coarse.axis)}
 
-    def _compute(self, part: Part, inputs: Values) -> list[Array]:
-        session = self._sessions.get(part.file) or self._load(part)
-        outputs: list[Array] = session.run(part.outputs, inputs)
-        return outputs
 
-
-def open_session(model: Path | bytes, threads: int, shares_arena: bool = False) -> Any:
-    """An ONNX Runtime session on the CPU for a model file (or its content); idle threads sleep instead of spinning.
-
-    From a file where memory counts: a session that is made from bytes keeps a second copy of the weights.
-    ``shares_arena``: what it computes with is in the same memory as that of all others that share, which pays where
-    there are many of them, without weights.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # 8-bit products whose pairs may not saturate, where the processor has instructions for pairs only.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 3
-    if shares_arena:
-        _register_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-    )
-
-
-@cache
-def _register_arena() -> None:
-    """For the whole process; it grows by what is asked for, not by doubling."""
-    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
-    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
-    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 1, -1, -1))
-
-
-def _session(bundle: Bundle, part: Part, threads: int) -> Any:
-    path = bundle.path(part.file)
-    if part.apart is not None:
-        bundle.path(part.apart)
-    try:
-        return open_session(path, threads, shares_arena=bool(part.coarse or part.apart))
-    except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
-        raise BundleError(
-            f"{path} cannot be loaded: {first_line(error)}; build the bundle again for this ONNX Runtime"
-        ) from None
+def _wrong(part: Part, found: Values, allowed: float) -> str | None:
+    """Which output of a trial is not what the workshop said, and by how much."""
+    for output, expected in zip(part.outputs, part.trial, strict=False):  # a bundle without trials has none
+        if (wrong := deviation(summary(found[output]), expected)) > allowed:
+            return f"{output} deviates by {wrong:.2g}, at most {allowed:g} is rounding"
+    return None

@@ -21,7 +21,7 @@ from robustdice.model.onnx_import.interface import Image, choose_scores, fitting
 from robustdice.model.onnx_import.node import Node, Value
 from robustdice.model.onnx_import.operators import OPERATORS, TAKES_ARRAYS, TAKES_NUMBERS, run_node
 from robustdice.model.onnx_import.prepare import bring_up_to_date, opset_of, simplify
-from robustdice.runtime.executor import open_session
+from robustdice.runtime.sessions import open_session
 
 TOLERANCE = 1e-3
 """Largest relative difference between the module's scores and ONNX Runtime's: float32 sums in another order."""
