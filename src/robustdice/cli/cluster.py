@@ -143,27 +143,29 @@ def bench(
     rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
     window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
     provider: Provider = "auto",
+    running: Annotated[bool, typer.Option("--running", help="measure devices that run already, wherever")] = False,
+    idle: Annotated[float, number("--idle", "seconds to measure energy at rest, which is subtracted", float, 0)] = 0.0,
     model: MovedModel = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Frames per second of the devices (one core each), beside the unpartitioned model in one process on one core.
+    """Frames per second, latency, memory and energy of the devices (one core each), beside the unpartitioned model in
+    one process on one core.
 
-    That needs the workshop and the plan's model; without them the devices are measured alone.
+    That needs the workshop and the plan's model; without them the devices are measured alone. With --running, devices
+    that are not started here, but run already, on their own machines.
     """
-    from robustdice.meter.throughput import bench_build  # noqa: PLC0415 -- ONNX Runtime takes its time
+    from robustdice.meter.throughput import bench_build, bench_running  # noqa: PLC0415 -- ONNX Runtime takes its time
 
+    if running and (provider != "auto" or model is not None):
+        raise RobustdiceError("--running measures devices as they run: leave out --provider and --model")
     with progress("measuring") as advance:
-        result = bench_build(
-            directory,
-            seconds=seconds,
-            rounds=rounds,
-            window=window,
-            seed=seed,
-            model=model,
-            provider=provider,
-            on_progress=advance,
-        )
+        how: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "window": window, "seed": seed}
+        how |= {"idle_seconds": idle, "on_progress": advance}
+        if running:
+            result = bench_running(directory, **how)
+        else:
+            result = bench_build(directory, model=model, provider=provider, **how)
     if as_json:
         print_json(cluster_tables.bench_json(result))
     else:

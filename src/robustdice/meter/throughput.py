@@ -1,4 +1,5 @@
-"""Frames per second of a build's devices beside the unpartitioned model, in pairs of measurements."""
+"""Frames per second, latency, memory and energy of devices; of those of a build on this machine beside the
+unpartitioned model, in pairs of measurements."""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, ModelError, workshop_missing
 from robustdice.progress import Progress, silent
+from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.sessions import AUTO
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
@@ -27,7 +29,8 @@ from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 class DeviceFigures:
     """What one device took: bytes of weights (from its bundle) and resident memory of its process (measured): before
     the bundle was loaded, after the frames, and the most that it ever was; ``providers``: how many of its models each
-    of ONNX Runtime's providers computed."""
+    of ONNX Runtime's providers computed. ``joules_per_image`` is what its machine took by its own ``energy_source``;
+    None where nothing could be read, and ``no_energy`` is why."""
 
     name: str
     weights_bytes: int
@@ -35,11 +38,15 @@ class DeviceFigures:
     rss_bytes: int
     peak_rss_bytes: int
     providers: Mapping[str, int]
+    joules_per_image: float | None = None
+    energy_source: str | None = None
+    no_energy: str | None = None
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over pairs of measurements; ``ratios`` are the pairs' own.
+    """Medians over pairs of measurements; ``ratios`` are the pairs' own. Of ``images``, ``unanswered`` got no answer,
+    and the others a mean ``coverage``. ``idle_subtracted``: energy is what was taken beyond that of devices at rest.
 
     Where the workshop or the model is not there, there is no unpartitioned model to measure: None, no ratios, and the
     reason.
@@ -51,6 +58,12 @@ class BenchResult:
     latency_p50_ms: float
     latency_p99_ms: float
     devices: tuple[DeviceFigures, ...]
+    images: int
+    unanswered: int = 0
+    coverage: float = 1.0
+    idle_subtracted: bool = False
+    silent: tuple[str, ...] = ()
+    """Devices that are down."""
     not_compared: str | None = None
 
     @property
@@ -68,12 +81,14 @@ def bench_build(
     seed: int = 0,
     model: str | None = None,
     provider: str = AUTO,
+    idle_seconds: float = 0.0,
     on_progress: Progress = silent,
 ) -> BenchResult:
     """Measure the build in ``directory`` with random images, device k on core k (modulo the number of cores).
 
     In every round the single process and the devices are measured one after the other, so that
     their ratio holds when the machine's speed drifts. ``model`` says where the plan's model is now, when it has moved.
+    What the devices take while they do nothing for ``idle_seconds`` (if any) is subtracted from their energy.
     ClusterError when frames stay unanswered, ModelError when ``model`` is not the plan's.
     """
     root = Path(directory)
@@ -81,35 +96,45 @@ def bench_build(
     devices = len(Cluster.read(root / CLUSTER_NAME).devices)
     cores = [[available[device % len(available)]] for device in range(devices)]
     whole, not_compared = _whole_model(root, model)
-    together: list[float] = []
     alone: list[float] = []
-    latencies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
         alone_model = Path(temporary) / "model.onnx"
         alone_model.write_bytes(whole)
         with LocalCluster(root, 1, cores, 30.0, window, provider) as cluster:
-            shape = cluster.client.model.input_shape
-            frame = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-            _stream(cluster, frame, min(seconds, 1.0))
+            runs = _Runs(cluster.client, seed, idle_seconds, complete=True)
+            runs.stream(min(seconds, 1.0), counts=False)
             for done in range(rounds):
                 for who in ("alone", "together") if done % 2 == 0 else ("together", "alone"):
                     if who == "alone" and whole:
+                        shape = cluster.client.model.input_shape
                         alone.extend(measure_whole(alone_model, shape, seconds, available[:1]))
                     elif who == "together":
-                        rate, times = _stream(cluster, frame, seconds)
-                        together.append(rate)
-                        latencies.extend(times)
+                        runs.stream(seconds)
                 on_progress(done + 1, rounds)
-            figures = _figures(cluster)
-    return BenchResult(
-        frames_per_second=median(together),
-        single_frames_per_second=median(alone) if whole else None,
-        ratios=tuple(a / b for a, b in zip(together, alone, strict=True)) if whole else (),
-        latency_p50_ms=1e3 * float(np.percentile(latencies, 50)),
-        latency_p99_ms=1e3 * float(np.percentile(latencies, 99)),
-        devices=figures,
-        not_compared=not_compared,
-    )
+            return runs.result(alone, not_compared)
+
+
+def bench_running(
+    directory: str | os.PathLike[str],
+    *,
+    seconds: float,
+    rounds: int,
+    window: int,
+    seed: int = 0,
+    idle_seconds: float = 0.0,
+    on_progress: Progress = silent,
+) -> BenchResult:
+    """Measure from here, as a client, the devices that run with the cluster file in ``directory``, wherever they are.
+
+    Frames that are not answered, or not in full, are counted; ClusterError when none is, or no device can be reached.
+    """
+    with Client(Path(directory) / CLUSTER_NAME, timeout_seconds=30.0, window=window) as client:
+        runs = _Runs(client, seed, idle_seconds, complete=False)
+        runs.stream(min(seconds, 1.0), counts=False)
+        for done in range(rounds):
+            runs.stream(seconds)
+            on_progress(done + 1, rounds)
+        return runs.result([], "the devices run elsewhere, and were measured as they are")
 
 
 def _whole_model(build: Path, model: str | None) -> tuple[bytes, str | None]:
@@ -136,33 +161,104 @@ def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequ
     return [float(process.communicate()[0]) for process in processes]
 
 
-def _stream(cluster: LocalCluster, frame: NDArray[np.float32], seconds: float) -> tuple[float, list[float]]:
-    """Frames per second while the window is kept full, and the latencies in seconds."""
-    start = time.perf_counter()
+class _Runs:
+    """Streams of one random frame to running devices, and what devices say of themselves around them."""
 
-    def frames() -> Iterator[NDArray[np.float32]]:
-        for _ in count():
-            if time.perf_counter() - start >= seconds:
-                return
-            yield frame
+    def __init__(self, client: Client, seed: int, idle_seconds: float, complete: bool) -> None:
+        """``complete``: every frame must be answered in full, by all devices."""
+        self._client, self._complete, self._idle_seconds = client, complete, idle_seconds
+        self._frame = np.random.default_rng(seed).standard_normal(client.model.input_shape, dtype=np.float32)
+        self._rates: list[float] = []
+        self._latencies: list[float] = []
+        self._images = self._unanswered = 0
+        self._covered = 0.0
+        self._energy: dict[int, tuple[float, float]] = {}
+        """What each device's machine took while frames were streamed: joules, and in how many seconds."""
+        self._idle: dict[int, float] = {}
+        """Watts of each at rest."""
+        if idle_seconds:
+            before = self._said()
+            time.sleep(idle_seconds)
+            taken = _taken(before, self._said())
+            self._idle = {device: joules / seconds for device, (joules, seconds) in taken.items()}
 
-    latencies = []
-    for answer in cluster.client.stream(frames()):
-        if answer.outputs is None or answer.coverage < 1:
-            raise ClusterError(f"frame {answer.number} was not answered in full: {answer.refused or 'time is up'}")
-        latencies.append(answer.latency_seconds)
-    return len(latencies) / (time.perf_counter() - start), latencies
+    def stream(self, seconds: float, counts: bool = True) -> None:
+        """Keep the window full for so long."""
+        before, start = self._said(), time.perf_counter()
 
+        def frames() -> Iterator[NDArray[np.float32]]:
+            while time.perf_counter() - start < seconds:
+                yield self._frame
 
-def _figures(cluster: LocalCluster) -> tuple[DeviceFigures, ...]:
-    found = cluster.client.status()
-    if missing := [entry.name for number, entry in enumerate(cluster.cluster.devices) if number not in found]:
-        raise ClusterError(f"{missing[0]} does not answer after the measurement; run it again")
-    return tuple(
-        DeviceFigures(
-            entry.name,
-            *(int(found[number][key]) for key in ("weights_bytes", "empty_rss_bytes", "rss_bytes", "peak_rss_bytes")),
-            providers=found[number]["providers"],
+        answers = list(self._client.stream(frames()))
+        elapsed = time.perf_counter() - start
+        answered = [answer for answer in answers if answer.outputs is not None]
+        for answer in answers:
+            if answer.outputs is None and (self._complete or not answered):
+                raise ClusterError(f"frame {answer.number} was not answered: {answer.refused or 'time is up'}")
+            if self._complete and answer.coverage < 1:
+                raise ClusterError(f"frame {answer.number} was not answered in full: devices {answer.down} were down")
+        if not counts:
+            return
+        self._rates.append(len(answered) / elapsed)
+        self._latencies += [answer.latency_seconds for answer in answered]
+        self._images += len(answers)
+        self._unanswered += len(answers) - len(answered)
+        self._covered += sum(answer.coverage for answer in answered)
+        for device, (joules, of_seconds) in _taken(before, self._said()).items():
+            so_far = self._energy.get(device, (0.0, 0.0))
+            self._energy[device] = so_far[0] + joules, so_far[1] + of_seconds
+
+    def result(self, alone: Sequence[float], not_compared: str | None) -> BenchResult:
+        """``alone``: frames per second of one process with the unpartitioned model, as many as there were streams."""
+        found, entries = self._said(), self._client.cluster.devices
+        silent_ones = tuple(entry.name for number, entry in enumerate(entries) if number not in found)
+        if silent_ones and self._complete:
+            raise ClusterError(f"{silent_ones[0]} does not answer after the measurement; run it again")
+        answered = self._images - self._unanswered
+        return BenchResult(
+            frames_per_second=median(self._rates),
+            single_frames_per_second=median(alone) if alone else None,
+            ratios=tuple(a / b for a, b in zip(self._rates, alone, strict=True)) if alone else (),
+            latency_p50_ms=1e3 * float(np.percentile(self._latencies, 50)),
+            latency_p99_ms=1e3 * float(np.percentile(self._latencies, 99)),
+            devices=tuple(self._figures(number, entries[number].name, said) for number, said in sorted(found.items())),
+            images=self._images,
+            unanswered=self._unanswered,
+            coverage=self._covered / answered,
+            idle_subtracted=bool(self._idle_seconds),
+            silent=silent_ones,
+            not_compared=not_compared,
         )
-        for number, entry in enumerate(cluster.cluster.devices)
-    )
+
+    def _figures(self, number: int, name: str, said: Mapping[str, Any]) -> DeviceFigures:
+        energy, joules = said["energy"], None
+        if energy["source"] is not None and number in self._energy:
+            taken, seconds = self._energy[number]
+            joules = (taken - seconds * self._idle.get(number, 0.0)) / self._images
+        return DeviceFigures(
+            name=name,
+            weights_bytes=said["weights_bytes"],
+            empty_rss_bytes=said["empty_rss_bytes"],
+            rss_bytes=said["rss_bytes"],
+            peak_rss_bytes=said["peak_rss_bytes"],
+            providers=said["providers"],
+            joules_per_image=joules,
+            energy_source=None if joules is None else energy["source"],
+            no_energy=energy.get("reason", "a device was started again meanwhile") if joules is None else None,
+        )
+
+    def _said(self) -> dict[int, Mapping[str, Any]]:
+        return self._client.status()
+
+
+def _taken(
+    before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]
+) -> dict[int, tuple[float, float]]:
+    """Joules and seconds between two words of the same process, of those that measure energy."""
+    found = {}
+    for device in before.keys() & after.keys():
+        then, now = before[device]["energy"], after[device]["energy"]
+        if then["source"] is not None is not now["source"] and before[device]["process"] == after[device]["process"]:
+            found[device] = now["joules"] - then["joules"], now["seconds"] - then["seconds"]
+    return found

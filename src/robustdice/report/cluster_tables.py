@@ -141,11 +141,17 @@ def bench_json(result: BenchResult) -> dict[str, Any]:
                 "rss_bytes": device.rss_bytes,
                 "peak_rss_bytes": device.peak_rss_bytes,
                 "providers": dict(device.providers),
-                "joules_per_image": None,
-                "energy_source": None,
+                "joules_per_image": device.joules_per_image,
+                "energy_source": device.energy_source,
+                "no_energy": device.no_energy,
             }
             for device in result.devices
         ],
+        "images": result.images,
+        "unanswered": result.unanswered,
+        "coverage": result.coverage,
+        "idle_subtracted": result.idle_subtracted,
+        "silent": list(result.silent),
         "not_compared": result.not_compared,
     }
 
@@ -153,9 +159,13 @@ def bench_json(result: BenchResult) -> dict[str, Any]:
 def bench_table(result: BenchResult) -> Sheet:
     """What ``bench`` prints."""
     caption = (
-        f"Measured on this machine: {len(result.devices)} devices {result.frames_per_second:.1f} frames/s (median), "
-        f"latency {result.latency_p50_ms:.1f} ms (median), {result.latency_p99_ms:.1f} ms (99th percentile)."
+        f"{result.images} images: {result.frames_per_second:.1f} frames/s (median), latency "
+        f"{result.latency_p50_ms:.1f} ms (median), {result.latency_p99_ms:.1f} ms (99th percentile)."
     )
+    if result.unanswered or result.coverage < 1:
+        caption += f" {result.unanswered} were not answered; mean coverage {100 * result.coverage:.1f} %."
+    if result.silent:
+        caption += f" Not heard: {', '.join(result.silent)}."
     if result.ratio is None:
         caption += f" Not compared with the unpartitioned model: {result.not_compared}."
     else:
@@ -164,11 +174,19 @@ def bench_table(result: BenchResult) -> Sheet:
             f"ratio {result.ratio:.2f} ({min(result.ratios):.2f} to {max(result.ratios):.2f} in "
             f"{len(result.ratios)} pairs)."
         )
-    title = "Devices, one core each"
     caption += " Resident memory: what the bundle added to an empty process, and the most of all of it."
-    headings = ("device", "weights", "resident for it", "peak memory", "computes with")
-    sheet = Sheet(title, *headings, caption=f"{caption} Energy is not measured yet.")
+    for reason in dict.fromkeys(device.no_energy for device in result.devices if device.no_energy):
+        caption += f" No energy: {reason}."
+    headings = ["device", "weights", "resident for it", "peak memory", "computes with"]
+    sources = dict.fromkeys(device.energy_source for device in result.devices if device.energy_source)
+    if sources:
+        headings.append("J/image")
+        beyond = ", beyond what it takes at rest" if result.idle_subtracted else ""
+        caption += f" Energy ({', '.join(sources)}) is what each device's whole machine took{beyond}."
+    sheet = Sheet("Devices", *headings, caption=caption)
     for device in result.devices:
         sizes = (device.weights_bytes, device.rss_bytes - device.empty_rss_bytes, device.peak_rss_bytes)
-        sheet.add_row(device.name, *(f"{size / 1e6:.2f} MB" for size in sizes), _computes_with(device.providers))
+        cells = [*(f"{size / 1e6:.2f} MB" for size in sizes), _computes_with(device.providers)]
+        joules = device.joules_per_image
+        sheet.add_row(device.name, *cells, *([] if joules is None else [f"{joules:.3g}"]))
     return sheet

@@ -16,6 +16,7 @@ from typing import Any
 
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.errors import BundleError, ClusterError, RobustdiceError
+from robustdice.runtime.energy import SYSFS, EnergyMeter, find_gauges
 from robustdice.runtime.executor import Executor
 from robustdice.runtime.journal import say
 from robustdice.runtime.memory import peak_rss_bytes, rss_bytes
@@ -28,7 +29,7 @@ from robustdice.runtime.protocol.events import (
     Settings,
     Tick,
 )
-from robustdice.runtime.sessions import AUTO, provider_named
+from robustdice.runtime.sessions import AUTO, GPU_PROVIDERS, provider_named
 from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
@@ -57,12 +58,14 @@ def run_device(
     settings: Settings | None = None,
     stop: threading.Event | None = None,
     provider: str = AUTO,
+    sysfs: Path = SYSFS,
 ) -> None:
     """Serve the bundle in ``bundle_directory`` (``DIR/device-K``) until ``stop`` is set.
 
     ``cluster_file`` is by default the ``cluster.toml`` in the bundle's directory, or beside it; ``provider`` is what of
     ONNX Runtime computes, such as ``cpu`` or ``cuda``, where it can. BundleError when the bundle is damaged or of
     another plan than the cluster; ClusterError when the cluster file, the key, the port or the provider cannot be used.
+    ``sysfs`` is where the kernel shows what energy the machine takes.
     """
     empty_rss_bytes = rss_bytes()
     provider = provider_named(provider)
@@ -82,17 +85,20 @@ def run_device(
     entry, stop = cluster.devices[manifest.device], stop or threading.Event()
     transport = ZeroMQTransport(manifest.device, cluster, keys, codec)
     worker = Worker(executor, transport.waker())
+    meter = EnergyMeter(*find_gauges(sysfs, gpu=not GPU_PROVIDERS.isdisjoint(executor.providers)))
     worker.start()
     try:
         if bound := transport.listen(stop):
             _introduce(manifest.device, bound, cluster, manifest.weight_bytes)
 
             def facts() -> dict[str, Any]:
-                return {"providers": executor.providers, "empty_rss_bytes": empty_rss_bytes}
+                own = {"providers": executor.providers, "empty_rss_bytes": empty_rss_bytes}
+                return {**own, "energy": meter.document()}
 
             Loop(engine, transport, worker, entry.name, facts).run(stop)
     finally:
         worker.stop()
+        meter.close()
         transport.close()
         say(log, f"{entry.name} has stopped", event="stopped", device=manifest.device)
 

@@ -25,6 +25,8 @@ from robustdice.runtime.memory import give_back
 log = logging.getLogger(__name__)
 
 CPU, AUTO = "cpu", "auto"
+GPU_PROVIDERS = frozenset({"cuda", "tensorrt"})
+"""Those that compute on an NVIDIA GPU."""
 _SUFFIX = "ExecutionProvider"
 _ONLY_ON_REQUEST = ("azure", "tensorrt")
 """The first computes elsewhere, the second compiles every model for minutes."""
