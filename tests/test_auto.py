@@ -10,12 +10,14 @@ import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
 from robustdice import auto
 from robustdice.auto import Candidate, affordable, agreement, best_first, candidates, tabulate
+from robustdice.cost.model import Judge, predict
+from robustdice.cost.profile import TYPICAL
 from robustdice.errors import PlanError
 from robustdice.failure.sensitivity import divergence
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
 from robustdice.plan import Holder, Shard
-from robustdice.report import tables
+from robustdice.report import considered
 from robustdice.workshop import choose_from, choose_plan
 
 
@@ -129,17 +131,20 @@ def test_considered_plans_say_what_they_cost() -> None:
     table = tabulate(network, random_images(16, (1, 8, 8)), devices=3, survive=1, wire="uint8")
     found = choose_from(table, 0.3)
     assert {each.plan.wire for each in found if "CDC" not in each.family} == {"uint8"}
-    for each, said in zip(found, tables.considered_json(found), strict=True):
+    for each, said in zip(found, considered.considered_json(found, Judge()), strict=True):
+        modelled = predict(each.plan, TYPICAL)
+        assert said["frames_per_second"] == modelled.frames_per_second
+        assert said["latency_seconds"] == modelled.latency_seconds
         exchanged = [i for i in range(len(each.plan.layers)) if not each.plan.held_by_all(i)]
         assert said["exchanges"] == len(exchanged)
         assert said["frame_parallel"] == (not exchanged)
         assert said["modelled_speedup"] == (3 if not exchanged else pytest.approx(1 / each.plan.healthy_compute_share))
         assert said["exchanged_bytes"] == sum(map(each.plan.exchanged_bytes, exchanged))
         assert said["fits"] == bool(said["agreement"])
-    rows = {row[0]: row for row in tables.considered_table(found).rows}
+    rows = {row[0]: row for row in considered.considered_table(found, Judge()).rows}
     unfit = next(each for each in found if not each.fits)
     assert f"needs {100 * unfit.plan.memory_share:.1f} %" in rows[unfit.family]
-    assert tables.considered_summary(found).startswith(f"Taken: {found[0].family}.")
+    assert considered.considered_summary(found, Judge()).startswith(f"Taken: {found[0].family}.")
 
 
 def test_large_networks_make_do_with_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,3 +47,21 @@ def test_auto_needs_a_budget_and_images(tmp_path: Path) -> None:
     auto = ("plan", DEMO, "--devices", "3", "--method", "auto", "-o", tmp_path / "plan.json")
     assert "--data" in fails(*auto, "--memory", "0.1")
     assert "--memory" in fails(*auto, "--data", "digits")
+
+
+@pytest.mark.slow
+def test_auto_for_a_purpose_shows_every_split_and_says_why_it_takes_what_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = run_json(
+        *("plan", DEMO, "--devices", "3", "--method", "auto", "--for", "throughput", "--link", "100Mbit"),
+        *("--data", "digits", "-o", path),
+    )
+    plan, (taken, *others) = Plan.load(path), found["considered"]
+    assert taken["bytes_per_device"] == list(plan.bytes_per_device)
+    assert {"slices (LOP), float32, hidden", "float32 slices, int8 everywhere, neurons"} <= {
+        each["family"] for each in others
+    }
+    modelled = found["modelled"]
+    assert taken["frames_per_second"] == modelled["plans"][-1]["frames_per_second"]
+    assert modelled["splitting_pays"]["throughput"]  # no slower than one device
+    assert "at most 2 points less often" in found["why"]

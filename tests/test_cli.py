@@ -272,6 +272,15 @@ def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
         (["plan", MODEL, "--devices", "4", "--method", "magic", "-o", "p.json"], "unknown method"),
         (["plan", MODEL, "--devices", "4", "--split", "sideways", "-o", "p.json"], "unknown split"),
         (["plan", MODEL, "--devices", "4", "--method", "cdc", "--split", "hidden", "-o", "p.json"], "split neurons"),
+        (
+            ["plan", MODEL, "--devices", "4", "--for", "latency", "-o", "p.json"],
+            "take split rows or auto",
+        ),
+        (["plan", MODEL, "--devices", "4", "--method", "auto", "--for", "fun", "-o", "p.json"], "known: throughput"),
+        (
+            ["plan", MODEL, "--devices", "4", "--for", "memory", "--split", "rows", "-o", "p.json"],
+            "unknown goal 'memory'",
+        ),
         (["plan", MODEL, "--devices", "4", "-o", "p.json"], "--scores FILE"),
         (["plan", MODEL, "--devices", "4", "--method", "lop", "-o", "missing/p.json"], "cannot write"),
         (["plan", MODEL, "--devices", "4", "--scores", "missing.npz", "-o", "p.json"], "missing.npz"),

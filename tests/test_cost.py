@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from commands import fails, run
-from nets import Residual, network_of, save, seeded, shared_network
+from nets import Plain, Residual, network_of, save, seeded, shared_network
 from robustdice.cost.model import Judge, alone, handed_over, parse_link, predict, shares
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import PlanError
@@ -25,6 +25,7 @@ from test_strips import headed, striped, vgg
 
 ROUND = Profile(
     exchange_seconds=1.0,
+    peer_seconds=0.5,
     value_seconds={"float32": 0.01, "float16": 0.02, "uint8": 0.03},
     hop_seconds=0.5,
     frame_seconds=3.0,
@@ -50,8 +51,8 @@ def test_processors_bound_the_rate_and_the_slowest_of_each_stage_the_latency() -
     assert handed_over(plan, 2).tolist() == [1, 0, 1]
     found = predict(plan, ROUND)
     first = (6 + 0.6 / 0.5 * 0 + (0.6 - 0.5) * 2 * 4) + 0.4 * 8  # conv, dw on device 0
-    strips = 2 * 1.0 + (2 * 12.8 + 6.4 + 12.8) * 0.01
-    scores = 2 * 1.0 + (2 * 1 + 1) * 0.01
+    strips = 1.0 + 2 * 0.5 + (2 * 12.8 + 6.4 + 12.8) * 0.01
+    scores = 1.0 + 2 * 0.5 + (2 * 1 + 1) * 0.01
     assert found.processor_seconds == pytest.approx(3 + 2 + first + strips + 1 + scores)
     assert found.frames_per_second == pytest.approx(1 / found.processor_seconds)
     assert found.latency_seconds == pytest.approx(found.processor_seconds + 2 * 0.5)
@@ -77,6 +78,30 @@ def test_without_exchanges_devices_take_frames_in_turn() -> None:
     assert plans_for_fewer(network, plan, Judge()) == [plan]
 
 
+def test_coarse_copies_take_as_long_as_their_representation_does() -> None:
+    network = shared_network(headed, 3, 32, 32)
+    taken = {
+        kind: predict(partition(network, devices=2, method="full", precision=kind), TYPICAL).latency_seconds
+        for kind in ("float32", "int8", "int3")
+    }
+    assert taken["float32"] == alone(TYPICAL, network.plan_layers).latency_seconds
+    assert taken["float32"] < taken["int8"] < taken["int3"]
+    layer = next(each for each in network.plan_layers if each.neuron_macs == each.filter_weights)
+    exact = ROUND.seconds(layer, 0.5)
+    assert ROUND.seconds(layer, 0.5, "int4") == exact  # packed linear layers are multiplied as they are
+    weights = 0.5 * layer.neurons * layer.filter_weights
+    assert ROUND.seconds(layer, 0.5, "int2") == pytest.approx(1.5 * exact + weights * ROUND.unpack_seconds["int2"])
+
+
+def test_spares_cost_nothing_while_they_stand_by() -> None:
+    network = shared_network(headed, 3, 32, 32)
+    fine, mixed = (
+        partition(network, devices=2, method="lop", precision="float32", spare_precision=kind)
+        for kind in ("float32", "int8")
+    )
+    assert predict(mixed, TYPICAL) == predict(fine, TYPICAL)
+
+
 @pytest.mark.parametrize(
     ("text", "rate"), [("1Gbit", 1e9), ("100 Mbit/s", 1e8), ("64kbps", None), ("2.5gbit", 2.5e9), ("8bit", 8.0)]
 )
@@ -99,7 +124,8 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
 
 def device(exchange_seconds: float, macs_per_second: float) -> Profile:
     values = dict.fromkeys(("float32", "float16", "uint8"), 1e-12)
-    return replace(TYPICAL, exchange_seconds=exchange_seconds, value_seconds=values, macs_per_second=macs_per_second)
+    handing = {"exchange_seconds": exchange_seconds, "peer_seconds": 0.0, "value_seconds": values}
+    return replace(TYPICAL, **handing, macs_per_second=macs_per_second)
 
 
 def splits(profile: Profile, devices: int = 2, link: float | None = None, goal: str = "throughput") -> list[str]:
@@ -156,6 +182,20 @@ def test_a_plan_by_the_cost_model_keeps_its_method_and_says_how_it_was_made() ->
     assert [each.devices for each in fewer] == [2, 3, 4]
 
 
+def test_a_split_or_a_goal_that_would_change_nothing_is_refused() -> None:
+    network = shared_network(headed, 3, 32, 32)
+    for split in ("neurons", "hidden"):
+        with pytest.raises(PlanError, match=f"nothing is chosen for latency where layers are split by {split}"):
+            partition(network, devices=2, method="lop", split=split, goal="latency")
+    with pytest.raises(PlanError, match="of method full every device holds the layers that pairs begin with"):
+        partition(network, devices=2, method="full", split="hidden")
+    unpaired = shared_network(Plain, 1, 8, 8)
+    with pytest.raises(PlanError, match="no two layers of the model hand over less as a pair on 16 devices"):
+        partition(unpaired, devices=16, method="lop", split="hidden")
+    fast = partition(network, devices=2, method="lop", split="rows", goal="latency")
+    assert fast.strips
+
+
 # -- measuring
 
 
@@ -191,7 +231,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         ("{", "is not a profile .it is not JSON"),
         ("[1]", "no robustdice-profile header"),
         ({"format": "robustdice-plan"}, "no robustdice-profile header"),
-        ({"version": 2}, "has profile version 2, this version reads 1"),
+        ({"version": 1}, "has profile version 1, this version reads 2"),
         ({"exchange_seconds": -1}, "is a damaged profile .*-1 where a number of at least 0 belongs"),
         ({"hop_seconds": "soon"}, "is a damaged profile"),
         ({"value_seconds": 3}, "is a damaged profile"),
@@ -221,7 +261,7 @@ def test_plan_prints_modelled_figures_for_every_number_of_devices(tmp_path: Path
     model, profile = save(seeded(vgg), tmp_path / "net.pt2", 3, 32, 32), tmp_path / "profile.json"
     device(1e-3, 1e9).save(profile)
     plan = ("plan", model, "--devices", "3", "--method", "lop", "-o", tmp_path / "plan.json", "--link", "1Gbit")
-    text = " ".join(run(*plan, "--profile", profile, "--split", "hidden").stdout.split())
+    text = " ".join(run(*plan, "--profile", profile).stdout.split())
     assert "modelled from" in text
     assert "splitting does not pay" in text
     said = json.loads(run(*plan, "--split", "auto", "--for", "latency", "--json").stdout)["modelled"]

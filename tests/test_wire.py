@@ -260,6 +260,6 @@ def test_the_command_says_what_travels_and_what_cannot(tmp_path: Path) -> None:
     assert (narrow["wire"], Plan.load(narrow["output"]).wire) == ("uint8", "uint8")
     assert narrow["exchanged_bytes"] == 6 * (16 + 8) + 2 * 7 + 4 * 4
     text = " ".join(run(*arguments, "--wire", "uint8").stdout.split())
-    assert "0.2 kB as uint8 and float16 and float32" in text
+    assert "0.2 kB (0.1 as uint8, 0.0 as float16, 0.0 as float32)" in text
     assert "known: float32, float16, uint8" in fails(*arguments, "--wire", "int8")
     assert "sums of shards cannot travel" in fails(*arguments[:4], "--method", "cdc", *arguments[6:], "--wire", "uint8")

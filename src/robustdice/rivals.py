@@ -9,11 +9,12 @@ from dataclasses import replace
 from robustdice.auto import MEASURED, Candidate, Table, tried_out
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
-from robustdice.partitioning.precision import kinds_of, represented
+from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import Plan
 from robustdice.representation import REPRESENTATIONS, CoarseLayer, neuron_bytes
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
+from robustdice.splits import NO_SPLITS, Splits
 
 Coarse = dict[tuple[int, str], CoarseLayer]
 
@@ -46,19 +47,32 @@ def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
 
 
 def _partitioned(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
-    eight = {(index, kind): kept for (index, kind), kept in table.rounded.items() if kind == "int8"}
     for kind in ("float32", "int8"):
-        try:
-            plan = _plan(table, "robustdice", kind, eight, memory=f"{min(budgets)}B")
-        except PlanError:  # it does not fit
-            plan = _plan(table, "robustdice", kind, eight, threshold=math.inf)
-        yield f"the paper's method, {kind}", plan
-        yield f"slices (LOP), {kind}", _plan(table, "lop", kind, eight)
+        yield from dealt_out(table, kind, budgets)
     yield "slices and their sum (CDC), float32", _plan(table, "cdc", "float32", {})
 
 
+def dealt_out(
+    table: Table, kind: str, budgets: Sequence[int], splits: Splits = NO_SPLITS
+) -> Iterator[tuple[str, Plan]]:
+    """The paper's method and plain slices in one representation, split so."""
+    eight = {(index, kind): kept for (index, kind), kept in table.rounded.items() if kind == "int8"}
+    try:
+        plan = _plan(table, "robustdice", kind, eight, splits, memory=f"{min(budgets)}B")
+    except PlanError:  # it does not fit
+        plan = _plan(table, "robustdice", kind, eight, splits, threshold=math.inf)
+    yield f"the paper's method, {kind}", plan
+    yield f"slices (LOP), {kind}", _plan(table, "lop", kind, eight, splits)
+
+
 def _plan(
-    table: Table, method: str, kind: str, coarse: Coarse, memory: str | None = None, threshold: float | None = None
+    table: Table,
+    method: str,
+    kind: str,
+    coarse: Coarse,
+    splits: Splits = NO_SPLITS,
+    memory: str | None = None,
+    threshold: float | None = None,
 ) -> Plan:
     network = table.network
     plan = partition(
@@ -71,8 +85,11 @@ def _plan(
         shared_weights=network.shared_weights,
         model=network.reference,
         precision=(kind, kind),
+        pairs=splits.pairs,
+        run=splits.run,
+        whole=splits.whole,
     )
-    kinds = kinds_of(plan.layers, kind, kind)
+    kinds = [Kinds() if plan.run_of(i) else of for i, of in enumerate(kinds_of(plan.layers, kind, kind))]
     return replace(
         plan,
         shards=tuple(represented(shards, of, plan.devices) for shards, of in zip(plan.shards, kinds, strict=True)),

@@ -28,6 +28,10 @@ class Splits:
     whole: frozenset[int] = frozenset()
 
 
+NO_SPLITS = Splits()
+"""Every layer by neurons."""
+
+
 def plans_for_fewer(network: Network, made: Plan, judge: Judge) -> list[Plan]:
     """Plans for 2, 3, ... devices that split layers by the same rule as the one that was ``made``, which comes last."""
     if not made.exchanges:
@@ -50,7 +54,7 @@ def splits_of(
         return Splits(pairs=choose_pairs(network, devices))
     if split == "rows":
         return Splits(run=_best_run(network, devices, judge, wire))
-    return choose_splits(network, devices, judge, wire, pairs_too) if split == "auto" else Splits()
+    return choose_splits(network, devices, judge, wire, pairs_too) if split == "auto" else NO_SPLITS
 
 
 def _best_run(network: Network, devices: int, judge: Judge, wire: str) -> Strips:
@@ -70,7 +74,7 @@ def choose_splits(network: Network, devices: int, judge: Judge, wire: str, pairs
     def seconds(splits: Splits) -> float:
         return judge.seconds(even_plan(network, devices, splits, wire))
 
-    best = Splits()
+    best = NO_SPLITS
     least = seconds(best)
     runs = runs_of(network, devices)
     for _ in range(_SWEEPS):

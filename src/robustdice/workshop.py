@@ -16,6 +16,8 @@ from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.cost.model import Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
+from robustdice.cost.purpose import Purpose
+from robustdice.divided import considered_for
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.activations import activation_steps
 from robustdice.failure.calibrate import calibrate as fit_corrections
@@ -26,9 +28,10 @@ from robustdice.importance.values import Importance
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network
-from robustdice.partitioning import SPLITS, Method
+from robustdice.partitioning import Method, check_split
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory
+from robustdice.partitioning.paired import can_pair
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, shown, silent
@@ -57,7 +60,7 @@ def partition(
     wire: str = "float32",
     profile: Profile = TYPICAL,
     link: str | None = None,
-    goal: str = "throughput",
+    goal: str | None = None,
     on_progress: Progress = silent,
 ) -> Plan:
     """A plan for ``network`` on ``devices`` devices; arguments as in :func:`robustdice.partitioning.partition`.
@@ -67,16 +70,15 @@ def partition(
     [n, channels, height, width], 64 to 1,024), or without any rounded to the nearest. ``split`` is by ``neurons``
     alone, or ``hidden``: with the pairs of :func:`robustdice.model.pairs.choose_pairs`, or ``rows``: with a run
     of early layers in strips, of which nothing can be lost; or ``auto``: each layer as is modelled to be best, as
-    :func:`robustdice.splits.splits_of` says, for ``profile``, ``link`` (such as ``"1Gbit"``) and ``goal``. Devices hand
-    each other values as ``wire`` says: ``float32``, ``float16`` or ``uint8`` (:mod:`robustdice.wire_format`).
-    PlanError also when a ``method`` of the user's own takes more memory than it was given.
+    :func:`robustdice.splits.splits_of` says, for ``profile``, ``link`` (such as ``"1Gbit"``) and ``goal`` (throughput
+    unless said otherwise). Devices hand each other values as ``wire`` says: ``float32``, ``float16`` or ``uint8``
+    (:mod:`robustdice.wire_format`). PlanError also when there is nothing to split so, or when a ``method`` of the
+    user's own takes more memory than it was given.
     """
-    if split not in SPLITS:
-        raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    check_split(split, goal)
     kinds = (precision, spare_precision or precision)
-    judge = Judge(profile, None if link is None else parse_link(link), goal)
-    pairs_too = method != "cdc" and kinds == ("float32", "float32")
-    splits = splits_of(network, devices, split, judge, wire, pairs_too)
+    judge = Judge(profile, None if link is None else parse_link(link), goal or "throughput")
+    splits = splits_of(network, devices, split, judge, wire, can_pair(method, kinds))
     plan = partition_layers(
         network.plan_layers,
         scores,
@@ -95,6 +97,13 @@ def partition(
         whole=splits.whole,
     )
     plan = replace(plan, wire=wire)
+    if split == "hidden" and not plan.pairs:
+        why = (
+            f"in this plan of method {plan.method} every device holds the layers that pairs begin with"
+            if splits.pairs
+            else f"no two layers of the model hand over less as a pair on {devices} devices"
+        )
+        raise PlanError(f"there is nothing to split hidden: {why}; leave out the split, or choose another")
     if split != "neurons":
         plan = replace(plan, settings={**plan.settings, "split": split})
     if kinds != ("float32", "float32"):
@@ -146,26 +155,37 @@ def choose_plan(
     images: NDArray[np.float32],
     *,
     devices: int,
-    memory: float | str,
+    memory: float | str | None = None,
     survive: int | None = None,
     wire: str = "float32",
+    purpose: Purpose | None = None,
     on_progress: Progress = silent,
 ) -> list[Candidate]:
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
     :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
     ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
-    as. PlanError when nothing fits.
+    as.
+
+    The best is the most accurate one, or, for a ``purpose``, what :func:`robustdice.divided.considered_for` says: every
+    split is tried then, and without ``memory`` a device may hold the whole model. PlanError when nothing fits.
     """
+    if memory is None:
+        if purpose is None:
+            raise PlanError("the most accurate plan is the whole model on every device: say what memory there is")
+        memory = 1.0
     parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
     table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=on_progress)
-    return choose_from(table, memory)
+    return choose_from(table, memory, purpose)
 
 
-def choose_from(table: Table, memory: float | str) -> list[Candidate]:
+def choose_from(table: Table, memory: float | str, purpose: Purpose | None = None) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
-    found = best_first([*candidates(table, budgets), *rivals(table, budgets)])
+    if purpose is None:
+        found = best_first([*candidates(table, budgets), *rivals(table, budgets)])
+    else:
+        found = considered_for(purpose, table, budgets)
     if not found[0].fits:
         raise PlanError(f"no plan was found that keeps to {memory}; allow a little more")
     return found

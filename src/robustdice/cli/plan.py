@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -33,21 +32,20 @@ from robustdice.cli.options import (
     read_thresholds,
     score_with,
 )
+from robustdice.cli.planned import show_plan
 from robustdice.cli.usage import number, one_of
 from robustdice.cost.model import GOALS, Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
+from robustdice.cost.purpose import PURPOSES, Purpose
 from robustdice.errors import PlanError, RobustdiceError
 from robustdice.importance.values import NORMALISATIONS, SCORING_SAMPLES
-from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES
+from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES, check_split
 from robustdice.plan import check_wire
 from robustdice.progress import silent
-from robustdice.report import cost_tables, plots, tables
+from robustdice.report import plots
 from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES
-from robustdice.terminal import out, print_json, progress, waiting
+from robustdice.terminal import out, progress, waiting
 from robustdice.wire_format import WIRES
-
-if TYPE_CHECKING:
-    from robustdice.auto import Candidate
 
 
 @app.command(epilog="Example: robustdice plan resnet20.pt2 --devices 4 --memory 0.6 --scores scores.npz -o plan.json")
@@ -59,7 +57,8 @@ def plan(
         str,
         typer.Option(
             help="robustdice, lop (slices), cdc (slices and their sum), full (replicas of everything), auto (what "
-            "keeps most of the accuracy within --memory), or your own, package.module:function",
+            "keeps most of the accuracy within --memory, or is best --for something), or your own, "
+            "package.module:function",
             autocompletion=one_of(*METHODS, "auto"),
         ),
     ] = "robustdice",
@@ -128,14 +127,16 @@ def plan(
         str | None, typer.Option(metavar="RATE", help="of a device's link, for modelled figures: 1Gbit, 100Mbit (none)")
     ] = None,
     goal: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--for",
             metavar="GOAL",
-            help="for --split auto: throughput (several frames in flight) or latency (one alone)",
-            autocompletion=one_of(*GOALS),
+            help="throughput (several frames in flight) or latency (one alone): what --split auto or rows (throughput "
+            "unless said otherwise) and --method auto choose for; for --method auto also memory (the least). It takes "
+            "the best of all plans that keep nearly as much as the most accurate one",
+            autocompletion=one_of(*PURPOSES),
         ),
-    ] = "throughput",
+    ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
@@ -158,22 +159,31 @@ def plan(
     plots.check_name(plot)
     if normalisation not in NORMALISATIONS:
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
-    if split not in SPLITS:
-        raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    auto = method == "auto"
+    check_split(split, None if auto else goal)
     check_wire(wire, sums=method == "cdc")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
-    judge = Judge(
-        TYPICAL if profile is None else Profile.load(profile), None if link is None else parse_link(link), goal
-    )
+    if survive is not None and not auto:
+        raise PlanError("--survive is for --method auto: other methods make plans for any number of failures")
+    judge, purpose = _judge_and_purpose(profile, link, goal, auto)
     source = "typical figures" if profile is None else str(profile)
+    if auto:
+        chosen = {"--scores": scores, "--threshold": threshold, "--spare-precision": spare_precision}
+        chosen["--precision"] = None if precision == "float32" else precision
+        chosen["--split"] = None if split == "neurons" else split
+        if given := [option for option, value in chosen.items() if value is not None]:
+            raise PlanError(f"auto chooses by itself; leave out {', '.join(given)}, or choose another --method")
+        if data is None or (memory is None and purpose is None):
+            raise RobustdiceError(
+                "auto needs unlabelled images, --data DATA, and --memory, what each device may hold, unless it chooses "
+                "--for something"
+            )
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     judge.profile.check_fits(network.reference)
     importance = columns = images = None
     thresholds = None if threshold is None else read_thresholds(threshold)
-    if survive is not None and method != "auto":
-        raise PlanError("--survive is for --method auto: other methods make plans for any number of failures")
-    if method not in WITHOUT_SCORES and method != "auto":
+    if method not in WITHOUT_SCORES and not auto:
         columns = use.split(",")
         if scores is not None:
             importance = rd.Importance.load(scores)
@@ -182,14 +192,7 @@ def plan(
             importance = score_with(network, images, columns, s3, scheduler)
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
-    if method == "auto":
-        chosen = {"--scores": scores, "--threshold": threshold, "--spare-precision": spare_precision}
-        chosen["--precision"] = None if precision == "float32" else precision
-        chosen["--split"] = None if split == "neurons" else split
-        if given := [option for option, value in chosen.items() if value is not None]:
-            raise PlanError(f"auto chooses by itself; leave out {', '.join(given)}, or choose another --method")
-        if data is None or memory is None:
-            raise RobustdiceError("auto needs --memory, what each device may hold, and unlabelled images: --data DATA")
+    if auto and data is not None:
         images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
         with progress("choosing") as advance:
             considered = rd.choose_plan(
@@ -199,17 +202,10 @@ def plan(
                 memory=memory,
                 survive=survive,
                 wire=wire,
+                purpose=purpose,
                 on_progress=advance,
             )
-        _finish(
-            considered[0].plan,
-            _outlook(network, considered[0].plan, judge, source),
-            output,
-            plot,
-            as_json,
-            images,
-            considered,
-        )
+        show_plan(network, considered[0].plan, output, plot, as_json, images, judge, source, considered, purpose)
         return
     coarse = {precision, spare_precision or precision} != {"float32"}
     seen = None
@@ -237,9 +233,21 @@ def plan(
             on_progress=advance,
         )
     made = _with_activations(activations, network, made, seen)
-    _finish(made, _outlook(network, made, judge, source), output, plot, as_json, images)
+    show_plan(network, made, output, plot, as_json, images, judge, source)
     if coarse and seen is None and not as_json:
         out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
+
+
+def _judge_and_purpose(
+    profile: Path | None, link: str | None, goal: str | None, auto: bool
+) -> tuple[Judge, Purpose | None]:
+    """By what speeds are modelled, and what method auto chooses for; other methods choose by the judge's own goal."""
+    measured = TYPICAL if profile is None else Profile.load(profile)
+    rate = None if link is None else parse_link(link)
+    if not auto or goal is None:
+        return Judge(measured, rate, goal or "throughput"), None
+    judge = Judge(measured, rate, goal if goal in GOALS else "throughput")
+    return judge, Purpose(goal, judge)
 
 
 def _check_activations(activations: str, data: str | None, method: str, kinds: set[str]) -> None:
@@ -259,38 +267,3 @@ def _with_activations(
     activations: str, network: rd.Network, made: rd.Plan, images: NDArray[np.float32] | None
 ) -> rd.Plan:
     return made if activations == "float32" or images is None else rd.round_activations(network, made, images)
-
-
-def _outlook(network: rd.Network, made: rd.Plan, judge: Judge, source: str) -> cost_tables.Outlook:
-    from robustdice.splits import plans_for_fewer  # noqa: PLC0415 -- it needs the workshop
-
-    return cost_tables.Outlook(plans_for_fewer(network, made, judge), judge.profile, source, judge.link)
-
-
-def _finish(
-    made: rd.Plan,
-    outlook: cost_tables.Outlook,
-    output: Path,
-    plot: Path | None,
-    as_json: bool,
-    images: rd.Dataset | None,
-    considered: Sequence[Candidate] = (),
-) -> None:
-    made.save(output)
-    if plot is not None:
-        plots.save(plots.holders(made), plot)
-    if as_json:
-        notes: dict[str, object] = {} if images is None else {"notes": images.notes.as_json()}
-        if considered:
-            notes["considered"] = tables.considered_json(considered)
-        notes["modelled"] = cost_tables.outlook_json(outlook)
-        print_json({"output": str(output), **tables.plan_json(made), **notes})
-        return
-    if considered:
-        out.print(tables.considered_table(considered))
-        out.print(tables.considered_summary(considered))
-    out.print(tables.plan_table(made))
-    out.print(tables.plan_summary(made))
-    out.print(cost_tables.outlook_table(outlook))
-    out.print(cost_tables.outlook_summary(outlook))
-    out.print(f"The plan is in {output}.")

@@ -62,8 +62,12 @@ def parse_link(text: str) -> float:
 
 
 def alone(profile: Profile, layers: Sequence[Layer], devices: int = 1) -> Prediction:
-    """Devices that have the whole model each, and take frames in turn."""
-    seconds = profile.frame_seconds + profile.rest_seconds + sum(profile.seconds(layer, 1.0) for layer in layers)
+    """Devices that have the whole model each, in float32, and take frames in turn."""
+    return _in_turn(profile, devices, sum(profile.seconds(layer, 1.0) for layer in layers))
+
+
+def _in_turn(profile: Profile, devices: int, arithmetic_seconds: float) -> Prediction:
+    seconds = profile.frame_seconds + profile.rest_seconds + arithmetic_seconds
     return Prediction(devices, devices / seconds, seconds, seconds, 0.0)
 
 
@@ -72,20 +76,22 @@ def predict(plan: Plan, profile: Profile, link_bits_per_second: float | None = N
     profile is of another model."""
     profile.check_fits(plan.model)
     if not plan.exchanges:
-        return alone(profile, plan.layers, plan.devices)
+        everything = sum(arithmetic(plan, profile, index).max() for index in range(len(plan.layers)))
+        return _in_turn(profile, plan.devices, everything)
     peers = plan.devices - 1
     rate = np.inf if link_bits_per_second is None else link_bits_per_second / 8
     processor = np.full(plan.devices, profile.frame_seconds + profile.rest_seconds)
     sent, link = np.zeros(plan.devices), np.zeros(plan.devices)
     latency = profile.frame_seconds + profile.rest_seconds
     stage = np.zeros(plan.devices)
-    for index, layer in enumerate(plan.layers):
-        stage += [profile.seconds(layer, share) if share else 0.0 for share in shares(plan, index)]
+    for index in range(len(plan.layers)):
+        stage += arithmetic(plan, profile, index)
         if not plan.exchanged(index):
             continue
         published = handed_over(plan, index)
         handled = published * peers + (published.sum() - published)
-        own = peers * profile.exchange_seconds + handled * profile.value_seconds[plan.wires[index]]
+        own = profile.exchange_seconds + peers * profile.peer_seconds
+        own = own + handled * profile.value_seconds[plan.wires[index]]
         width = plan.exchanged_bytes(index) / plan.exchanged(index)
         passed = width * np.maximum(published * peers, published.sum() - published) / rate
         processor += stage + own
@@ -97,18 +103,34 @@ def predict(plan: Plan, profile: Profile, link_bits_per_second: float | None = N
     return Prediction(plan.devices, 1 / busiest, float(latency), float(processor.max()), float(sent.max()))
 
 
+def arithmetic(plan: Plan, profile: Profile, index: int) -> NDArray[np.float64]:
+    """Seconds that each device takes for a layer while all are up, [devices]."""
+    found, layer = np.zeros(plan.devices), plan.layers[index]
+    for kind, part in dealt(plan, index).items():
+        # Whole numbers, where inputs are rounded to 8 bits, take about as long as float32.
+        read = "float32" if index in plan.activations else kind
+        found += [profile.seconds(layer, share, read) if share else 0.0 for share in part]
+    return found
+
+
 def shares(plan: Plan, index: int) -> NDArray[np.float64]:
     """The share of a layer's neurons, or rows, that each device computes while all are up, [devices]."""
+    return np.sum(list(dealt(plan, index).values()), axis=0, dtype=np.float64)
+
+
+def dealt(plan: Plan, index: int) -> dict[str, NDArray[np.float64]]:
+    """These shares by the representation of what is computed with; of a pair, both layers' are the first one's."""
     run = plan.run_of(index)
     if run is not None:
-        return run.shares(index)
+        return {"float32": run.shares(index)}
     first = next((a for a, b in plan.pairs.items() if b == index), index)
-    if plan.held_by_all(first):
-        return np.ones(plan.devices)
-    dealt = np.zeros(plan.devices)
+    found: dict[str, NDArray[np.float64]] = {}
+    by_all = plan.held_by_all(first)
     for shard in plan.shards[first]:
-        dealt[shard.devices[0]] += len(shard.neurons) / plan.layers[first].neurons
-    return dealt
+        for holder in shard.holders if by_all else shard.holders[:1]:
+            part = found.setdefault(holder.representation, np.zeros(plan.devices))
+            part[holder.device] += len(shard.neurons) / plan.layers[first].neurons
+    return found
 
 
 def handed_over(plan: Plan, index: int) -> NDArray[np.float64]:

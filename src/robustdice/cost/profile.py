@@ -13,9 +13,15 @@ from typing import Any
 from robustdice.errors import PlanError
 from robustdice.files import write_atomically
 from robustdice.plan import Layer, ModelReference
+from robustdice.representation import REPRESENTATIONS
+from robustdice.wire_format import WIRES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LIMIT_BYTES = 16 * 2**20
+
+
+TYPICAL_UNPACKING = {"float16": 0.9e-9, "int8": 0.4e-9, "int4": 1.5e-9, "int3": 1.8e-9, "int2": 1.0e-9}
+"""Seconds for a weight (docs/results/representations.md)."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +41,44 @@ class LayerSeconds:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of one core of a device. Handing over takes ``exchange_seconds`` for a peer and exchange, whatever its
-    size, and ``value_seconds`` for every value that is sent or received, by what it travels as; ``hop_seconds`` pass
-    meanwhile in which nothing is computed, and ``frame_seconds`` go into taking a frame and answering it.
+    """Seconds of one core of a device. An exchange takes ``exchange_seconds``, and ``peer_seconds`` for each peer in
+    it, whatever its size, and ``value_seconds`` for every value that is sent or received, by what it travels as;
+    ``hop_seconds`` pass meanwhile in which nothing is computed, and ``frame_seconds`` go into taking a frame and
+    answering it.
 
     ``layers`` of the model with ``model_digest`` were measured, and ``rest_seconds`` is what it takes beside them. For
-    other layers arithmetic takes what multiply-adds take, or the reading of weights, whichever is longer.
+    other layers arithmetic takes what multiply-adds take, or the reading of weights, whichever is longer. Copies that
+    are not in float32 take ``coarse_factor`` times as long, as their filters are no constants, and ``unpack_seconds``
+    for each weight, by representation: typical ones unless said otherwise.
     """
 
     exchange_seconds: float
+    peer_seconds: float
     value_seconds: Mapping[str, float]
     hop_seconds: float
     frame_seconds: float
     macs_per_second: float = 30e9
     weights_per_second: float = 2e9
+    coarse_factor: float = 1.5
+    unpack_seconds: Mapping[str, float] = field(default_factory=lambda: dict(TYPICAL_UNPACKING))
     layers: Mapping[str, LayerSeconds] = field(default_factory=dict)
     rest_seconds: float = 0.0
     model_digest: str | None = None
 
-    def seconds(self, layer: Layer, share: float) -> float:
-        """What a share of a layer's neurons takes."""
+    def seconds(self, layer: Layer, share: float, representation: str = "float32") -> float:
+        """What a share of a layer's neurons takes in a representation."""
         measured = self.layers.get(layer.name)
-        if measured is not None:
-            return measured.of(share)
         macs, weights = layer.neurons * layer.neuron_macs, layer.neurons * layer.neuron_weights
-        return share * max(macs / self.macs_per_second, weights / self.weights_per_second)
+        exact = (
+            share * max(macs / self.macs_per_second, weights / self.weights_per_second)
+            if measured is None
+            else measured.of(share)
+        )
+        packed = representation == "int4" and layer.neuron_macs - layer.tail_macs == layer.filter_weights
+        if representation == "float32" or packed:  # linear layers are multiplied as they are packed
+            return exact
+        filters = share * layer.neurons * (layer.filter_weights + layer.tail_filter_weights)
+        return self.coarse_factor * exact + filters * self.unpack_seconds[representation]
 
     def check_fits(self, model: ModelReference) -> None:
         """PlanError when the layers that were measured are of another model."""
@@ -99,13 +118,15 @@ def _parse(document: Mapping[str, Any]) -> Profile:
     numbers = {
         name: _number(document[name])
         for name in (
-            "exchange_seconds", "hop_seconds", "frame_seconds", "macs_per_second", "weights_per_second", "rest_seconds"
+            "exchange_seconds", "peer_seconds", "hop_seconds", "frame_seconds", "coarse_factor", "macs_per_second",
+            "weights_per_second", "rest_seconds",
         )
     }  # fmt: skip
     digest = document["model_digest"]
     return Profile(
         **numbers,
-        value_seconds={str(wire): _number(seconds) for wire, seconds in document["value_seconds"].items()},
+        value_seconds={wire: _number(document["value_seconds"][wire]) for wire in WIRES},
+        unpack_seconds={kind: _number(document["unpack_seconds"][kind]) for kind in REPRESENTATIONS[1:]},
         layers={
             str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))
             for name, each in document["layers"].items()
@@ -122,7 +143,8 @@ def _number(value: Any) -> float:
 
 
 TYPICAL = Profile(
-    exchange_seconds=0.5e-3,
+    exchange_seconds=0.24e-3,
+    peer_seconds=0.2e-3,
     value_seconds={"float32": 5e-9, "float16": 6e-9, "uint8": 8e-9},
     hop_seconds=0.3e-3,
     frame_seconds=0.8e-3,

@@ -1,12 +1,13 @@
-"""What handing over takes on this machine: two devices run small networks with few and many exchanges, of few and many
-values, and what their processes take more is divided by what they hand over more (needs the workshop)."""
+"""What handing over takes on this machine: devices run small networks with few and many exchanges, of few and many
+values, to few and many peers, and what their processes take more is divided by what they hand over more (needs the
+workshop)."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustdice.cost.profile import Profile
+from robustdice.cost.profile import LayerSeconds, Profile
 from robustdice.errors import ClusterError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.model.network import Network, build_network
@@ -31,8 +32,10 @@ from robustdice.workshop import build, partition
 
 FEW, MANY = 2, 10
 """Exchanges of a frame."""
-SMALL, LARGE = 2, 96
-"""Height and width of what is exchanged, four channels deep."""
+SMALL, LARGE = 16, 64
+"""Height and width of what is exchanged, ``CHANNELS`` deep."""
+CHANNELS = 16
+MORE_DEVICES = 4
 STREAM_SECONDS = 1.5
 IDLE_SECONDS = 1.0
 FRAMES_ALONE = 20
@@ -51,56 +54,69 @@ class Taken:
 
 
 class _Chain(nn.Module):
-    """Layers of four neurons one after the other."""
+    """Layers one after the other; to what every other one gives its input is added, which no device does for others."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(layers)))
+        self.layers = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.layers(x).mean((2, 3))
-        return scores
+        for number, layer in enumerate(self.layers):
+            x = x + layer(x) if number % 2 else torch.relu(layer(x))
+        return x.mean((2, 3))
 
 
 def measure_handing(on_progress: Progress = silent) -> Profile:
     """A profile without layers, of devices like the processes of this machine."""
-    wanted = [(FEW, SMALL, "float32"), (MANY, SMALL, "float32"), *((MANY, LARGE, wire) for wire in WIRES)]
+    wanted = [(FEW, SMALL, 2, "float32"), (MANY, SMALL, 2, "float32"), (MANY, SMALL, MORE_DEVICES, "float32")]
+    wanted += [(MANY, LARGE, 2, wire) for wire in WIRES]
     found: list[Taken] = []
-    for count, size, wire in wanted:
-        found.append(_measure(count, size, wire))
+    for each in wanted:
+        found.append(_measure(*each))
         on_progress(len(found), len(wanted))
-    few, many, *large = found
-    exchange = max(0.0, (many.processor_seconds - few.processor_seconds) / (MANY - FEW))
-    hop = (many.latency_seconds - few.latency_seconds) / (MANY - FEW) - exchange
-    # Every device takes the input, and of every exchange it sends one half and receives the other.
-    handled = 4 * (LARGE**2 - SMALL**2) * (MANY + 1)
+    few, many, more, *large = found
+    # Every device takes the input. Of two, each sends one half of every exchange and receives the other.
+    small = CHANNELS * SMALL**2
+    values = {
+        wire: max(0.0, each.processor_seconds - many.processor_seconds) / (CHANNELS * LARGE**2 - small) / (MANY + 1)
+        for wire, each in zip(WIRES, large, strict=True)
+    }
+    to_one = (many.processor_seconds - few.processor_seconds) / (MANY - FEW) - small * values["float32"]
+    frame = few.processor_seconds - FEW * (to_one + small * values["float32"])
+    handled = 2 * small * (MORE_DEVICES - 1) / MORE_DEVICES  # a part is sent to each peer, and one received from each
+    to_more = (more.processor_seconds - frame) / MANY - handled * values["float32"]
+    peer = min(max(0.0, (to_more - to_one) / (MORE_DEVICES - 2)), max(0.0, to_one))
+    hop = (many.latency_seconds - few.latency_seconds) / (MANY - FEW) - to_one - small * values["float32"]
     return Profile(
-        exchange_seconds=exchange,
-        value_seconds={
-            wire: max(0.0, (each.processor_seconds - many.processor_seconds) / handled)
-            for wire, each in zip(WIRES, large, strict=True)
-        },
+        exchange_seconds=max(0.0, to_one - peer),
+        peer_seconds=peer,
+        value_seconds=values,
         hop_seconds=max(0.0, hop),
-        frame_seconds=max(0.0, few.processor_seconds - FEW * exchange),
+        frame_seconds=max(0.0, frame),
     )
 
 
 @cache
-def _network(layers: int, size: int) -> tuple[Network, float]:
-    """A chain, and what half of each of its layers takes."""
+def _network(layers: int, size: int) -> tuple[Network, Mapping[str, LayerSeconds], float]:
+    """A chain, what its layers take, and what is beside them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = _Chain(layers)
-    network = build_network(export_module(module, (4, size, size), "the chain"), "chain")
-    times, rest = measure_layers(network)
-    return network, rest + sum(each.of(0.5) for each in times.values())
+    network = build_network(export_module(module, (CHANNELS, size, size), "the chain"), "chain")
+    return network, *measure_layers(network)
 
 
-def _measure(layers: int, size: int, wire: str) -> Taken:
-    """Of a chain, beside its arithmetic."""
-    network, arithmetic_seconds = _network(layers, size)
-    taken = measure_plan(network, replace(partition(network, devices=2, method="lop"), wire=wire), STREAM_SECONDS)
-    return replace(taken, processor_seconds=max(0.0, taken.processor_seconds - arithmetic_seconds))
+def _measure(layers: int, size: int, devices: int, wire: str) -> Taken:
+    """Of a chain in even slices, beside its arithmetic."""
+    network, times, rest_seconds = _network(layers, size)
+    arithmetic_seconds = rest_seconds + sum(each.of(1 / devices) for each in times.values())
+    plan = replace(partition(network, devices=devices, method="lop"), wire=wire)
+    taken = measure_plan(network, plan, STREAM_SECONDS)
+    return replace(
+        taken,
+        processor_seconds=taken.processor_seconds - arithmetic_seconds,
+        latency_seconds=taken.latency_seconds - arithmetic_seconds,
+    )
 
 
 def measure_plan(network: Network, plan: Plan, seconds: float) -> Taken:

@@ -28,8 +28,22 @@ WITHOUT_SCORES = frozenset({"lop", "cdc", "full"})
 SPLITS = ("neurons", "hidden", "rows", "auto")
 """The ways to split layers that a plan can be asked for."""
 
+JUDGED = ("rows", "auto")
+"""Those among which the cost model chooses, for a goal."""
+
 Method = str | own.Own
 """A way to partition: one of these names, ``package.module:function``, or a function."""
+
+
+def check_split(split: str, goal: str | None = None) -> None:
+    """PlanError for a way to split layers that is not known, or with a goal where the cost model chooses nothing."""
+    if split not in SPLITS:
+        raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if goal is not None and split not in JUDGED:
+        raise PlanError(
+            f"nothing is chosen for {goal} where layers are split by {split}: take split {' or '.join(JUDGED)} "
+            "or method auto, or leave out the goal (--for)"
+        )
 
 
 def partition(

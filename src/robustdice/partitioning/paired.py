@@ -27,6 +27,15 @@ def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str
         )
 
 
+def can_pair(method: object, precision: tuple[str, str]) -> bool:
+    """Whether a method can deal out pairs in these representations."""
+    try:
+        check_pairs(str(method), {0: 1}, precision)
+    except PlanError:
+        return False
+    return True
+
+
 def without_some(request: Request, pairs: Mapping[int, int], by_all: frozenset[int]) -> Request:
     """The request with each pair as one layer: the first one's neurons, with the weights that read them; and without
     the layers that are held ``by_all``. What everybody has of these and of second layers counts with what is shared.

@@ -63,11 +63,11 @@ def outlook_table(outlook: Outlook) -> Sheet:
         "ms alone",
         "kB sent",
         "replicas: frames/s",
-        caption=f"modelled from {outlook.source}, for devices of one core each and {limited}, as if all copies were "
-        "float32; plans for fewer devices deal out neurons evenly, without a limit to memory. frames/s: with several "
+        caption=f"modelled from {outlook.source}, for devices of one core each and {limited}; plans for fewer "
+        "devices deal out neurons evenly, in float32, without a limit to memory. frames/s: with several "
         "frames in flight; ms alone: of a frame with no other in "
-        "flight; kB sent: by the busiest device for a frame; replicas: of the whole model on every device, which take "
-        f"frames in turn ({1e3 * outlook.replicas().latency_seconds:.3g} ms each).",
+        "flight; kB sent: by the busiest device for a frame; replicas: of the whole model in float32 on every device, which "
+        f"take frames in turn ({1e3 * outlook.replicas().latency_seconds:.3g} ms each).",
     )
     for plan in outlook.plans:
         found = predict(plan, outlook.profile, link)
@@ -102,8 +102,8 @@ def profile_table(profile: Profile) -> Sheet:
         "ms",
         "half: ms",
         caption=f"beside the layers: {1e3 * profile.rest_seconds:.3g} ms a frame. Handing over: "
-        f"{1e3 * profile.exchange_seconds:.3g} ms of processor an exchange and peer, {wires} a value that is sent or "
-        f"received, {1e3 * profile.hop_seconds:.3g} ms of waiting; {1e3 * profile.frame_seconds:.3g} ms a frame for "
+        f"{1e3 * profile.exchange_seconds:.3g} ms of processor an exchange and {1e3 * profile.peer_seconds:.3g} for each "
+        f"peer in it, {wires} a value that is sent or received, {1e3 * profile.hop_seconds:.3g} ms of waiting; {1e3 * profile.frame_seconds:.3g} ms a frame for "
         "taking it and answering.",
     )
     for name, each in profile.layers.items():

@@ -16,7 +16,6 @@ from robustdice.report.split_words import why_split
 from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
-    from robustdice.auto import Candidate
     from robustdice.failure.availability import Expectation
     from robustdice.failure.evaluate import Evaluation
     from robustdice.model.network import Network
@@ -139,71 +138,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def considered_json(considered: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Every plan that was considered, the best first; of those that do not fit, what they need."""
-    found = []
-    for each in considered:
-        costs = costs_of(each.plan)
-        found.append(
-            {
-                "family": each.family,
-                "fits": each.fits,
-                "memory_share": each.plan.memory_share,
-                "bytes_per_device": list(each.plan.bytes_per_device),
-                "healthy_compute_share": costs.compute_share,
-                "exchanges": costs.exchanges,
-                "exchanged_activations": each.plan.exchanged_activations,
-                "exchanged_bytes": costs.exchanged_bytes,
-                "frame_parallel": costs.frame_parallel,
-                "modelled_speedup": costs.speedup,
-                "agreement": {str(size): share for size, share in enumerate(each.agreement)},
-            }
-        )
-    return found
-
-
-def considered_table(considered: Sequence[Candidate]) -> Sheet:
-    """Every plan that was considered: what it keeps, and what it costs."""
-    sizes = range(len(considered[0].agreement))
-    table = Sheet(
-        "Answers like the intact network's, worst failure set (measured on "
-        f"{considered[0].images} of the images that the plans were made with)",
-        "considered",
-        *("all up" if not size else f"{size} down" for size in sizes),
-        "memory",
-        "compute",
-        "exchanges",
-        "kB",
-        "frames/s",
-        caption="memory and compute: the largest device's share of the model; kB: handed over for an image in all "
-        "exchanges; frames/s: modelled, how many times those of one device with the whole model, if only multiply-adds "
-        "took time: exchanges make it less. Without exchanges frames go to the devices in turn.",
-    )
-    for each in considered:
-        costs = costs_of(each.plan)
-        memory = percent(each.plan.memory_share)
-        if each.fits:
-            exchanges = "none" if costs.frame_parallel else f"{costs.exchanges}"
-            figures = (percent(costs.compute_share), exchanges, f"{costs.exchanged_bytes / 1e3:.1f}")
-            table.add_row(each.family, *map(percent, each.agreement), memory, *figures, f"x {costs.speedup:.1f}")
-        else:
-            table.add_row(each.family, *("" for _ in sizes), f"needs {memory}")
-    return table
-
-
-def considered_summary(considered: Sequence[Candidate]) -> str:
-    """Which plan is taken, and what speaks for it."""
-    best = considered[0]
-    costs = costs_of(best.plan)
-    kept = ", ".join(f"{percent(share)} with {size} down" for size, share in enumerate(best.agreement) if size)
-    served = (
-        "each frame is computed by one device alone, and frames go to the devices in turn"
-        if costs.frame_parallel
-        else f"each frame is computed by all devices together, in {costs.exchanges + 1} stages"
-    )
-    return f"Taken: {best.family}. It answers like the intact network in {kept}; {served}."
-
-
 def plan_table(plan: Plan) -> Sheet:
     """For every layer, how many neurons have how many holders."""
     counts = map(str, range(1, plan.devices + 1))
@@ -237,10 +171,15 @@ def plan_summary(plan: Plan) -> str:
 
 
 def _on_the_wire(plan: Plan) -> str:
-    """How many bytes travel, as what."""
-    used = {wire for index, wire in enumerate(plan.wires) if plan.exchanged(index)}
-    kinds = [wire for wire in reversed(WIRES) if wire in used] or [plan.wire]
-    return f"{costs_of(plan).exchanged_bytes / 1e3:.1f} kB as {' and '.join(kinds)}"
+    """How many bytes travel, and of them how many as what."""
+    by_wire = dict.fromkeys(reversed(WIRES), 0)
+    for index, wire in enumerate(plan.wires):
+        by_wire[wire] += plan.exchanged_bytes(index)
+    used = {wire: size for wire, size in by_wire.items() if size} or {plan.wire: 0}
+    total = f"{sum(used.values()) / 1e3:.1f} kB"
+    if len(used) == 1:
+        return f"{total} as {next(iter(used))}"
+    return f"{total} ({', '.join(f'{size / 1e3:.1f} as {wire}' for wire, size in used.items())})"
 
 
 def evaluation_json(result: Evaluation, expectation: Expectation | None = None) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""All that can be made of a budget for a purpose: by every split, and within less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from robustdice.auto import MEASURED, Candidate, Table, candidates, tried_out
+from robustdice.cost.model import Judge
+from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
+from robustdice.errors import PlanError
+from robustdice.failure.calibrate import calibrate
+from robustdice.partitioning import SPLITS
+from robustdice.partitioning.paired import can_pair
+from robustdice.partitioning.precision import kinds_of
+from robustdice.plan import Holder, Plan, Shard
+from robustdice.rivals import dealt_out, rivals
+from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
+
+LEAST = 1 / 32
+"""Of what is allowed: less is not tried for the smallest plan."""
+HALVINGS = 5
+"""Of the range of budgets in which the smallest plan is looked for: to a tenth."""
+
+
+def considered_for(purpose: Purpose, table: Table, budgets: Sequence[int]) -> list[Candidate]:
+    """All that there is within the budgets (bytes of each device) by every split, and for ``memory`` within smaller
+    ones, as long as these keep enough; in the order of :func:`robustdice.cost.purpose.ordered_for`."""
+    found = [*candidates(table, budgets), *rivals(table, budgets), *divided(table, budgets, purpose.judge)]
+    if purpose.name == "memory":
+        found += _smaller(table, budgets, found)
+    return ordered_for(purpose, found)
+
+
+def _smaller(table: Table, budgets: Sequence[int], found: Sequence[Candidate]) -> list[Candidate]:
+    """What fits into less, where the range of budgets is halved again and again: towards less where that keeps
+    enough, towards more where it does not."""
+    more: list[Candidate] = []
+    low, high = LEAST, 1.0
+    for _ in range(HALVINGS):
+        share = (low * high) ** 0.5
+        within = [int(share * budget) for budget in budgets]
+        try:
+            tried = [each for each in (*candidates(table, within), *rivals(table, within)) if each.fits]
+        except PlanError:  # not even the coarsest copies fit
+            tried = []
+        more += tried
+        enough = nearly_best([*found, *more])
+        low, high = (low, share) if any(each in enough for each in tried) else (share, high)
+    return more
+
+
+def divided(table: Table, budgets: Sequence[int], judge: Judge) -> list[Candidate]:
+    """What :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals` make by neurons, by every other
+    split; and float32 slices whose spares, coarse as the budget says, are on all other devices, by neurons too."""
+    made: dict[object, tuple[str, Plan]] = {}
+    for family, plan in _by_every_split(table, budgets, judge):
+        if plan.exchanges:
+            made.setdefault((plan.shards, plan.strips, tuple(plan.pairs.items())), (family, plan))
+    return [tried_out(table, family, plan, budgets) for family, plan in made.values()]
+
+
+def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Iterator[tuple[str, Plan]]:
+    yield from _with_spares(table, budgets, NO_SPLITS, "neurons")
+    for split in SPLITS[1:]:
+        for kind in ("float32", "int8"):
+            splits = _splits(table, split, judge, kind)
+            if splits == NO_SPLITS:
+                continue
+            for family, plan in dealt_out(table, kind, budgets, splits):
+                yield f"{family}, {split}", replace(plan, settings={**plan.settings, "split": split})
+            if kind != "float32":
+                yield from _with_spares(table, budgets, splits, split)
+                yield from _spread(table, budgets, splits, split)
+
+
+def _splits(table: Table, split: str, judge: Judge, kind: str) -> Splits:
+    """The splits that a word asks for, as far as copies of this kind can be dealt out so."""
+    pairs_too = can_pair("lop", (kind, kind))
+    if split == "hidden" and not pairs_too:
+        return NO_SPLITS
+    try:
+        return splits_of(table.network, table.devices, split, judge, table.wire, pairs_too)
+    except PlanError:  # there are no rows to be had
+        return NO_SPLITS
+
+
+def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
+    """Slices in float32, of which all other devices have spares, the finest that fit: nothing is lost."""
+    plan, devices = even_plan(table.network, table.devices, splits, table.wire), table.devices
+    for kind in MEASURED:
+        kinds = kinds_of(plan.layers, "float32", kind)
+        dealt = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
+        shards = list(plan.shards)
+        for index in dealt:
+            shards[index] = tuple(_spared(shard, kinds[index].spare, devices) for shard in plan.shards[index])
+        plan = replace(
+            plan,
+            shards=tuple(shards),
+            coarse={(index, kinds[index].spare): table.rounded[index, kinds[index].spare] for index in dealt},
+            method="auto",
+            settings={"split": split, "spare_precision": kind},
+        )
+        if kind == MEASURED[-1] or all(h <= b for h, b in zip(plan.bytes_per_device, budgets, strict=True)):
+            yield f"float32 slices, {kind} everywhere, {split}", plan
+            return
+
+
+def _spared(shard: Shard, kind: str, devices: int) -> Shard:
+    first = shard.devices[0]
+    spares = (Holder((first + step) % devices, kind) for step in range(1, devices))
+    return replace(shard, holders=(shard.holders[0], *spares))
+
+
+def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
+    """Spread copies, with the layers of strips and those that are whole in float32 on every device."""
+    if splits.pairs:
+        return
+    network = table.network
+    by_all = even_plan(network, table.devices, splits, table.wire)
+    front = {*splits.whole, *(() if splits.run is None else splits.run.layers)}
+    taken = 4 * sum(of.neurons * of.neuron_weights for of in (network.plan_layers[index] for index in front))
+    try:
+        found = candidates(table, [max(1, budget - taken) for budget in budgets])
+    except PlanError:  # there is no room for them
+        return
+    for family, plan in ((each.family, each.plan) for each in found if each.plan.exchanges):
+        shards = tuple(by_all.shards[i] if i in front else of for i, of in enumerate(plan.shards))
+        divided = replace(
+            plan,
+            shards=shards,
+            strips=by_all.strips,
+            coarse={of: kept for of, kept in plan.coarse.items() if of[0] not in front},
+            corrections={},
+            settings={**plan.settings, "split": split},
+        )
+        corrections = calibrate(network, divided, table.images, max_failed=table.survive)
+        yield f"{family}, {split}", replace(divided, corrections=corrections)

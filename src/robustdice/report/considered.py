@@ -1,0 +1,112 @@
+"""Plans that ``plan --method auto`` has considered: what each keeps and costs, and why one is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from robustdice.cost.counts import costs_of
+from robustdice.cost.model import Judge, predict
+from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best
+from robustdice.report.sheet import Sheet
+from robustdice.report.tables import percent
+
+if TYPE_CHECKING:
+    from robustdice.auto import Candidate
+
+
+def considered_json(considered: Sequence[Candidate], judge: Judge) -> list[dict[str, Any]]:
+    """Every plan that was considered, the one that is taken first; of those that do not fit, what they need."""
+    found = []
+    for each in considered:
+        costs = costs_of(each.plan)
+        modelled = predict(each.plan, judge.profile, judge.link)
+        found.append(
+            {
+                "family": each.family,
+                "fits": each.fits,
+                "memory_share": each.plan.memory_share,
+                "bytes_per_device": list(each.plan.bytes_per_device),
+                "healthy_compute_share": costs.compute_share,
+                "exchanges": costs.exchanges,
+                "exchanged_activations": each.plan.exchanged_activations,
+                "exchanged_bytes": costs.exchanged_bytes,
+                "frame_parallel": costs.frame_parallel,
+                "modelled_speedup": costs.speedup,
+                "frames_per_second": modelled.frames_per_second,
+                "latency_seconds": modelled.latency_seconds,
+                "agreement": {str(size): share for size, share in enumerate(each.agreement)},
+            }
+        )
+    return found
+
+
+def considered_table(considered: Sequence[Candidate], judge: Judge) -> Sheet:
+    """Every plan that was considered: what it keeps, and what it costs."""
+    sizes = range(len(considered[0].agreement))
+    table = Sheet(
+        "Answers like the intact network's, worst failure set (measured on "
+        f"{considered[0].images} of the images that the plans were made with)",
+        "considered",
+        *("all up" if not size else f"{size} down" for size in sizes),
+        "memory",
+        "compute",
+        "exchanges",
+        "kB",
+        "frames/s",
+        "ms alone",
+        caption="memory and compute: the largest device's share of the model; kB: handed over for an image in all "
+        "exchanges; frames/s and ms alone: modelled, with several frames in flight and with one. Without exchanges "
+        "frames go to the devices in turn.",
+    )
+    for each in considered:
+        costs = costs_of(each.plan)
+        memory = percent(each.plan.memory_share)
+        if each.fits:
+            exchanges = "none" if costs.frame_parallel else f"{costs.exchanges}"
+            modelled = predict(each.plan, judge.profile, judge.link)
+            figures = (percent(costs.compute_share), exchanges, f"{costs.exchanged_bytes / 1e3:.1f}")
+            speed = (f"{modelled.frames_per_second:.3g}", f"{1e3 * modelled.latency_seconds:.3g}")
+            table.add_row(each.family, *map(percent, each.agreement), memory, *figures, *speed)
+        else:
+            table.add_row(each.family, *("" for _ in sizes), f"needs {memory}")
+    return table
+
+
+def considered_summary(considered: Sequence[Candidate], judge: Judge, purpose: Purpose | None = None) -> str:
+    """Which plan is taken, and what speaks for it."""
+    taken = considered[0]
+    costs = costs_of(taken.plan)
+    kept = ", ".join(f"{percent(share)} with {size} down" for size, share in enumerate(taken.agreement) if size)
+    served = (
+        "each frame is computed by one device alone, and frames go to the devices in turn"
+        if costs.frame_parallel
+        else f"each frame is computed by all devices together, in {costs.exchanges + 1} stages"
+    )
+    why = "" if purpose is None else _why(considered, judge, purpose)
+    return f"Taken: {taken.family}.{why} It answers like the intact network in {kept}; {served}."
+
+
+def _why(considered: Sequence[Candidate], judge: Judge, purpose: Purpose) -> str:
+    """What the plan is better in than the others that keep as much, and than the most accurate one."""
+    near = nearly_best(considered)
+    taken, best = considered[0], max((each for each in considered if each.fits), key=lambda each: each.merit)
+    rule = (
+        f" Of the {len(near)} plans that answer like the intact network at most {100 * TOLERATED:g} points less often "
+        f"than the most accurate one ({best.family}), however many devices are down, it is "
+    )
+    a, b = (_value(each, judge, purpose.name) for each in (taken, best))
+    better = "the smallest" if purpose.name == "memory" else "modelled to be the fastest"
+    said = f"{rule}{better}: {a}" + ("." if taken is best else f"; the most accurate one: {b}.")
+    if purpose.name != "memory" and not taken.plan.exchanges:
+        said += " No split of layers that keeps as much is modelled to be faster."
+    return said
+
+
+def _value(candidate: Candidate, judge: Judge, purpose: str) -> str:
+    if purpose == "memory":
+        return f"{percent(candidate.plan.memory_share)} of the model on a device"
+    modelled = predict(candidate.plan, judge.profile, judge.link)
+    if purpose == "latency":
+        return f"{1e3 * modelled.latency_seconds:.3g} ms for a frame alone"
+    return f"{modelled.frames_per_second:.3g} frames/s"

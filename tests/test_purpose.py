@@ -1,0 +1,119 @@
+"""Plans for a purpose: the fastest or the smallest of those that keep nearly as much as the most accurate one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import robustdice as rd
+from nets import Plain, random_images, shared_network
+from robustdice.auto import Candidate, Table, tabulate
+from robustdice.cost.model import Judge, alone
+from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best, ordered_for
+from robustdice.divided import divided
+from robustdice.errors import PlanError
+from robustdice.report.considered import considered_json, considered_summary
+from robustdice.workshop import choose_from, choose_plan
+from test_cost import device
+from test_strips import headed
+
+DEAR, CHEAP = device(1.0, 1e9), device(1e-6, 1e6)
+"""Devices to which exchanges are everything, and nothing."""
+
+
+@cache
+def table() -> Table:
+    return tabulate(shared_network(headed, 3, 32, 32), random_images(24, (3, 32, 32)), devices=3)
+
+
+@cache
+def found_for(name: str, profile: str, memory: float = 1.0) -> list[Candidate]:
+    judge = Judge({"dear": DEAR, "cheap": CHEAP}[profile], None, "throughput" if name == "memory" else name)
+    return choose_from(table(), memory, Purpose(name, judge))
+
+
+def families(found: Sequence[Candidate]) -> set[str]:
+    return {each.family for each in found}
+
+
+def candidate(method: str, *agreement: float) -> Candidate:
+    return Candidate(method, rd.partition(shared_network(Plain, 1, 8, 8), devices=2, method=method), agreement, 100)
+
+
+def test_for_a_purpose_the_cheapest_is_taken_of_those_that_keep_nearly_as_much() -> None:
+    full, lop, cdc = candidate("full", 1.0, 1.0), candidate("lop", 1.0, 0.985), candidate("cdc", 1.0, 0.97)
+    assert nearly_best([full, lop, cdc, Candidate("unfit", lop.plan)]) == [full, lop]
+    by_latency, by_memory = (Purpose(name, Judge(CHEAP, None, "latency")) for name in ("latency", "memory"))
+    assert families(ordered_for(by_memory, [full, lop, cdc])[:1]) == {"lop"}
+    assert [each.family for each in ordered_for(by_latency, [full, cdc, lop])] == ["lop", "full", "cdc"]
+    worse = candidate("lop", 1.0, 1.0 - 1.5 * TOLERATED)
+    assert ordered_for(by_latency, [worse, full])[0] is full
+    # One number of devices down is enough to be too much worse, whatever the mean is.
+    assert nearly_best([candidate("full", 0.95, 0.95, 0.95), candidate("lop", 1.0, 0.92, 0.92)])[0].family == "full"
+
+
+def test_where_exchanges_are_dear_devices_take_whole_frames_in_turn_and_it_says_so() -> None:
+    found = found_for("throughput", "dear")
+    plan, judge = found[0].plan, Judge(DEAR)
+    assert not plan.exchanges
+    assert judge.seconds(plan) < 1 / alone(DEAR, plan.layers).frames_per_second
+    said = considered_summary(found, judge, Purpose("throughput", judge))
+    assert "modelled to be the fastest" in said
+    assert "No split of layers that keeps as much is modelled to be faster" in said
+
+
+def test_where_exchanges_are_cheap_a_split_that_loses_nothing_answers_a_frame_sooner(tmp_path: Path) -> None:
+    found, judge = found_for("latency", "cheap"), Judge(CHEAP, None, "latency")
+    plan, best = found[0].plan, max(found, key=lambda each: each.merit)
+    assert plan.exchanges
+    assert judge.seconds(plan) < 0.7 * alone(CHEAP, plan.layers).latency_seconds
+    assert all(a >= b - TOLERATED - 1e-9 for a, b in zip(found[0].agreement, best.agreement, strict=True))
+    assert judge.seconds(plan) == min(judge.seconds(each.plan) for each in nearly_best(found))
+    assert "ms for a frame alone" in considered_summary(found, judge, Purpose("latency", judge))
+    # What is predicted of it is what its bundles do.
+    network = shared_network(headed, 3, 32, 32)
+    assert rd.build(network, plan, tmp_path / "build").is_dir()
+
+
+def test_every_split_is_considered() -> None:
+    names = families(found_for("throughput", "dear"))
+    for kind in ("float32", "int8"):
+        assert {f"the paper's method, {kind}", f"slices (LOP), {kind}", f"slices (LOP), {kind}, rows"} <= names
+    assert {"slices (LOP), float32, hidden", "float32 slices, int8 everywhere, rows"} <= names
+    assert any(name.endswith(", auto") for name in names)
+    spread = [each.family for each in divided(table(), (int(0.14 * 4 * table().network.parameters),) * 3, Judge(CHEAP))]
+    assert any(name.startswith("spread") and name.endswith("rows") for name in spread)
+
+
+def test_what_is_considered_says_how_fast_it_is_modelled_to_be() -> None:
+    found = found_for("latency", "cheap")
+    said = considered_json(found, Judge(CHEAP))
+    assert [each["family"] for each in said] == [each.family for each in found]
+    assert all(each["frames_per_second"] > 0 and each["latency_seconds"] > 0 for each in said)
+    assert said[0]["latency_seconds"] < min(each["latency_seconds"] for each in said if each["frame_parallel"])
+
+
+def test_for_memory_the_smallest_is_taken_also_of_what_fits_into_less() -> None:
+    found = found_for("memory", "dear")
+    smallest = min(nearly_best(found), key=lambda each: max(each.plan.bytes_per_device))
+    assert max(found[0].plan.bytes_per_device) == max(smallest.plan.bytes_per_device)
+    assert found[0].plan.memory_share < 0.25
+    judge = Judge(DEAR)
+    assert "it is the smallest:" in considered_summary(found, judge, Purpose("memory", judge))
+
+
+def test_a_budget_bounds_what_is_taken() -> None:
+    found = found_for("throughput", "cheap", 0.3)
+    assert found[0].fits
+    assert found[0].plan.memory_share <= 0.3
+    assert all(each.fits == (each.plan.memory_share <= 0.3) for each in found)
+
+
+def test_only_what_exists_can_be_chosen_for() -> None:
+    with pytest.raises(PlanError, match="nothing can be chosen for 'fun'; known: throughput, latency, memory"):
+        Purpose("fun", Judge())
+    with pytest.raises(PlanError, match="say what memory there is"):
+        choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=2)
