@@ -143,10 +143,10 @@ def _number(value: Any) -> float:
 
 
 TYPICAL = Profile(
-    exchange_seconds=0.24e-3,
-    peer_seconds=0.2e-3,
-    value_seconds={"float32": 5e-9, "float16": 6e-9, "uint8": 8e-9},
-    hop_seconds=0.3e-3,
+    exchange_seconds=0.3e-3,
+    peer_seconds=0.16e-3,
+    value_seconds={"float32": 10e-9, "float16": 13e-9, "uint8": 13e-9},
+    hop_seconds=0.1e-3,
     frame_seconds=0.8e-3,
 )
-"""Of a core of a common server processor, when nothing was measured."""
+"""Of a core of a common server processor, when nothing was measured (docs/results/cost-model.md)."""

@@ -64,10 +64,10 @@ def outlook_table(outlook: Outlook) -> Sheet:
         "kB sent",
         "replicas: frames/s",
         caption=f"modelled from {outlook.source}, for devices of one core each and {limited}; plans for fewer "
-        "devices deal out neurons evenly, in float32, without a limit to memory. frames/s: with several "
-        "frames in flight; ms alone: of a frame with no other in "
-        "flight; kB sent: by the busiest device for a frame; replicas: of the whole model in float32 on every device, which "
-        f"take frames in turn ({1e3 * outlook.replicas().latency_seconds:.3g} ms each).",
+        "devices deal out neurons evenly, in float32, without a limit to memory. frames/s: with several frames in "
+        "flight; ms alone: of a frame with no other in flight; kB sent: by the busiest device for a frame; replicas: "
+        "of the whole model in float32 on every device, which take frames in turn "
+        f"({1e3 * outlook.replicas().latency_seconds:.3g} ms each).",
     )
     for plan in outlook.plans:
         found = predict(plan, outlook.profile, link)
@@ -102,9 +102,9 @@ def profile_table(profile: Profile) -> Sheet:
         "ms",
         "half: ms",
         caption=f"beside the layers: {1e3 * profile.rest_seconds:.3g} ms a frame. Handing over: "
-        f"{1e3 * profile.exchange_seconds:.3g} ms of processor an exchange and {1e3 * profile.peer_seconds:.3g} for each "
-        f"peer in it, {wires} a value that is sent or received, {1e3 * profile.hop_seconds:.3g} ms of waiting; {1e3 * profile.frame_seconds:.3g} ms a frame for "
-        "taking it and answering.",
+        f"{1e3 * profile.exchange_seconds:.3g} ms of processor an exchange and {1e3 * profile.peer_seconds:.3g} for "
+        f"each peer in it, {wires} a value that is sent or received, {1e3 * profile.hop_seconds:.3g} ms of waiting; "
+        f"{1e3 * profile.frame_seconds:.3g} ms a frame for taking it and answering.",
     )
     for name, each in profile.layers.items():
         table.add_row(name, f"{1e3 * each.whole:.3g}", f"{1e3 * each.of(0.5):.3g}")
