@@ -282,6 +282,10 @@ def test_bundle_of_another_plan_is_refused(work: Path, tmp_path: Path) -> None:
             "unknown goal 'memory'",
         ),
         (["plan", MODEL, "--devices", "4", "-o", "p.json"], "--scores FILE"),
+        (
+            ["plan", MODEL, "--devices", "4", "--method", "lop", "--scores", "s.npz", "-o", "p.json"],
+            "looks at no scores",
+        ),
         (["plan", MODEL, "--devices", "4", "--method", "lop", "-o", "missing/p.json"], "cannot write"),
         (["plan", MODEL, "--devices", "4", "--scores", "missing.npz", "-o", "p.json"], "missing.npz"),
         (["score", MODEL, "--data", "missing.zip", "-o", "s.npz"], "missing.zip"),

@@ -18,6 +18,8 @@ from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import PlanError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
+from robustdice.partitioning import Answer, Request
+from robustdice.partitioning.replicate import whole
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_plan import example
@@ -124,8 +126,13 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
 
 def device(exchange_seconds: float, macs_per_second: float) -> Profile:
     values = dict.fromkeys(("float32", "float16", "uint8"), 1e-12)
-    handing = {"exchange_seconds": exchange_seconds, "peer_seconds": 0.0, "value_seconds": values}
-    return replace(TYPICAL, **handing, macs_per_second=macs_per_second)
+    return replace(
+        TYPICAL,
+        exchange_seconds=exchange_seconds,
+        peer_seconds=0.0,
+        value_seconds=values,
+        macs_per_second=macs_per_second,
+    )
 
 
 def splits(profile: Profile, devices: int = 2, link: float | None = None, goal: str = "throughput") -> list[str]:
@@ -182,13 +189,20 @@ def test_a_plan_by_the_cost_model_keeps_its_method_and_says_how_it_was_made() ->
     assert [each.devices for each in fewer] == [2, 3, 4]
 
 
+def everywhere(request: Request) -> Answer:
+    return Answer(tuple(whole(layer, request.devices) for layer in request.layers), {})
+
+
 def test_a_split_or_a_goal_that_would_change_nothing_is_refused() -> None:
     network = shared_network(headed, 3, 32, 32)
     for split in ("neurons", "hidden"):
         with pytest.raises(PlanError, match=f"nothing is chosen for latency where layers are split by {split}"):
             partition(network, devices=2, method="lop", split=split, goal="latency")
-    with pytest.raises(PlanError, match="of method full every device holds the layers that pairs begin with"):
-        partition(network, devices=2, method="full", split="hidden")
+    for split in ("hidden", "auto"):
+        with pytest.raises(PlanError, match=f"every layer on every device: there is nothing to split {split}"):
+            partition(network, devices=2, method="full", split=split)
+    with pytest.raises(PlanError, match="every device holds the layers that pairs begin with"):
+        partition(network, devices=2, method=everywhere, split="hidden")
     unpaired = shared_network(Plain, 1, 8, 8)
     with pytest.raises(PlanError, match="no two layers of the model hand over less as a pair on 16 devices"):
         partition(unpaired, devices=16, method="lop", split="hidden")

@@ -75,7 +75,7 @@ def partition(
     (:mod:`robustdice.wire_format`). PlanError also when there is nothing to split so, or when a ``method`` of the
     user's own takes more memory than it was given.
     """
-    check_split(split, goal)
+    check_split(split, method, goal)
     kinds = (precision, spare_precision or precision)
     judge = Judge(profile, None if link is None else parse_link(link), goal or "throughput")
     splits = splits_of(network, devices, split, judge, wire, can_pair(method, kinds))

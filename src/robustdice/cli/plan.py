@@ -160,24 +160,20 @@ def plan(
     if normalisation not in NORMALISATIONS:
         raise PlanError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
     auto = method == "auto"
-    check_split(split, None if auto else goal)
+    check_split(split, method, None if auto else goal)
     check_wire(wire, sums=method == "cdc")
     _check_activations(activations, data, method, {precision, spare_precision or precision})
-    if survive is not None and not auto:
-        raise PlanError("--survive is for --method auto: other methods make plans for any number of failures")
+    given = {"--scores": scores, "--threshold": threshold, "--survive": survive, "--spare-precision": spare_precision}
+    given["--precision"] = None if precision == "float32" else precision
+    given["--split"] = None if split == "neurons" else split
+    _check_of_use(method, {option for option, value in given.items() if value is not None})
     judge, purpose = _judge_and_purpose(profile, link, goal, auto)
     source = "typical figures" if profile is None else str(profile)
-    if auto:
-        chosen = {"--scores": scores, "--threshold": threshold, "--spare-precision": spare_precision}
-        chosen["--precision"] = None if precision == "float32" else precision
-        chosen["--split"] = None if split == "neurons" else split
-        if given := [option for option, value in chosen.items() if value is not None]:
-            raise PlanError(f"auto chooses by itself; leave out {', '.join(given)}, or choose another --method")
-        if data is None or (memory is None and purpose is None):
-            raise RobustdiceError(
-                "auto needs unlabelled images, --data DATA, and --memory, what each device may hold, unless it chooses "
-                "--for something"
-            )
+    if auto and (data is None or (memory is None and purpose is None)):
+        raise RobustdiceError(
+            "auto needs unlabelled images, --data DATA, and --memory, what each device may hold, unless it chooses "
+            "--for something"
+        )
     with waiting("loading the model"):
         network = load_model(model, random_weights, seed, size, mean, std, classes)
     judge.profile.check_fits(network.reference)
@@ -236,6 +232,16 @@ def plan(
     show_plan(network, made, output, plot, as_json, images, judge, source)
     if coarse and seen is None and not as_json:
         out.print("Coarse weights are rounded to the nearest: with --data DATA they are fitted to images.")
+
+
+def _check_of_use(method: str, given: set[str]) -> None:
+    """PlanError for options that the method has no use for."""
+    if method != "auto" and "--survive" in given:
+        raise PlanError("--survive is for --method auto: other methods make plans for any number of failures")
+    if method == "auto" and (chosen := sorted(given - {"--survive"})):
+        raise PlanError(f"auto chooses by itself; leave out {', '.join(chosen)}, or choose another --method")
+    if method in WITHOUT_SCORES and "--scores" in given:
+        raise PlanError(f"method {method} looks at no scores: leave out --scores, or choose another --method")
 
 
 def _judge_and_purpose(

@@ -76,7 +76,7 @@ def predict(plan: Plan, profile: Profile, link_bits_per_second: float | None = N
     profile is of another model."""
     profile.check_fits(plan.model)
     if not plan.exchanges:
-        everything = sum(arithmetic(plan, profile, index).max() for index in range(len(plan.layers)))
+        everything = sum(float(arithmetic(plan, profile, index).max()) for index in range(len(plan.layers)))
         return _in_turn(profile, plan.devices, everything)
     peers = plan.devices - 1
     rate = np.inf if link_bits_per_second is None else link_bits_per_second / 8
@@ -115,7 +115,7 @@ def arithmetic(plan: Plan, profile: Profile, index: int) -> NDArray[np.float64]:
 
 def shares(plan: Plan, index: int) -> NDArray[np.float64]:
     """The share of a layer's neurons, or rows, that each device computes while all are up, [devices]."""
-    return np.sum(list(dealt(plan, index).values()), axis=0, dtype=np.float64)
+    return np.asarray(sum(dealt(plan, index).values()), np.float64)
 
 
 def dealt(plan: Plan, index: int) -> dict[str, NDArray[np.float64]]:

@@ -35,10 +35,16 @@ Method = str | own.Own
 """A way to partition: one of these names, ``package.module:function``, or a function."""
 
 
-def check_split(split: str, goal: str | None = None) -> None:
-    """PlanError for a way to split layers that is not known, or with a goal where the cost model chooses nothing."""
+def check_split(split: str, method: object = "", goal: str | None = None) -> None:
+    """PlanError for a way to split layers that is not known, that a method has no use for, or where nothing is chosen
+    for a goal."""
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if method == "full" and split in ("hidden", "auto"):
+        raise PlanError(
+            f"method full has every layer on every device: there is nothing to split {split}; leave out the split, or "
+            "take rows"
+        )
     if goal is not None and split not in JUDGED:
         raise PlanError(
             f"nothing is chosen for {goal} where layers are split by {split}: take split {' or '.join(JUDGED)} "
