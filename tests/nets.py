@@ -289,8 +289,9 @@ def with_pairs(plan: Plan, possible: Mapping[int, int], seed: int = 0) -> Plan:
     return replace(plan, shards=tuple(shards), pairs=pairs)
 
 
-def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0) -> CoarseLayer:
-    """Codes and scales of the right shapes and sizes for one layer; what they are worth is nobody's weights."""
+def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0, grouped: bool = True) -> CoarseLayer:
+    """Codes and scales of the right shapes and sizes for one layer; what they are worth is nobody's weights. Unless
+    they are ``grouped``, a neuron has one scale."""
     random = np.random.default_rng([seed, BITS[kind]])
 
     def filters(neurons: int, weights: int, kind: str, group: int) -> CoarseFilter:
@@ -304,7 +305,7 @@ def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0) -> CoarseLayer:
 
     plan_layer = layer.layer
     sizes = [plan_layer.tail_filter_weights // max(plan_layer.tail_filters, 1)] * plan_layer.tail_filters
-    group = int(random.integers(1, plan_layer.filter_weights + 1))
+    group = int(random.integers(1, plan_layer.filter_weights + 1)) if grouped else plan_layer.filter_weights
     shift = random.standard_normal(plan_layer.neurons, np.float32) * can_shift(layer)
     return CoarseLayer(
         filters(plan_layer.neurons, plan_layer.filter_weights, kind, group),
@@ -326,7 +327,12 @@ def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
         for kinds in [[random.choice(REPRESENTATIONS)] if plan.held_by_all(index) else REPRESENTATIONS]
     )
     used = {(i, h.representation) for i, of in enumerate(shards) for shard in of for h in shard.holders}
-    coarse = {(i, kind): random_coarse(network.layers[i], kind, seed) for i, kind in used if kind != "float32"}
+    used |= {(second, kind) for first, second in plan.pairs.items() for i, kind in used if i == first}
+    coarse = {
+        (i, kind): random_coarse(network.layers[i], kind, seed, grouped=i not in plan.pairs.values())
+        for i, kind in used
+        if kind != "float32"
+    }
     corrections = {
         failed: tuple(
             None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import robustdice as rd
 from nets import (
     Floats,
     Plain,
+    coarsened,
     network_of,
     random_images,
     random_plan,
@@ -40,6 +42,7 @@ from robustdice.model.pairs import possible_pairs
 from robustdice.plan import Plan, failure_sets
 from robustdice.runtime.executor import Executor
 from robustdice.runtime.inprocess import InProcess
+from robustdice.wire_format import WIRES
 from test_pairs import NETS
 
 TOLERANCE = 1e-4
@@ -72,6 +75,19 @@ def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, spares: str
     for devices in (2, 3, 4):
         plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
         assert plan.pairs
+        check(net, graph, plan, tmp_path / str(devices), spares)
+
+
+@pytest.mark.parametrize("name", ["plain", "channels_last", "inverted"])
+def test_coarse_copies_of_pairs_equal_the_evaluator_in_every_failure_set(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustdice.bundle.models.UNPACKED_WEIGHTS", 200)  # few neurons at a time
+    net, graph = shared_network(*_net(name)), shared_graph(*_net(name))
+    for devices, spares in ((2, "hot"), (3, "standby")):
+        plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
+        plan = replace(coarsened(net, plan, devices), wire=("uint8", "float32")[devices % 2])
+        assert any(map(plan.is_coarse_pair, plan.pairs))
         check(net, graph, plan, tmp_path / str(devices), spares)
 
 
@@ -167,8 +183,9 @@ def random_chain(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
 def check_random(seed: int, devices: int, spares: str, directory: Path) -> None:
     module, shape = random_chain(seed)
     net = network_of(seeded(lambda: module, seed), *shape)
-    plan = random_plan(net, devices, seed)
-    check(net, export_onnx(net), with_pairs(plan, possible_pairs(net), seed), directory, spares)
+    plan = with_pairs(random_plan(net, devices, seed), possible_pairs(net), seed)
+    plan = replace(coarsened(net, plan, seed) if seed % 2 else plan, wire=WIRES[seed % len(WIRES)])
+    check(net, export_onnx(net), plan, directory, spares)
 
 
 @pytest.mark.parametrize("seed", range(2))

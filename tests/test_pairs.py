@@ -18,7 +18,7 @@ from robustdice.model.network import Network
 from robustdice.model.pairs import choose_pairs, possible_pairs
 from robustdice.partitioning import METHODS, Request
 from robustdice.plan import Holder, Layer, Plan, added_up, failure_sets
-from robustdice.plan.pairs import pair_problem
+from robustdice.representation import CoarseFilter, CoarseLayer
 from robustdice.workshop import partition
 from test_plan import example, shard
 
@@ -156,11 +156,76 @@ def test_what_is_no_pair_is_refused(changes: dict[str, Any], message: str) -> No
         paired(**changes)
 
 
-def test_coarse_copies_of_a_pair_are_refused() -> None:
-    first, second = paired().shards
-    coarse = replace(first[0], holders=(Holder(0, "int8"),))
-    problem = pair_problem(3, (CONV, FC), (coarse, *first[1:]), second)
-    assert problem == "copies of a pair's layers are float32, not int8"
+def coarse_pair(kind: str, group: int = 96, of_second: str = "float32") -> Plan:
+    """Of ``paired``, spares in a representation, and what everybody has of fc."""
+    plan = paired()
+    first = tuple(
+        replace(
+            each, holders=tuple(replace(h, representation=kind if n else "float32") for n, h in enumerate(each.holders))
+        )
+        for each in plan.shards[0]
+    )
+    second = (replace(plan.shards[1][0], holders=tuple(Holder(device, of_second) for device in range(3))),)
+
+    def coarse(layer: Layer, group: int) -> CoarseLayer:
+        codes, groups = np.ones((layer.neurons, layer.filter_weights), np.int8), -(-layer.filter_weights // group)
+        scales = np.ones((layer.neurons, groups), np.float16)
+        return CoarseLayer(CoarseFilter(kind, codes, scales, group), np.zeros(layer.neurons, np.float32))
+
+    weights = {(0, kind): coarse(CONV, 9), (1, kind): coarse(FC, group)}
+    return replace(plan, shards=(first, second), coarse=weights)
+
+
+def test_a_plan_counts_what_coarse_copies_of_pairs_take() -> None:
+    plan = coarse_pair("int3")
+    # A spare of conv: 9 weights in 4 bytes, a scale and its other weight, and in 12 bytes the 32 that read it. Whoever
+    # has any has a scale for each neuron of fc; all have what its two sums are shifted by, and the shared weights.
+    spare, primary = 4 + 2 + 4 + 12, 4 * (10 + 32)
+    everywhere = 4 * (2 + 8)
+    assert plan.bytes_per_device == tuple(
+        primary * own + spare * others + scales + everywhere
+        for own, others, scales in ((2, 1, 4), (2, 3, 4), (2, 0, 0))
+    )
+    assert [plan.split(layer) for layer in range(2)] == ["hidden", "hidden"]
+    assert coarse_pair("int3", of_second="int3").bytes_per_device == plan.bytes_per_device
+
+
+def test_what_one_device_publishes_from_copies_of_two_representations_are_two_sums() -> None:
+    first = (shard([0, 3], 0), replace(shard([1, 4], 0), holders=(Holder(0, "int8"),)), shard([2, 5], 1))
+    assert [(each.holders[0].representation, each.neurons) for each in added_up(first)] == [
+        ("float32", (0, 3)),
+        ("int8", (1, 4)),
+        ("float32", (2, 5)),
+    ]
+
+
+def test_coarse_copies_of_a_pair_need_weights_of_the_second_layer_with_one_scale_for_each_neuron() -> None:
+    with pytest.raises(PlanError, match="no weights of fc in int8 with one scale for each neuron"):
+        coarse_pair("int8", group=48)
+    plan = coarse_pair("int8")
+    with pytest.raises(PlanError, match="no weights of fc in int8"):
+        replace(plan, coarse={key: kept for key, kept in plan.coarse.items() if key[0] == 0})
+
+
+def test_a_pair_can_be_asked_for_with_precisions_and_keeps_to_the_memory() -> None:
+    plain = network("plain")
+    for precision, spare, memory in (("int8", "int3", 0.2), ("float32", "int4", 0.55), ("float16", "int2", 0.4)):
+        plan = partition(
+            plain,
+            scores_of(plain),
+            devices=3,
+            memory=memory,
+            split="hidden",
+            precision=precision,
+            spare_precision=spare,
+        )
+        assert plan.memory_share <= memory
+        assert plan.memory_share > memory - 0.12
+        # conv is the first layer, so that the pair is kept in at least 8 bits; everybody has fc1's primary's shifts.
+        kinds = {holder.representation for each in plan.shards[0] for holder in each.holders}
+        assert kinds == {precision, "int8"}
+        assert plan.is_coarse_pair(0)
+        assert {holder.representation for holder in plan.shards[1][0].holders} == {precision}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +289,6 @@ def test_a_method_deals_out_the_neurons_of_a_pairs_first_layer_and_nothing_of_it
     [
         ({"split": "sideways"}, "unknown split 'sideways'; known: neurons, hidden"),
         ({"method": "cdc"}, "cdc hands over sums of its own"),
-        ({"precision": "int8"}, "second layer of a pair is kept in float32, not in int8"),
     ],
 )
 def test_what_cannot_be_split_so_is_refused(changes: dict[str, Any], message: str) -> None:

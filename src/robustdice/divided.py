@@ -11,7 +11,6 @@ from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate
 from robustdice.partitioning import SPLITS
-from robustdice.partitioning.paired import can_pair
 from robustdice.partitioning.precision import kinds_of
 from robustdice.plan import Holder, Plan, Shard
 from robustdice.rivals import dealt_out, rivals
@@ -75,8 +74,8 @@ def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Itera
 
 
 def _splits(table: Table, split: str, judge: Judge, kind: str) -> Splits:
-    """The splits that a word asks for, as far as copies of this kind can be dealt out so."""
-    pairs_too = can_pair("lop", (kind, kind))
+    """The splits that a word asks for; of pairs, only float32 copies are tried."""
+    pairs_too = kind == "float32"
     if split == "hidden" and not pairs_too:
         return NO_SPLITS
     try:

@@ -106,9 +106,18 @@ class CoarseFilter:
 
 def filter_bytes(weights: int, representation: str, group: int | None = None) -> int:
     """Bytes of one filter of ``weights`` weights with a scale for every ``group`` of them (one for all)."""
-    scaled = representation not in ("float32", "float16")
-    groups = -(-weights // (group or max(weights, 1))) if scaled else 0
-    return -(-weights * BITS[representation] // 8) + groups * SCALE_BYTES
+    groups = -(-weights // (group or max(weights, 1))) if is_scaled(representation) else 0
+    return packed_bytes(weights, representation) + groups * SCALE_BYTES
+
+
+def packed_bytes(weights: int, representation: str) -> int:
+    """Bytes of so many weights alone, padded to whole ones."""
+    return -(-weights * BITS[representation] // 8)
+
+
+def is_scaled(representation: str) -> bool:
+    """Whether weights are codes that scales go with."""
+    return representation not in ("float32", "float16")
 
 
 def pack(codes: NDArray[np.int8], representation: str) -> NDArray[np.uint8]:

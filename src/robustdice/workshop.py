@@ -31,8 +31,8 @@ from robustdice.model.network import Network
 from robustdice.partitioning import Method, check_split
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memories, parse_memory
-from robustdice.partitioning.paired import can_pair
-from robustdice.partitioning.precision import Kinds, kinds_of, represented
+from robustdice.partitioning.paired import kinds_with_pairs
+from robustdice.partitioning.precision import Kinds, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, shown, silent
 from robustdice.rivals import rivals
@@ -78,7 +78,7 @@ def partition(
     check_split(split, method, goal)
     kinds = (precision, spare_precision or precision)
     judge = Judge(profile, None if link is None else parse_link(link), goal or "throughput")
-    splits = splits_of(network, devices, split, judge, wire, can_pair(method, kinds))
+    splits = splits_of(network, devices, split, judge, wire, pairs_too=method != "cdc")
     plan = partition_layers(
         network.plan_layers,
         scores,
@@ -107,7 +107,7 @@ def partition(
     if split != "neurons":
         plan = replace(plan, settings={**plan.settings, "split": split})
     if kinds != ("float32", "float32"):
-        wanted = kinds_of(plan.layers, *kinds)
+        wanted = kinds_with_pairs(plan.layers, plan.pairs, *kinds)
         of_layers = [Kinds() if plan.run_of(index) else kind for index, kind in enumerate(wanted)]
         plan = with_precision(network, plan, of_layers, images, on_progress)
     if memory is not None and max(plan.bytes_per_device) > parse_memory(memory, plan.total_bytes):
@@ -130,10 +130,12 @@ def with_precision(
     wanted: dict[int, list[Choice]] = {}
     for index, of_layer in enumerate(shards):
         # The primaries' first: the layers behind are fitted to what these give.
+        # Of a pair's second one there are weights for whatever is held of the first.
+        first = next((a for a, b in plan.pairs.items() if b == index), index)
         used = dict.fromkeys(
             holder.representation
             for position in range(plan.devices)
-            for shard in of_layer
+            for shard in (*of_layer, *shards[first])
             for holder in shard.holders[position : position + 1]
         )
         wanted[index] = [Choice(kind) for kind in used if kind != "float32"]

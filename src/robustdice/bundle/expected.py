@@ -12,7 +12,7 @@ from torch import fx
 
 from robustdice.bundle.trial import stand_in
 from robustdice.failure.copies import Copies
-from robustdice.model.canonical import attribute, execute
+from robustdice.model.canonical import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, Rows
@@ -32,6 +32,8 @@ class Expected:
         their last layers, what is computed in strips."""
         self._network, self._layers = network, {**dict(enumerate(network.layers)), **exchanged}
         self._copies, self._pairs = Copies.of(network, plan), plan.pairs
+        self._coarse_pairs = {second for first, second in plan.pairs.items() if plan.is_coarse_pair(first)}
+        self._kept = plan.copies(())
         self._of_layers: dict[tuple[int, str], torch.Tensor] = {}
         self._values: dict[fx.Node, Any] = {
             **network.constants(torch.device("cpu")),
@@ -69,22 +71,31 @@ class Expected:
         first, end = rows
         return _numbers(self._of_layers[index, "float32"].narrow(ROWS, first, end - first))
 
-    def of_pair(self, index: int, neurons: NDArray[np.int64]) -> Array:
-        """What some neurons of a pair's first layer add to its second one's pre-activations."""
+    def of_pair(self, index: int, kind: str, neurons: NDArray[np.int64]) -> Array:
+        """What copies of some neurons of a pair's first layer add to its second one's pre-activations."""
         first, second = self._layers[index], self._network.layers[self._pairs[index]]
         entries = torch.from_numpy((neurons[:, None] * first.features + np.arange(first.features)).ravel())
-        hidden = self._of_layers[index, "float32"]
+        hidden = self._of_layers[index, kind]
         alone = torch.zeros_like(hidden).index_copy_(first.axis, entries, hidden.index_select(first.axis, entries))
-        values = {**self._values, first.value: alone}
+        values = self._of_second(self._pairs[index], kind) | {first.value: alone}
         del values[second.node]  # what is there is not computed again
         execute(self._network.module, [second.node], values)
-        return _numbers(values[second.node] - self._bias(second))
+        return _numbers(values[second.node] - self._bias(second, values))
 
-    def _bias(self, layer: NetworkLayer) -> torch.Tensor:
+    def _of_second(self, index: int, kind: str = "float32") -> dict[fx.Node, Any]:
+        """The values with the parameters of a pair's second layer, for neurons of the first in such copies."""
+        values = dict(self._values)
+        if index in self._coarse_pairs:
+            of_first = np.array([REPRESENTATIONS.index(kind)], np.int8)
+            values |= self._copies.parameters_of_second(index, self._kept[index], of_first, values)
+        return values
+
+    def _bias(self, layer: NetworkLayer, values: Mapping[fx.Node, Any]) -> torch.Tensor:
         """A layer's bias in the shape that is added to what its filters give."""
         if layer.own_bias is None:
             return torch.zeros(())
-        return layer.without_tail.broadcast(attribute(self._network.module, layer.own_bias).detach())
+        bias = next(value for node, value in values.items() if node.op == "get_attr" and node.target == layer.own_bias)
+        return layer.without_tail.broadcast(bias)
 
     def of_sum(self, index: int, members: Sequence[NDArray[np.int64]]) -> Array:
         """What a layer's parity shard of these members hands over."""
@@ -103,9 +114,10 @@ class Expected:
         while nodes[-1] is not layer.value:
             nodes.append(next(iter(nodes[-1].users)))
         if index in self._pairs.values():
-            sums = self._values[layer.node.all_input_nodes[0]]
-            self._values[layer.node] = sums + self._bias(layer)
-            execute(self._network.module, nodes[1:], self._values)
+            values = self._of_second(index)
+            values[layer.node] = values[layer.node.all_input_nodes[0]] + self._bias(layer, values)
+            execute(self._network.module, nodes[1:], values)
+            self._values |= {node: values[node] for node in nodes}
             return nodes
         kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
         for kind in kinds:

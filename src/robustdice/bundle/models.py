@@ -41,7 +41,13 @@ from robustdice.bundle.onnx_graph import (
     weights_apart,
     with_mask,
 )
-from robustdice.bundle.pair_graph import cut_second, with_sums
+from robustdice.bundle.pair_graph import (
+    cut_coarse_second,
+    cut_second,
+    with_folded_filters,
+    with_folded_sums,
+    with_sums,
+)
 from robustdice.bundle.stages import StageGraph, tensors_used
 from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
@@ -50,7 +56,8 @@ from robustdice.model.canonical import arguments, attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, region_of
-from robustdice.plan import Plan, Shard
+from robustdice.plan import Plan, Shard, column_weights
+from robustdice.rounding.affine import fold
 
 UNPACKED_WEIGHTS = 2**18
 """So many weights are unpacked at a time, at most (or one neuron's): 1 MiB. Convolutions would like it larger, linear
@@ -63,7 +70,10 @@ Neurons = NDArray[np.int64]
 class Taken:
     """What a model takes for some neurons of one layer (its position): scales and shifts, and unless their ``kind`` is
     float32 filters, unpacked for ``at_once`` neurons at a time; ``inside``: it has the codes of the layer's own ones
-    itself. ``factor`` is a :class:`Coarse`'s."""
+    itself. ``factor`` is a :class:`Coarse`'s.
+
+    Of a pair, the ``first`` layer comes with the second one's filters for its neurons; the ``second`` has shifts and
+    the tail's filters alone, and the ``scales`` of its sums are by themselves."""
 
     layer: int
     neurons: Neurons
@@ -71,6 +81,7 @@ class Taken:
     at_once: int = 0
     inside: bool = False
     factor: float = 1.0
+    pair: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ class Models:
                 self.exchanged[index] = layer.without_tail if plan.exchanged_before_tail(index) else layer
             elif index in self.regions:
                 self.exchanged[index] = _handed_over(network, layer, self.regions[index])
-            elif {holder.representation for shard in plan.shards[index] for holder in shard.holders} != {"float32"}:
+            elif index not in plan.pairs.values() and plan.copies(())[index].any():
                 self.coarse_everywhere[index] = layer
             if plan.exchanged_before_tail(index):
                 if index in self.corrected or any(which == index for which, _ in plan.coarse):
@@ -130,10 +141,19 @@ class Models:
                 if self.mask(index) is not None:
                     graph = with_mask(graph, layer)
         self._exported = graph
+        self._added: dict[int, Taken] = {}
+        """The second layers of pairs with coarse copies, and what a model takes that goes on from their sums."""
         for first, second in plan.pairs.items():
-            graph = with_sums(graph, network.layers[first], network.layers[second])
+            layers = network.layers[first], network.layers[second]
+            if plan.is_coarse_pair(first):
+                neurons, (holder, *_) = np.arange(plan.layers[second].neurons), plan.shards[second][0].holders
+                kind = holder.representation
+                self._added[second] = Taken(second, neurons, kind, at_once=len(neurons), pair="second")
+                graph = with_folded_sums(graph, *layers, coarse=kind != "float32")
+            else:
+                graph = with_sums(graph, *layers)
         self._plain = graph
-        for index in self.corrected:
+        for index in self.corrected - self._added.keys():
             graph = with_scale_and_shift(graph, network.layers[index])
         self._graph = graph
         self._expected = Expected(network, plan, self.exchanged, self.regions)
@@ -193,15 +213,16 @@ class Models:
         for index in (part.layer for part in parts if part.layer is not None):
             kind = self.plan.shards[index][0].holders[0].representation
             graph, taken[index] = self._with_copies(graph, index, np.arange(self.plan.layers[index].neurons), kind)
-        for index in self.corrected - taken.keys():
+        for index in self.corrected - taken.keys() - self._added.keys():
             graph = with_scale_and_shift(graph, self.network.layers[index])
         outputs = [name for part in parts for name in part.outputs if name in needed]
         made = {name for part in parts for name in part.outputs}
         sources = list(dict.fromkeys(name for part in parts for name in part.inputs if name not in made))
-        filters = [name for index, each in taken.items() for name in self._filters(index, each)]
+        filters = [name for index, each in taken.items() for name in self._filters(each)]
         part = self._cut([*sources, *filters], outputs, graph, taken)
         read = {name for node in part.nodes for name in node.input}
         masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
+        taken |= self._added
         used = [
             taken.get(index, Taken(index, np.arange(self.plan.layers[index].neurons)))
             for index in sorted(self.corrected | taken.keys())
@@ -214,7 +235,8 @@ class Models:
         self, sources: Sequence[str], outputs: Sequence[str], graph: OnnxGraph | None = None, more: Iterable[int] = ()
     ) -> Cut:
         masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
-        given = [name for index in {*self.corrected, *more} for name in self._scale_and_shift(index)]
+        given = [name for index in {*self.corrected, *self._added, *more} for name in self._scale_and_shift(index)]
+        given += [name for taken in self._added.values() for name in self._filters(taken)]
         return cut(graph or self._graph, [*sources, *masks, *given], outputs)
 
     def _whole(self, index: int) -> list[Model]:
@@ -248,28 +270,50 @@ class Models:
             taken = [Taken(index, neurons)] if index in self.corrected else []
             return self._model([part], [source], [prefix + layer.value.name], [result], taken)
         graph, whole = self._with_copies(self._plain, index, neurons, kind)
-        given = [*self._scale_and_shift(index), *self._filters(index, whole)]
-        part = cut_layer(graph, layer, neurons, prefix, given)
+        part, whole = self._in_blocks(graph, whole, prefix, layer.layer.filter_weights)
+        return self._model([part], [source], [prefix + layer.value.name], [result], [whole])
+
+    def of_pair(self, index: int, neurons: Neurons, kind: str, prefix: str) -> Model:
+        """The model of what coarse copies of some neurons of a pair's first layer add to the second one."""
+        which = self.plan.pairs[index]
+        first, second = self.network.layers[index], self.network.layers[which]
+        graph, whole = self._with_copies(self._plain, index, neurons, kind, packed=False)
+        per_neuron = first.layer.filter_weights + column_weights(first.layer, second.layer)
+        part, whole = self._in_blocks(graph, replace(whole, pair="first"), prefix, per_neuron)
+        behind = cut_coarse_second(self._exported, first, second, prefix)
+        scales = Taken(which, np.arange(second.layer.neurons), kind, second.layer.neurons, pair="scales")
+        source, result = arguments(first.node)[0].name, self._expected.of_pair(index, kind, neurons)
+        return self._model([part, behind], [source], [prefix + second.node.name], [result], [whole, scales])
+
+    def _in_blocks(self, graph: OnnxGraph, whole: Taken, prefix: str, per_neuron: int) -> tuple[Cut, Taken]:
+        """The part of a graph with coarse copies of a layer, computed as few neurons at a time as ``per_neuron``
+        weights of each allow, where that is possible."""
+        layer, neurons = self.network.layers[whole.layer], whole.neurons
+        part = cut_layer(graph, layer, neurons, prefix, [*self._scale_and_shift(whole.layer), *self._filters(whole)])
         grouped = any(a.name == "group" and a.i > 1 for node in part.nodes for a in node.attribute)
         sliced = {prefix + array_name(parameter.name) for parameter in layer.parameters} & part.arrays.keys()
         just_these = grouped or sliced or layer.input_channels  # the model has something of each of its neurons
-        if not (whole.inside or just_these):
-            blocks = -(-len(neurons) * layer.layer.filter_weights // UNPACKED_WEIGHTS)
-            whole = replace(whole, at_once=max(1, -(-len(neurons) // blocks)))
-        return self._model([part], [source], [prefix + layer.value.name], [result], [whole])
+        if whole.inside or just_these:
+            return part, whole
+        blocks = -(-len(neurons) * per_neuron // UNPACKED_WEIGHTS)
+        return part, replace(whole, at_once=max(1, -(-len(neurons) // blocks)))
 
-    def _with_copies(self, graph: OnnxGraph, index: int, neurons: Neurons, kind: str) -> tuple[OnnxGraph, Taken]:
-        """The graph in which a layer computes with copies of these neurons, and what it takes for that."""
+    def _with_copies(
+        self, graph: OnnxGraph, index: int, neurons: Neurons, kind: str, packed: bool = True
+    ) -> tuple[OnnxGraph, Taken]:
+        """The graph in which a layer computes with copies of these neurons, and what it takes for that; ``packed``:
+        codes may be multiplied as they are."""
         layer, steps = self.network.layers[index], self.plan.activations.get(index)
         taken = Taken(index, neurons, kind, at_once=len(neurons))
-        if steps is not None and self._multiplies(index, kind):
+        multiplies = packed and self._multiplies(index, kind)
+        if steps is not None and multiplies:
             shape = tuple(attribute(self.network.module, layer.own_filter).shape[1:])
             graph = with_product(graph, layer, steps, self.plan.coarse[index, kind].filter.codes[neurons], shape)
             taken = replace(taken, inside=True, factor=steps.scale)
-        elif self._multiplies_four_bits(index, kind):
+        elif packed and self._multiplies_four_bits(index, kind):
             graph = with_four_bits(graph, layer, self.plan.coarse[index, kind].filter.codes[neurons])
             taken = replace(taken, inside=True)
-        if steps is not None and not self._multiplies(index, kind):
+        if steps is not None and not multiplies:
             graph = with_rounded_input(graph, layer, steps)
         graph = with_coarse_filters(graph, layer, own=not taken.inside)
         return with_scale_and_shift(graph, layer), taken
@@ -287,11 +331,15 @@ class Models:
         groups: int = self.plan.coarse[index, kind].filter.scales.shape[1]
         return groups == 1
 
-    def _filters(self, index: int, taken: Taken) -> list[str]:
+    def _filters(self, taken: Taken) -> list[str]:
         """The names of the filters that a model takes for coarse copies."""
-        layer = self.network.layers[index]
-        nodes = [*(() if taken.inside else (layer.node,)), *layer.tail_filter_nodes]
-        return [filter_name(node) for node in nodes] if taken.kind != "float32" else []
+        if taken.kind == "float32" or taken.pair == "scales":
+            return []
+        layer = self.network.layers[taken.layer]
+        nodes = [*(() if taken.inside or taken.pair == "second" else (layer.node,)), *layer.tail_filter_nodes]
+        if taken.pair == "first":
+            nodes.append(self.network.layers[self.plan.pairs[taken.layer]].node)
+        return [filter_name(node) for node in nodes]
 
     def piece(self, shards: Sequence[tuple[int, int]]) -> Model:
         """The model of (layer, shard) pairs that are kept in float32: an output for each layer."""
@@ -313,9 +361,11 @@ class Models:
                 taken += [Taken(index, neurons)] if index in self.corrected else []
                 results.append(self._expected.of_layer(index, "float32", neurons))
             if index in self.plan.pairs:
-                second = self.network.layers[self.plan.pairs[index]]
-                cuts.append(cut_second(self._exported, layer, second, neurons, prefix))
-                results[-1] = self._expected.of_pair(index, neurons)
+                second, graph = self.network.layers[self.plan.pairs[index]], self._exported
+                if self.plan.is_coarse_pair(index):
+                    graph = with_folded_filters(graph, second, fold(self.network, second).filters.numpy())
+                cuts.append(cut_second(graph, layer, second, neurons, prefix))
+                results[-1] = self._expected.of_pair(index, "float32", neurons)
                 layer = second.without_tail
             outputs.append(prefix + layer.value.name)
             inputs[arguments(self.network.layers[index].node)[0].name] = None
@@ -358,9 +408,7 @@ class Models:
         layers: Sequence[Taken] = (),
         apart: str | None = None,
     ) -> Model:
-        given = [
-            name for each in layers for name in (*self._scale_and_shift(each.layer), *self._filters(each.layer, each))
-        ]
+        given = [name for each in layers for name in (*self._scale_and_shift(each.layer), *self._filters(each))]
         content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types, apart)
         weight_bytes = 0 if apart else sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()

@@ -49,11 +49,11 @@ def with_scale_and_shift(graph: OnnxGraph, layer: NetworkLayer) -> OnnxGraph:
     return _with(graph, nodes, {f"{end}/@shape": shape})
 
 
-def with_coarse_filters(graph: OnnxGraph, layer: NetworkLayer, own: bool = True) -> OnnxGraph:
-    """The graph with the depthwise filters in a layer's tail, and unless it is to keep its ``own`` as they are those,
+def with_coarse_filters(graph: OnnxGraph, layer: NetworkLayer, own: bool = True, tail: bool = True) -> OnnxGraph:
+    """The graph with the depthwise filters in a layer's ``tail``, and its ``own``, unless they are to stay as they are,
     taken from outside. The layer's bias and the rest of its affine chain are left out: coarse copies have them in their
     scales and shifts."""
-    filters = {**({layer.node: layer.own_filter} if own else {}), **layer.tail_filter_nodes}
+    filters = {**({layer.node: layer.own_filter} if own else {}), **(layer.tail_filter_nodes if tail else {})}
     nodes: list[onnx.NodeProto] = []
     arrays: dict[str, Array] = {}
     for node, parameter in filters.items():

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, SCALE_BYTES, SHIFT_BYTES, filter_bytes
+from robustdice.representation import (
+    CORRECTION_BYTES,
+    REPRESENTATIONS,
+    SCALE_BYTES,
+    SHIFT_BYTES,
+    filter_bytes,
+    packed_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Filter:
     """A filter of each neuron, an input of a model: float32 [neurons, *shape], unpacked just before it runs.
 
     The weights hold, from ``offset`` on, the neurons' packed codes one after the other, then scales, float16 [neurons,
-    groups]: one for every ``group`` codes (``float16``: no scales).
+    groups]: one for every ``group`` codes (``float16``, or a group of 0: no scales).
     """
 
     input: str
@@ -37,6 +44,8 @@ class Filter:
     @property
     def neuron_bytes(self) -> int:
         """Bytes of one neuron's filter with its scales."""
+        if not self.group:
+            return packed_bytes(self.weights, self.representation)
         return filter_bytes(self.weights, self.representation, self.group)
 
 
@@ -51,6 +60,10 @@ class Coarse:
     ``shift`` is the offset in the weights of what each neuron is shifted by, float32 [neurons] (None: nothing). The
     neurons are computed ``at_once`` at a time, so that few of their filters are unpacked together; ``axis`` is where
     they lie in the output.
+
+    Of a ``pair``, the ``first`` layer has the second one's filters for each of its neurons last, [neurons of the
+    second, features of the first, ...], without scales, and the output is what its neurons add to the second one's: so
+    many of them at a time are added up. Of the ``second``, sums are given, so that it has no filters of its own.
     """
 
     filters: tuple[Filter, ...]
@@ -60,11 +73,12 @@ class Coarse:
     shift: int | None
     at_once: int
     axis: int
+    pair: str = ""
 
     @property
     def own(self) -> Filter | None:
         """The layer's own filters, unless the model has them."""
-        return self.filters[0] if self.scales is None else None
+        return self.filters[0] if self.scales is None and self.pair != "second" else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Part:
     """An ONNX model that a device runs: ``inputs`` and ``outputs`` are names of values and of its tensors alike.
 
     ``affine`` are the layers whose neurons it scales and shifts, or whose filters are not in the file; where these are
-    computed a few neurons at a time, there is one layer and one output. ``trial`` has, for every output, what it
+    computed a few neurons at a time, there is one such layer and one output. ``trial`` has, for every output, what it
     amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
     not tried. ``apart`` is a file of weights that the model reads, where it shares them with others.
     """
@@ -157,8 +171,9 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
     affine = tuple(map(_parse_affine, document["affine"]))
     outputs = tuple(map(str, document["outputs"]))
     trial = tuple(tuple(map(float, summary)) for summary in document["trial"])
-    in_blocks = any(each.coarse is not None and each.coarse.at_once < each.neurons for each in affine)
-    if in_blocks and (len(affine), len(outputs)) != (1, 1):
+    in_blocks = [each.coarse for each in affine if each.coarse is not None and each.coarse.at_once < each.neurons]
+    layers = len(in_blocks) if any(coarse.pair for coarse in in_blocks) else len(affine)
+    if in_blocks and (layers, len(outputs)) != (1, 1):
         raise ValueError("a part of few neurons at a time has one layer and one output")
     if trial and len(trial) != len(outputs):
         raise ValueError("a part's trial is of all its outputs")
@@ -195,10 +210,15 @@ def _parse_coarse(document: Mapping[str, Any]) -> Coarse:
         shift=None if document["shift"] is None else _whole(document["shift"], 0),
         at_once=_whole(document["at_once"], 1),
         axis=_whole(document["axis"], 1),
+        pair=str(document["pair"]),
     )
+    if coarse.pair not in ("", "first", "second"):
+        raise ValueError(f"a coarse layer that is {coarse.pair!r} of a pair")
+    if any(not each.group for each in coarse.filters[: -1 if coarse.pair == "first" else None]):
+        raise ValueError("0 where a whole number of at least 1 belongs")
     if not math.isfinite(coarse.factor):
         raise ValueError(f"a factor of {coarse.factor}")
-    if not coarse.filters and coarse.scales is None:
+    if not coarse.filters and coarse.scales is None and coarse.shift is None:
         raise ValueError("a coarse part without filters")
     return coarse
 
@@ -211,7 +231,7 @@ def _parse_filter(document: Mapping[str, Any]) -> Filter:
         input=str(document["input"]),
         representation=representation,
         shape=tuple(_whole(size, 1) for size in document["shape"]),
-        group=_whole(document["group"], 1),
+        group=_whole(document["group"], 0),
         offset=_whole(document["offset"], 0),
     )
 

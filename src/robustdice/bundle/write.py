@@ -33,7 +33,8 @@ from robustdice.model.canonical import attribute
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network
 from robustdice.plan import Plan
-from robustdice.representation import CoarseFilter, Correction, pack
+from robustdice.representation import CoarseFilter, Correction, is_scaled, pack
+from robustdice.rounding.affine import fold
 
 SPARES = ("standby", "hot")
 _BESIDE_BUNDLES = {"plan.json", "cluster.toml", "client.key"}
@@ -123,6 +124,7 @@ class _Device:
         self.weights = bytearray()
         self.files: dict[str, FileEntry] = {}
         self.weight_bytes = 0
+        self._scales_of_sums: dict[tuple[int, str], int] = {}
 
     def write(self, stages: Sequence[Sequence[StageGraph]], locals_: Sequence[Sequence[Model]], spares: str) -> None:
         """``locals_`` are the models of every stage's local parts."""
@@ -201,7 +203,8 @@ class _Device:
         else:
             index = shards[0][0]
             neurons = neurons_of([self.plan.exchanged_shards(index)[number] for _, number in shards])
-            model = self.models.of_layer(index, neurons, kind, f"{self.plan.layers[index].name}/")
+            make = self.models.of_pair if index in self.plan.pairs else self.models.of_layer
+            model = make(index, neurons, kind, f"{self.plan.layers[index].name}/")
         order = list(self.models.exchanged)
         part = self._part(model, file)
         return Piece(
@@ -218,9 +221,10 @@ class _Device:
         index, neurons = taken.layer, taken.neurons
         layer = self.network.layers[index]
         corrections = tuple(
-            self._corrected(self.plan.corrections[failed][index], neurons) for failed in self.calibrated
+            None if taken.pair == "scales" else self._corrected(self.plan.corrections[failed][index], neurons)
+            for failed in self.calibrated
         )
-        coarse = None if taken.kind == "float32" else self._coarse(taken)
+        coarse = self._coarse(taken) if taken.kind != "float32" or taken.pair else None
         return Affine(scale_name(layer), shift_name(layer), len(neurons), corrections, coarse)
 
     def _corrected(self, correction: Correction | None, neurons: NDArray[np.int64]) -> Corrected | None:
@@ -229,36 +233,67 @@ class _Device:
         scale, shift = map(float, correction.steps)
         return Corrected(self._keep(correction.codes[:, neurons]), (scale, shift))
 
-    def _coarse(self, taken: Taken) -> Coarse:
+    def _coarse(self, taken: Taken) -> Coarse | None:
         layer, neurons = self.network.layers[taken.layer], taken.neurons
-        kept = self.plan.coarse[taken.layer, taken.kind]
-        filters = [] if taken.inside else [(layer.node, layer.own_filter, kept.filter)]
-        filters += [(node, name, kept.tail[name]) for node, name in layer.tail_filter_nodes.items()]
-        return Coarse(
-            filters=tuple(
-                Filter(
-                    filter_name(node),
-                    each.representation,
-                    tuple(attribute(self.network.module, name).shape[1:]),
-                    each.group,
-                    self._keep_filters(each, neurons),
-                )
-                for node, name, each in filters
-            ),
-            scales=self._keep(kept.filter.scales[neurons]) if taken.inside else None,
+        kept = self.plan.coarse.get((taken.layer, taken.kind))
+        if taken.pair == "scales":
+            return self._scales(taken)
+        if kept is None:  # the second of a pair
+            shift, filters = fold(self.network, layer).shift.numpy(), []
+        else:
+            shift = kept.shift
+            filters = [] if taken.inside or taken.pair == "second" else [(layer.node, layer.own_filter, kept.filter)]
+            filters += [(node, name, kept.tail[name]) for node, name in layer.tail_filter_nodes.items()]
+        found = [
+            Filter(
+                filter_name(node),
+                each.representation,
+                tuple(attribute(self.network.module, name).shape[1:]),
+                each.group,
+                self._keep_filters(each, neurons),
+            )
+            for node, name, each in filters
+        ]
+        if taken.pair == "first":
+            found.append(self._columns(taken))
+        coarse = Coarse(
+            filters=tuple(found),
+            scales=self._keep(kept.filter.scales[neurons]) if kept is not None and taken.inside else None,
             factor=taken.factor,
             rounded=taken.layer in self.plan.activations,
-            shift=self._keep(kept.shift[neurons]) if layer.layer.affine_weights else None,
+            shift=self._keep(shift[neurons]) if layer.layer.affine_weights else None,
             at_once=taken.at_once,
             axis=layer.axis,
+            pair=taken.pair,
         )
+        return coarse if found or coarse.scales is not None or coarse.shift is not None else None
+
+    def _columns(self, taken: Taken) -> Filter:
+        """The second layer's filters for neurons of the first of a pair."""
+        first, index = self.network.layers[taken.layer], self.plan.pairs[taken.layer]
+        second, kept = self.network.layers[index], self.plan.coarse[index, taken.kind].filter
+        behind = tuple(attribute(self.network.module, second.own_filter).shape[2:])
+        codes = kept.codes.reshape(len(kept.codes), first.layer.neurons, -1)[:, taken.neurons].swapaxes(0, 1)
+        offset = self._keep_codes(codes.reshape(len(taken.neurons), -1), taken.kind)
+        return Filter(filter_name(second.node), taken.kind, (len(kept.codes), first.features, *behind), 0, offset)
+
+    def _scales(self, taken: Taken) -> Coarse | None:
+        """What sums are scaled by: kept once, whatever they are of."""
+        if not is_scaled(taken.kind):
+            return None
+        if (key := (taken.layer, taken.kind)) not in self._scales_of_sums:
+            self._scales_of_sums[key] = self._keep(self.plan.coarse[key].filter.scales)
+        offset, axis = self._scales_of_sums[key], self.network.layers[taken.layer].axis
+        return Coarse((), offset, 1.0, False, None, taken.at_once, axis)
 
     def _keep_filters(self, filters: CoarseFilter, neurons: NDArray[np.int64]) -> int:
-        codes = filters.codes[neurons]
-        whole = filters.representation in ("float16", "int8")  # a number for each weight
-        offset = self._keep(codes if whole else pack(codes, filters.representation))
+        offset = self._keep_codes(filters.codes[neurons], filters.representation)
         self._keep(filters.scales[neurons])
         return offset
+
+    def _keep_codes(self, codes: NDArray[Any], representation: str) -> int:
+        whole = representation in ("float16", "int8")  # a number for each weight
+        return self._keep(codes if whole else pack(codes, representation))
 
     def _keep(self, array: NDArray[Any]) -> int:
         """The offset at which the array now stands in the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.failure.copies import Copies, rounded
+from robustdice.failure.copies import Copies, State, rounded
 from robustdice.model.canonical import CONVOLUTIONS, execute
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network, together
@@ -38,7 +39,7 @@ def activation_steps(
     found: dict[int, Steps] = {}
     first = together(network, images)
     values: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
-    copies, here = Copies(network, plan.coarse, found), plan.copies(())
+    copies, here = Copies.of(network, replace(plan, activations=found)), State(plan.copies(()))
     starts = {layer.node: index for index, layer in enumerate(network.layers)}
     left = Counter(used for node in network.nodes for used in node.all_input_nodes)
     with torch.no_grad():
@@ -47,7 +48,7 @@ def activation_steps(
                 found[index] = steps_for(values[node.all_input_nodes[0]])
                 on_progress(len(found), len(wanted))
             if node in starts:
-                copies.compute(index, here[index], values)
+                copies.compute_in(here, index, values)
             else:
                 execute(network.module, [node], values)
             for used in node.all_input_nodes:
@@ -74,6 +75,8 @@ def steps_for(value: torch.Tensor) -> Steps:
 
 def _multiplies(network: Network, plan: Plan, index: int) -> bool:
     layer = network.layers[index]
+    if plan.split(index) == "hidden":
+        return False  # of pairs, few neurons are unpacked at a time
     if layer.input_channels or layer.node.target is CONVOLUTIONS[3] or layer.layer.filter_weights < MIN_WEIGHTS:
         return False
     kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}

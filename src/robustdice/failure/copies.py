@@ -18,7 +18,7 @@ from robustdice.model.canonical import execute
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, Steps
-from robustdice.rounding.affine import coarse_parameters
+from robustdice.rounding.affine import coarse_parameters, folded_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +67,30 @@ class Copies:
         network: Network,
         coarse: Mapping[tuple[int, str], CoarseLayer],
         activations: Mapping[int, Steps] = MappingProxyType({}),
+        pairs: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """``coarse`` are a plan's coarse weights, ``activations`` the layers that read rounded inputs."""
+        """``coarse`` are a plan's coarse weights, ``activations`` the layers that read rounded inputs, ``pairs`` those
+        with coarse copies, first layer to second."""
         self._network = network
         self._coarse = coarse
         self._activations = activations
+        self._firsts = {second: first for first, second in pairs.items()}
         self._nodes = {str(node.target): node for node in network.nodes if node.op == "get_attr"}
         self._known: dict[tuple[int, str, torch.device], dict[fx.Node, torch.Tensor]] = {}
 
     @classmethod
     def of(cls, network: Network, plan: Plan) -> Copies:
         """A plan's."""
-        return cls(network, plan.coarse, plan.activations)
+        pairs = {first: second for first, second in plan.pairs.items() if plan.is_coarse_pair(first)}
+        return cls(network, plan.coarse, plan.activations, pairs)
 
     def compute(self, layer: int, copies: NDArray[np.int8], values: dict[fx.Node, Any]) -> None:
         """Add to ``values`` what a layer's node gives, from these copies of its neurons, and their parameters."""
-        node = self._network.layers[layer].node
         values.update(self.parameters(layer, copies, values))
+        self._run(layer, copies, values)
+
+    def _run(self, layer: int, copies: NDArray[np.int8], values: dict[fx.Node, Any]) -> None:
+        node = self._network.layers[layer].node
         seen = dict(values)
         if layer in self._activations and not (copies == 0).any():  # the intact network rounds nothing
             source = node.all_input_nodes[0]
@@ -93,9 +100,13 @@ class Copies:
 
     def compute_in(self, state: State, layer: int, values: dict[fx.Node, Any]) -> None:
         """As :meth:`compute`, in a state: a layer that is added up, from its partial sums as they arrive."""
-        sums = state.sums(layer)
+        sums, copies = state.sums(layer), state.copies[layer]
+        if (of_first := self._firsts.get(layer)) is None:
+            values.update(self.parameters(layer, copies, values))
+        else:
+            values.update(self.parameters_of_second(layer, copies, state.copies[of_first], values))
         if sums is None or state.handover is None:
-            self.compute(layer, state.copies[layer], values)
+            self._run(layer, copies, values)
             return
         first, second = self._network.layers[sums.first], self._network.layers[layer].without_tail
         form = state.handover.form_of(sums, self._network)
@@ -107,7 +118,7 @@ class Copies:
             seen = {**values, first.value: torch.where(first.broadcast(mine), whole, 0.0)}
             if bias is not None:
                 seen[bias] = torch.zeros_like(values[bias])
-            self.compute(layer, state.copies[layer], seen)
+            self._run(layer, copies, seen)
             total += as_received(seen[second.node], form)
         values[second.node] = total if bias is None else total + second.broadcast(values[bias])
 
@@ -139,10 +150,35 @@ class Copies:
             mixed[node] = tensor
         return mixed
 
+    def parameters_of_second(
+        self, layer: int, copies: NDArray[np.int8], of_first: NDArray[np.int8], values: Mapping[fx.Node, Any]
+    ) -> dict[fx.Node, torch.Tensor]:
+        """As :meth:`parameters` of the second layer of a pair with coarse copies: its weights for each neuron of the
+        first as the copy ``of_first`` has them, and all else as everybody has it."""
+        second, first = self._network.layers[layer], self._network.layers[self._firsts[layer]]
+        node = self._nodes[second.own_filter]
+        device = values[node].device
+        found = dict(self._of_kind(layer, REPRESENTATIONS[copies[0]], device))
+        kinds = np.unique(of_first[of_first != LOST])
+        sources = [self._of_kind(layer, REPRESENTATIONS[kind], device)[node] for kind in kinds]
+        if sources:
+            found[node] = sources[0] if len(sources) == 1 else sources[0].clone()
+        for kind, source in zip(kinds[1:], sources[1:], strict=True):
+            neurons = np.flatnonzero(of_first == kind)
+            columns = (neurons[:, None] * first.features + np.arange(first.features)).ravel()
+            index = torch.from_numpy(columns).to(device)
+            found[node].index_copy_(1, index, source.index_select(1, index))
+        return found
+
     def _of_kind(self, layer: int, kind: str, device: torch.device) -> dict[fx.Node, torch.Tensor]:
+        """The parameters of copies of one representation; ``float32`` in pairs alone, where they are folded."""
         key = (layer, kind, device)
         if key not in self._known:
-            arrays = coarse_parameters(self._network, self._network.layers[layer], self._coarse[layer, kind])
+            of_layer = self._network.layers[layer]
+            if kind == "float32":
+                arrays = folded_parameters(self._network, of_layer)
+            else:
+                arrays = coarse_parameters(self._network, of_layer, self._coarse[layer, kind])
             self._known[key] = {self._nodes[name]: tensor.to(device) for name, tensor in arrays.items()}
         return self._known[key]
 

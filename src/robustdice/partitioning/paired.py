@@ -9,31 +9,31 @@ from dataclasses import replace
 import numpy as np
 
 from robustdice.errors import PlanError
+from robustdice.partitioning.precision import Kinds, kinds_of
 from robustdice.partitioning.replicate import whole
 from robustdice.partitioning.request import Request
-from robustdice.plan import Shard, folded
+from robustdice.plan import Layer, Shard, folded
+from robustdice.representation import SCALE_BYTES, is_scaled
 
 
-def check_pairs(method: str, pairs: Mapping[int, int], precision: tuple[str, str]) -> None:
-    """PlanError when a method cannot deal out pairs, or not in these representations."""
+def check_pairs(method: str, pairs: Mapping[int, int]) -> None:
+    """PlanError when a method cannot deal out pairs."""
     if pairs and method == "cdc":
         raise PlanError(
             "method cdc hands over sums of its own, so it deals out neurons only: split neurons, or take another method"
         )
-    if pairs and precision != ("float32", "float32"):
-        raise PlanError(
-            f"the second layer of a pair is kept in float32, not in {' or '.join(sorted(set(precision)))}: "
-            "split neurons, or leave out the precisions"
-        )
 
 
-def can_pair(method: object, precision: tuple[str, str]) -> bool:
-    """Whether a method can deal out pairs in these representations."""
-    try:
-        check_pairs(str(method), {0: 1}, precision)
-    except PlanError:
-        return False
-    return True
+def kinds_with_pairs(layers: Sequence[Layer], pairs: Mapping[int, int], primary: str, spare: str) -> list[Kinds]:
+    """As :func:`kinds_of`: a pair is one layer, of whose second one everybody has what belongs to primaries."""
+    found = kinds_of(
+        [folded(layer, layers[pairs[i]]) if i in pairs else layer for i, layer in enumerate(layers)], primary, spare
+    )
+    for first, second in pairs.items():
+        if second == len(layers) - 1:
+            found[first] = found[second]
+        found[second] = Kinds(found[first].primary, found[first].primary)
+    return found
 
 
 def without_some(request: Request, pairs: Mapping[int, int], by_all: frozenset[int]) -> Request:
@@ -55,9 +55,12 @@ def without_some(request: Request, pairs: Mapping[int, int], by_all: frozenset[i
     seconds, everywhere = ([layers[index] for index in of] for of in (pairs.values(), by_all))
     weights = sum(second.neurons * (second.neuron_weights - second.filter_weights) for second in seconds)
     weights += sum(layer.neurons * layer.neuron_weights for layer in everywhere)
+    scaled = sum(map(is_scaled, set(request.precision)))
+    weights += -(-sum(second.neurons for second in seconds) * scaled * SCALE_BYTES // 4)
+    coarse = set(request.precision) != {"float32"}
     return replace(
         request,
-        layers=[folded(layers[i], layers[pairs[i]]) if i in pairs else layers[i] for i in dealt],
+        layers=[folded(layers[i], layers[pairs[i]], coarse) if i in pairs else layers[i] for i in dealt],
         importance=importance,
         threshold=threshold,
         shared_weights=request.shared_weights + weights,

@@ -104,6 +104,10 @@ def _check_pairs(plan: Plan) -> None:
     for pair in plan.pairs.items():
         (first, of_first), (second, of_second) = ((plan.layers[index], plan.shards[index]) for index in pair)
         problem = pair_problem(plan.devices, (first, second), of_first, of_second)
+        for kind in {holder.representation for shard in of_first for holder in shard.holders} - {"float32"}:
+            kept = plan.coarse.get((pair[1], kind))
+            if kept is None or kept.filter.scales.shape[1] > 1:
+                problem = f"there are no weights of {second.name} in {kind} with one scale for each neuron"
         if plan.held_by_all(pair[0]):
             problem = f"every device holds {first.name}, so there is nothing to be added up"
         if pair[1] in plan.activations or plan.run_of(pair[1]) is not None:

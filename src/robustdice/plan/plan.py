@@ -24,7 +24,7 @@ from robustdice.markup import html_table
 from robustdice.plan import file
 from robustdice.plan.certificate import Certificate
 from robustdice.plan.check import check_plan
-from robustdice.plan.pairs import added_up, column_weights
+from robustdice.plan.pairs import added_up, column_weights, kept_by_all
 from robustdice.plan.shards import (
     FailureSet,
     Layer,
@@ -38,10 +38,13 @@ from robustdice.representation import (
     CORRECTION_BYTES,
     LOST,
     REPRESENTATIONS,
+    SCALE_BYTES,
     CoarseLayer,
     Correction,
     Steps,
+    is_scaled,
     neuron_bytes,
+    packed_bytes,
 )
 from robustdice.wire_format import sent_bytes, suited
 
@@ -67,9 +70,9 @@ class Plan:
     float16. ``corrections`` are, for each calibrated failure set, what every layer's neurons are scaled and shifted by
     (None: a layer that needs nothing). ``strips`` are runs of layers that every device holds whole, in float32, and
     that are computed in strips of rows. ``pairs`` are layers that are dealt out together with the one layer that reads
-    them, first layer to second, both in float32: the shards are the first one's, and of the second, one shard that all
-    devices hold, each has the weights for the neurons that it holds of the first. ``certificate`` is what was measured
-    of the plan; it is no part of what the plan says.
+    them, first layer to second: the shards are the first one's, and of the second, one shard that all devices hold,
+    each has the weights for the neurons that it holds of the first, in the representations that it holds these in.
+    ``certificate`` is what was measured of the plan; it is no part of what the plan says.
 
     ``wire`` is what devices hand each other values as; see :attr:`wires`.
     """
@@ -119,16 +122,29 @@ class Plan:
                         for failed, of_layers in self.corrections.items()
                     )
                     held[holder.device] += CORRECTION_BYTES * corrected * len(shard.neurons)
+        for first, second in self.pairs.items():
+            kinds = {(h.device, h.representation) for shard in self.shards[first] for h in shard.holders}
+            for device, kind in kinds:
+                held[device] += SCALE_BYTES * self.layers[second].neurons * is_scaled(kind)
         return tuple(int(b) for b in held)
 
     def neuron_bytes(self, layer: int, representation: str) -> int:
         """Bytes of one neuron of a layer in a representation that the plan has it in. In a pair a neuron of the first
         layer has the weights that read it, and one of the second only what all devices have of it."""
         kept, each = self.coarse.get((layer, representation)), self.layers[layer]
+        for first, second in self.pairs.items():
+            if layer == second:
+                return kept_by_all(each, representation, self.is_coarse_pair(first))
         needed = neuron_bytes(each, representation, kept.filter.group if kept else None)
         if layer in self.pairs:
-            needed += 4 * column_weights(each, self.layers[self.pairs[layer]])
-        return needed - 4 * each.filter_weights if layer in self.pairs.values() else needed
+            needed += packed_bytes(column_weights(each, self.layers[self.pairs[layer]]), representation)
+        return needed
+
+    def is_coarse_pair(self, first: int) -> bool:
+        """Whether any copy of a pair, given by its first layer, is coarse, so that sums stand behind the second one's
+        affine chain."""
+        of_both = (*self.shards[first], *self.shards[self.pairs[first]])
+        return any(holder.representation != "float32" for shard in of_both for holder in shard.holders)
 
     @property
     def memory_share(self) -> float:

@@ -62,7 +62,19 @@ def coarse_parameters(network: Network, layer: NetworkLayer, coarse: CoarseLayer
 
     found = {layer.own_filter: whole(coarse.filter, layer.own_filter)}
     found |= {name: whole(filters, name) for name, filters in coarse.tail.items()}
-    shift = torch.from_numpy(coarse.shift.copy())
+    return found | _shifted_by(network, layer, torch.from_numpy(coarse.shift.copy()))
+
+
+def folded_parameters(network: Network, layer: NetworkLayer) -> dict[str, torch.Tensor]:
+    """As :func:`coarse_parameters` of a copy that keeps the folded filters in float32, and the tail as it is."""
+    folded = fold(network, layer)
+    filters = folded.filters.reshape(attribute(network.module, layer.own_filter).shape)
+    return {layer.own_filter: filters, **_shifted_by(network, layer, folded.shift)}
+
+
+def _shifted_by(network: Network, layer: NetworkLayer, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Values of the parameters of a layer's affine chain with which it does nothing but shift."""
+    found: dict[str, torch.Tensor] = {}
     for name, (neutral, sign) in _chain_parameters(layer).items():
         like = attribute(network.module, name)
         found[name] = torch.full_like(like, neutral, requires_grad=False)

@@ -148,15 +148,17 @@ class Executor:
         if not part.affine:
             return dict(zip(part.outputs, self._sessions.run(part, inputs), strict=True))
         affine = self._weights.affine(part, self._calibrated(frozenset(down)))
-        if not any(layer.coarse and layer.coarse.at_once < layer.neurons for layer in part.affine):
+        layer = next((each for each in part.affine if each.coarse and each.coarse.at_once < each.neurons), None)
+        if layer is None or layer.coarse is None:
             outputs = self._sessions.run(part, {**inputs, **affine, **self._weights.filters(part)})
             return dict(zip(part.outputs, outputs, strict=True))
-        (output,), (layer,), (coarse,) = part.outputs, part.affine, part.coarse
-        found = []
+        (output,), coarse, found = part.outputs, layer.coarse, list[Array]()
         for start in range(0, layer.neurons, coarse.at_once):
-            of_rows = {name: array[start : start + coarse.at_once] for name, array in affine.items()}
+            of_rows = {name: affine[name][start : start + coarse.at_once] for name in (layer.scale, layer.shift)}
             found += self._sessions.run(part, {**inputs, **affine, **of_rows, **self._weights.filters(part, start)})
-        return {output: np.concatenate(found, coarse.axis)}
+            if coarse.pair == "first" and start:
+                found = [np.add(*found)]
+        return {output: found[0] if coarse.pair == "first" else np.concatenate(found, coarse.axis)}
 
 
 def _wrong(part: Part, found: Values, allowed: float) -> str | None:

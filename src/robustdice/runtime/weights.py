@@ -62,7 +62,7 @@ class Weights:
             rows = slice(start, min(start + count, affine.neurons))
             unpacked = self._unpack(each, affine.neurons, rows, self._buffer[a:b])
             own = affine.coarse is not None and each is affine.coarse.own
-            if not (own and _scaled_behind(each)):
+            if _groups(each) and not (own and _scaled_behind(each)):
                 _multiply(unpacked, self._scales(each, affine.neurons)[rows], each.group)
             found[each.input] = unpacked.reshape(-1, *each.shape)
         return found
@@ -103,7 +103,7 @@ class Weights:
 
 
 def _groups(kept: Filter) -> int:
-    return 0 if kept.representation == "float16" else -(-kept.weights // kept.group)
+    return 0 if kept.representation == "float16" or not kept.group else -(-kept.weights // kept.group)
 
 
 def _scaled_behind(own: Filter) -> bool:
