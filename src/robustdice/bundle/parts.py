@@ -218,7 +218,7 @@ def _parse_coarse(document: Mapping[str, Any]) -> Coarse:
         raise ValueError("0 where a whole number of at least 1 belongs")
     if not math.isfinite(coarse.factor):
         raise ValueError(f"a factor of {coarse.factor}")
-    if not coarse.filters and coarse.scales is None and coarse.shift is None:
+    if not coarse.filters and coarse.scales is None and (coarse.pair != "second" or coarse.shift is None):
         raise ValueError("a coarse part without filters")
     return coarse
 
