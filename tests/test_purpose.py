@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 
 import robustdice as rd
-from nets import Plain, random_images, shared_network
+from nets import Plain, random_images, relative_error, shared_network
 from robustdice.auto import Candidate, Table, tabulate
+from robustdice.bundle.read import load_bundle
+from robustdice.bundle.write import write_bundles
 from robustdice.cost.model import Judge, alone
 from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best, ordered_for
 from robustdice.divided import divided
 from robustdice.errors import PlanError
+from robustdice.plan import failure_sets
 from robustdice.report.considered import considered_json, considered_summary
+from robustdice.runtime.inprocess import InProcess
 from robustdice.workshop import choose_from, choose_plan
+from test_coarse_bundles import predicted
 from test_cost import device
 from test_strips import headed
 
@@ -73,9 +78,11 @@ def test_where_exchanges_are_cheap_a_split_that_loses_nothing_answers_a_frame_so
     assert all(a >= b - TOLERATED - 1e-9 for a, b in zip(found[0].agreement, best.agreement, strict=True))
     assert judge.seconds(plan) == min(judge.seconds(each.plan) for each in nearly_best(found))
     assert "ms for a frame alone" in considered_summary(found, judge, Purpose("latency", judge))
-    # What is predicted of it is what its bundles do.
-    network = shared_network(headed, 3, 32, 32)
-    assert rd.build(network, plan, tmp_path / "build").is_dir()
+    # What is predicted of it is what its bundles do, whoever is down.
+    network, images = table().network, random_images(2, (3, 32, 32))
+    together = InProcess(list(map(load_bundle, write_bundles(network, plan, tmp_path / "build"))))
+    for failed in (failed for size in range(3) for failed in failure_sets(3, size)):
+        assert relative_error(together.run(images, failed), predicted(network, plan, images, failed)) < 1e-4
 
 
 def test_every_split_is_considered() -> None:
@@ -115,5 +122,7 @@ def test_a_budget_bounds_what_is_taken() -> None:
 def test_only_what_exists_can_be_chosen_for() -> None:
     with pytest.raises(PlanError, match="nothing can be chosen for 'fun'; known: throughput, latency, memory"):
         Purpose("fun", Judge())
+    with pytest.raises(PlanError, match="nothing can be chosen for 'fun'"):
+        choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=2, goal="fun")
     with pytest.raises(PlanError, match="say what memory there is"):
         choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -66,11 +67,12 @@ def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Itera
             splits = _splits(table, split, judge, kind)
             if splits == NO_SPLITS:
                 continue
-            for family, plan in dealt_out(table, kind, budgets, splits):
-                yield f"{family}, {split}", replace(plan, settings={**plan.settings, "split": split})
-            if kind != "float32":
-                yield from _with_spares(table, budgets, splits, split)
-                yield from _spread(table, budgets, splits, split)
+            with contextlib.suppress(PlanError):  # not every split can be had with every kind of copies
+                for family, plan in dealt_out(table, kind, budgets, splits):
+                    yield f"{family}, {split}", replace(plan, settings={**plan.settings, "split": split})
+                if kind != "float32":
+                    yield from _with_spares(table, budgets, splits, split)
+                    yield from _spread(table, budgets, splits, split)
 
 
 def _splits(table: Table, split: str, judge: Judge, kind: str) -> Splits:

@@ -160,7 +160,9 @@ def choose_plan(
     memory: float | str | None = None,
     survive: int | None = None,
     wire: str = "float32",
-    purpose: Purpose | None = None,
+    profile: Profile = TYPICAL,
+    link: str | None = None,
+    goal: str | None = None,
     on_progress: Progress = silent,
 ) -> list[Candidate]:
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
@@ -169,9 +171,13 @@ def choose_plan(
     ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
     as.
 
-    The best is the most accurate one, or, for a ``purpose``, what :func:`robustdice.divided.considered_for` says: every
-    split is tried then, and without ``memory`` a device may hold the whole model. PlanError when nothing fits.
+    The best is the most accurate one, or, for a ``goal``, one of :data:`robustdice.cost.purpose.PURPOSES`, what
+    :func:`robustdice.divided.considered_for` says, by ``profile`` and ``link`` (such as ``"1Gbit"``): every split is
+    tried then, and without ``memory`` a device may hold the whole model. PlanError when nothing fits.
     """
+    rate = None if link is None else parse_link(link)
+    purpose = None if goal is None else Purpose.of(goal, profile, rate)
+    profile.check_fits(network.reference)
     if memory is None:
         if purpose is None:
             raise PlanError("the most accurate plan is the whole model on every device: say what memory there is")

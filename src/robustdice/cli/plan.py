@@ -34,7 +34,7 @@ from robustdice.cli.options import (
 )
 from robustdice.cli.planned import show_plan
 from robustdice.cli.usage import number, one_of
-from robustdice.cost.model import GOALS, Judge, parse_link
+from robustdice.cost.model import Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.cost.purpose import PURPOSES, Purpose
 from robustdice.errors import PlanError, RobustdiceError
@@ -198,7 +198,9 @@ def plan(
                 memory=memory,
                 survive=survive,
                 wire=wire,
-                purpose=purpose,
+                profile=judge.profile,
+                link=link,
+                goal=goal,
                 on_progress=advance,
             )
         show_plan(network, considered[0].plan, output, plot, as_json, images, judge, source, considered, purpose)
@@ -250,10 +252,8 @@ def _judge_and_purpose(
     """By what speeds are modelled, and what method auto chooses for; other methods choose by the judge's own goal."""
     measured = TYPICAL if profile is None else Profile.load(profile)
     rate = None if link is None else parse_link(link)
-    if not auto or goal is None:
-        return Judge(measured, rate, goal or "throughput"), None
-    judge = Judge(measured, rate, goal if goal in GOALS else "throughput")
-    return judge, Purpose(goal, judge)
+    purpose = None if goal is None or not auto else Purpose.of(goal, measured, rate)
+    return Judge(measured, rate, goal or "throughput") if purpose is None else purpose.judge, purpose
 
 
 def _check_activations(activations: str, data: str | None, method: str, kinds: set[str]) -> None:

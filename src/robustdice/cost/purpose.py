@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from robustdice.cost.model import GOALS, Judge
+from robustdice.cost.profile import Profile
 from robustdice.errors import PlanError
 from robustdice.plan import Plan
 
@@ -30,6 +31,11 @@ class Purpose:
     def __post_init__(self) -> None:
         if self.name not in PURPOSES:
             raise PlanError(f"nothing can be chosen for {self.name!r}; known: {', '.join(PURPOSES)}")
+
+    @classmethod
+    def of(cls, name: str, profile: Profile, link: float | None) -> Purpose:
+        """For a device's profile and bits per second of its link."""
+        return cls(name, Judge(profile, link, name if name in GOALS else "throughput"))
 
     def price(self, plan: Plan) -> float:
         """Seconds for a frame, of a stream or alone, or bytes of the largest device."""
