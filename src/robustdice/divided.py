@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,8 +10,8 @@ from robustdice.cost.model import Judge
 from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate
-from robustdice.partitioning import SPLITS
-from robustdice.partitioning.precision import kinds_of
+from robustdice.partitioning import JUDGED, SPLITS
+from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
 from robustdice.rivals import dealt_out, rivals
 from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
@@ -63,23 +62,20 @@ def divided(table: Table, budgets: Sequence[int], judge: Judge) -> list[Candidat
 def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Iterator[tuple[str, Plan]]:
     yield from _with_spares(table, budgets, NO_SPLITS, "neurons")
     for split in SPLITS[1:]:
-        for kind in ("float32", "int8"):
-            splits = _splits(table, split, judge, kind)
-            if splits == NO_SPLITS:
-                continue
-            with contextlib.suppress(PlanError):  # not every split can be had with every kind of copies
+        splits = _splits(table, split, judge, pairs_too=True)
+        if splits != NO_SPLITS:
+            for kind in ("float32", "int8"):
                 for family, plan in dealt_out(table, kind, budgets, splits):
                     yield f"{family}, {split}", replace(plan, settings={**plan.settings, "split": split})
-                if kind != "float32":
-                    yield from _with_spares(table, budgets, splits, split)
-                    yield from _spread(table, budgets, splits, split)
+            yield from _with_spares(table, budgets, splits, split)
+    for split in JUDGED:
+        splits = _splits(table, split, judge, pairs_too=False)
+        if splits != NO_SPLITS:
+            yield from _spread(table, budgets, splits, split)
 
 
-def _splits(table: Table, split: str, judge: Judge, kind: str) -> Splits:
-    """The splits that a word asks for; of pairs, only float32 copies are tried."""
-    pairs_too = kind == "float32"
-    if split == "hidden" and not pairs_too:
-        return NO_SPLITS
+def _splits(table: Table, split: str, judge: Judge, pairs_too: bool) -> Splits:
+    """The splits that a word asks for, if there are any."""
     try:
         return splits_of(table.network, table.devices, split, judge, table.wire, pairs_too)
     except PlanError:  # there are no rows to be had
@@ -90,15 +86,16 @@ def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: st
     """Slices in float32, of which all other devices have spares, the finest that fit: nothing is lost."""
     plan, devices = even_plan(table.network, table.devices, splits, table.wire), table.devices
     for kind in MEASURED:
-        kinds = kinds_of(plan.layers, "float32", kind)
-        dealt = [index for index in range(len(plan.layers)) if not plan.held_by_all(index)]
+        kinds = kinds_with_pairs(plan.layers, plan.pairs, "float32", kind)
+        spares = {index: kinds[index].spare for index in range(len(plan.layers)) if not plan.held_by_all(index)}
         shards = list(plan.shards)
-        for index in dealt:
-            shards[index] = tuple(_spared(shard, kinds[index].spare, devices) for shard in plan.shards[index])
+        for index, spare in spares.items():
+            shards[index] = tuple(_spared(shard, spare, devices) for shard in plan.shards[index])
+        spares |= {second: spares[first] for first, second in plan.pairs.items()}
         plan = replace(
             plan,
             shards=tuple(shards),
-            coarse={(index, kinds[index].spare): table.rounded[index, kinds[index].spare] for index in dealt},
+            coarse={of: table.rounded[of] for of in spares.items()},
             method="auto",
             settings={"split": split, "spare_precision": kind},
         )
@@ -115,8 +112,6 @@ def _spared(shard: Shard, kind: str, devices: int) -> Shard:
 
 def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
     """Spread copies, with the layers of strips and those that are whole in float32 on every device."""
-    if splits.pairs:
-        return
     network = table.network
     by_all = even_plan(network, table.devices, splits, table.wire)
     front = {*splits.whole, *(() if splits.run is None else splits.run.layers)}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from robustdice.auto import MEASURED, Candidate, Table, tried_out
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
+from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import Plan
 from robustdice.representation import REPRESENTATIONS, CoarseLayer, neuron_bytes
@@ -89,7 +90,8 @@ def _plan(
         run=splits.run,
         whole=splits.whole,
     )
-    kinds = [Kinds() if plan.run_of(i) else of for i, of in enumerate(kinds_of(plan.layers, kind, kind))]
+    wanted = kinds_with_pairs(plan.layers, plan.pairs, kind, kind)
+    kinds = [Kinds() if plan.run_of(i) else of for i, of in enumerate(wanted)]
     return replace(
         plan,
         shards=tuple(represented(shards, of, plan.devices) for shards, of in zip(plan.shards, kinds, strict=True)),
