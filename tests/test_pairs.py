@@ -207,25 +207,25 @@ def test_coarse_copies_of_a_pair_need_weights_of_the_second_layer_with_one_scale
         replace(plan, coarse={key: kept for key, kept in plan.coarse.items() if key[0] == 0})
 
 
-def test_a_pair_can_be_asked_for_with_precisions_and_keeps_to_the_memory() -> None:
+def test_a_pair_can_be_asked_for_with_precisions() -> None:
     plain = network("plain")
-    for precision, spare, memory in (("int8", "int3", 0.2), ("float32", "int4", 0.45), ("float16", "int2", 0.3)):
-        plan = partition(
-            plain,
-            scores_of(plain),
-            devices=3,
-            memory=memory,
-            split="hidden",
-            precision=precision,
-            spare_precision=spare,
-        )
-        assert plan.memory_share <= memory
-        assert plan.memory_share > memory - 0.12
+    for precision, spare in (("int8", "int3"), ("float32", "int4"), ("float16", "int2")):
+        asked: dict[str, Any] = {"precision": precision, "spare_precision": spare, "threshold": 0.2}
+        plan = partition(plain, scores_of(plain), devices=3, split="hidden", **asked)
         # conv is the first layer, so that the pair is kept in at least 8 bits; everybody has fc1's primary's shifts.
         kinds = {holder.representation for each in plan.shards[0] for holder in each.holders}
         assert kinds == {precision, "int8"}
         assert plan.is_coarse_pair(0)
         assert {holder.representation for holder in plan.shards[1][0].holders} == {precision}
+        assert {kind for layer, kind in plan.coarse if layer == 1} == {precision, "int8"} - {"float32"}
+
+
+def test_memory_is_kept_with_coarse_pairs() -> None:
+    plain = network("plain")
+    plan = partition(plain, scores_of(plain), devices=3, split="hidden", precision="int8", memory=0.2)
+    assert plan.memory_share <= 0.2
+    assert plan.memory_share > 0.2 - 0.05
+    assert plan.pairs
 
 
 @pytest.mark.parametrize(
