@@ -33,11 +33,13 @@ def make_plan(
     parity: bool = False,
     wire: str = "float32",
     pair: bool = False,
+    owned: bool = False,
 ) -> Plan:
     """Every neuron on ``holders`` devices; a shard per primary, with neighbouring or interleaved neurons.
 
     With ``parity`` the last device holds the sums of the others' shards, which have one holder each. As a ``pair``,
-    conv1 and conv2 hand over sums; of conv1, neurons have 1 to ``holders`` holders, in all kinds of orders.
+    conv1 and conv2 hand over sums; of conv1, neurons have 1 to ``holders`` holders, in all kinds of orders;
+    if they are ``owned``, to owners of slices.
     """
     if pair:
         plan = make_plan(devices, holders)
@@ -47,7 +49,13 @@ def make_plan(
         first = tuple(Shard((n,), tuple(map(Holder, order))) for n, order in enumerate(orders))
         everywhere = (Shard(tuple(range(conv2.neurons)), tuple(map(Holder, range(devices)))),)
         layers = (conv1, replace(conv2, filter_weights=72), fc)
-        return replace(plan, layers=layers, shards=(first, everywhere, plan.shards[2]), pairs={0: 1})
+        return replace(
+            plan,
+            layers=layers,
+            shards=(first, everywhere, plan.shards[2]),
+            pairs={0: 1},
+            owned=frozenset({0} if owned else ()),
+        )
     layers = (
         Layer("conv1", 8, 1, 10, 640, 16),
         Layer("conv2", 12, 1, 73, 1152, 16),
@@ -100,14 +108,23 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     )
     if plan.pairs:  # what would be conv2's exchange has sums, one for each piece, and there is none of conv1
         exchanges = (replace(exchanges[1], shards=of_layers[0], sums=True, features=1), exchanges[2])
-    inputs = (("x",), ("a",), ("b2",))
+    if plan.owned:
+        sums, slices = plan.exchanged_shards(0), tuple(each.neurons for each in plan.slices(0))
+        handed = replace(exchanges[0], value="sums", shape=(12, 4, 4), shards=sums, slices=slices, owners=1)
+        owners = Exchange("conv2", "b", shapes[1], 1, 16, 0.0, None, plan.slices(0), plan.wires[1])
+        exchanges = (handed, owners, exchanges[1])
+    inputs = (("x",), ("sums",) if plan.owned else ("a",), ("b2",))
     stages = [
         Stage(
             local=(Part("local.onnx", ("b",), ("b2",)),) if number == 2 else (),
             exchanges=(number,),
             pieces=tuple(
                 Piece(f"stage{number}-piece{k}.onnx", inputs[number], (f"y{number}",), tuple((number, s) for s in mine))
-                for k, mine in enumerate(_pieces(exchange.shards, device, spares))
+                for k, mine in enumerate(
+                    [[*range(len(exchange.shards))]]
+                    if plan.owned and number == 1
+                    else _pieces(exchange.shards, device, spares, max(1, len(exchange.slices)))
+                )
             ),
             keep=(),
         )
@@ -140,10 +157,10 @@ def make_whole_manifest(plan_digest: str, device: int, devices: int) -> Manifest
     )
 
 
-def _pieces(shards: Sequence[Shard], device: int, spares: str) -> list[list[int]]:
+def _pieces(shards: Sequence[Shard], device: int, spares: str, slices: int) -> list[list[int]]:
     held = [number for number, shard in enumerate(shards) if device in shard.devices]
-    if any(shard.after for shard in shards):
-        return [[number] for number in held]
+    if any(shard.after for shard in shards) or slices > 1:
+        return [held[n : n + slices] for n in range(0, len(held), slices)]
     if spares == "hot":
         return [held] if held else []
     primary = [number for number in held if shards[number].devices[0] == device]

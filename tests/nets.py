@@ -286,7 +286,8 @@ def with_pairs(plan: Plan, possible: Mapping[int, int], seed: int = 0) -> Plan:
             pairs[first] = second
             everyone = tuple(map(Holder, range(plan.devices)))
             shards[second] = (Shard(tuple(range(plan.layers[second].neurons)), everyone),)
-    return replace(plan, shards=tuple(shards), pairs=pairs)
+    owned = [first for first in pairs if plan.devices > 2 and random.random() < 0.5]
+    return replace(plan, shards=tuple(shards), pairs=pairs, owned=frozenset(owned))
 
 
 def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0, grouped: bool = True) -> CoarseLayer:

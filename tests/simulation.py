@@ -249,30 +249,41 @@ class World:
             for parcel in task.gathered:
                 for shard, token in zip(parcel.shards, parcel.arrays, strict=True):
                     assert (token.frame, token.shard) == (task.frame, shard), f"seed {self.seed}: a wrong array"
-            before = self._truth(task, stages[task.stage - 1]) if task.stage else Truth()
+            before = Truth()
+            if task.stage:
+                before = self._truth(task.stage - 1, task.gathered, stages[task.stage - 1], task.owned)
             stages[task.stage] = before.in_view(task.down)
         assert task.stage in stages, f"seed {self.seed}: the values of stage {task.stage} are gone"
         shards = {
             shard: Token(task.frame, shard, node.device, stages[task.stage].in_view(task.down))
             for piece in task.pieces
             for shard in manifest.stages[task.stage].pieces[piece].shards
+            if shard[0] not in manifest.sums_of or shard in task.owned
         }
+        if isinstance(task, RunPieces):
+            for shard, parcel in zip(task.owned, task.gathered, strict=True):
+                built_on = self._truth(task.stage - 1, (parcel,), stages[task.stage - 1], (shard,), late=True)
+                shards[shard] = Token(task.frame, shard, node.device, built_on.in_view(task.down))
         last = isinstance(task, RunStage) and task.stage + 1 == len(manifest.stages)
-        due = task.due if isinstance(task, RunStage) else ()
-        parts = [due, tuple(shard for shard in shards if shard not in due)]
+        wanted = task.due if isinstance(task, RunStage) else ()
+        due = {shard for part in wanted for shard in part}
+        parts = [*wanted, tuple(shard for shard in shards if shard not in due)]
         parcels = tuple(Parcel(part, [shards[shard] for shard in part]) for part in parts if part)
         done = Computed(task, parcels, outputs=stages[task.stage] if last else None)
         seconds = self.compute_seconds * node.speed * (0.5 + self.random.random())
         node.free_at = max(self.now, node.free_at) + seconds  # one after the other
         self.at(node.free_at, self._deliver, node.device, node.incarnation, done)
 
-    def _truth(self, task: RunStage, before: Truth) -> Truth:
-        """What a stage is computed from: the values of the one before, and the shards gathered; a single one that is
-        missing is worked out from the parity shard and all others."""
+    def _truth(
+        self, stage: int, parcels: tuple[Parcel, ...], before: Truth, owned: tuple[ShardId, ...], late: bool = False
+    ) -> Truth:
+        """What the next stage is computed from: the values of a ``stage``, and the shards gathered; a single one that
+        is missing is worked out from the parity shard and all others. Of sums in slices, those that are ``owned``; of a
+        ``late`` one, nothing else."""
         known, present, spares = range(len(before.present)), list(before.present), list(before.spares)
-        gathered = {s: t for parcel in task.gathered for s, t in zip(parcel.shards, parcel.arrays, strict=True)}
-        for e in self.manifests[0].stages[task.stage - 1].exchanges:
-            shards = self.manifests[0].exchanges[e].shards
+        gathered = {s: t for parcel in parcels for s, t in zip(parcel.shards, parcel.arrays, strict=True)}
+        for e in self.manifests[0].stages[stage].exchanges:
+            spec, shards = self.manifests[0].exchanges[e], self.manifests[0].exchanges[e].shards
             tokens = {s: token for (exchange, s), token in gathered.items() if exchange == e}
             parts = [(s, token.device, token.built_on) for s, token in tokens.items() if shards[s].neurons]
             absent = [s for s, shard in enumerate(shards) if shard.neurons and s not in tokens]
@@ -290,11 +301,18 @@ class World:
                 of_spares = sum((sizes[s] * truth.spares[k] for s, _, truth in parts), Fraction())
                 present[k] = min(present[k], in_them / sum(sizes.values()))
                 spares[k] = max(spares[k], of_spares / sum(sizes.values()))
-            neurons = self.manifests[0].exchanges[e].neurons
-            assert len({n for s in sizes for n in shards[s].neurons}) == sum(sizes.values()), f"seed {self.seed}: twice"
-            present.append(Fraction(sum(sizes.values()), neurons))
-            of_spares = [s for s, d, _ in parts if shards[s].after or d != shards[s].devices[0]]
-            spares.append(Fraction(sum(sizes[s] for s in of_spares), neurons))
+            here = [spec.in_slices[s] for owners, s in owned if owners == spec.owners]
+            assert spec.owners is None or all(any(s in each for each in here) for s in sizes), "sums of no use"
+            told = [(Fraction(1), Fraction(0))]
+            for slice_ in here if spec.owners is not None else [] if late else spec.in_slices:
+                there = [n for s in sizes if s in slice_ for n in shards[s].neurons]
+                assert len(set(there)) == len(there), f"seed {self.seed}: twice"
+                spare = sum(
+                    sizes[s] for s, d, _ in parts if s in slice_ and (shards[s].after or d != shards[s].devices[0])
+                )
+                told.append((Fraction(len(there), spec.neurons), Fraction(spare, spec.neurons)))
+            present.append(min(share for share, _ in told))
+            spares.append(max(share for _, share in told))
         taken_down = before.taken_down.union(*(token.built_on.taken_down for token in gathered.values()))
         return Truth(tuple(present), tuple(spares), taken_down)
 
@@ -481,6 +499,8 @@ class World:
             for s, source in enumerate(message.sources[e]):
                 able = (*exchange.shards[s].devices, *(parity.devices if parity.parity_of else ()))
                 assert source == -1 or source in able
+            if exchange.owners is not None:
+                continue
             sizes = [len(shard.neurons) for shard in exchange.shards]
             there = sum(size for size, source in zip(sizes, message.sources[e], strict=True) if source >= 0)
             assert message.coverage <= there / exchange.neurons + 1e-9, f"seed {self.seed}: more coverage than sources"

@@ -110,9 +110,8 @@ def test_plan_says_which_layers_are_split_hidden_and_why(tmp_path: Path) -> None
     assert {line.split()[1] for line in said.splitlines() if "hidden │" in line} == {"features.8", "classifier.1"}
     splits = plan_json(Plan.load(tmp_path / "plan.json"))["splits"]
     assert splits == ["neurons", "neurons", "hidden", "hidden", "neurons"]
-    assert "split hidden: 1; 256 of the activations are their partial sums. Gathered they were 512" in " ".join(
-        said.split()
-    )
+    why = "Their partial sums are added up. That are 256 of the activations, in 1 exchanges; gathered they were 512"
+    assert f"split hidden: 1. {why}, in 2." in " ".join(said.split())
 
 
 def test_evaluate_has_every_failure_set(work: Path) -> None:

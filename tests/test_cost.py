@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from commands import fails, run
-from nets import Plain, Residual, network_of, save, seeded, shared_network
+from nets import Residual, network_of, save, seeded, shared_network
 from robustdice.cost.model import Judge, alone, handed_over, parse_link, predict, shares
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import PlanError
@@ -22,6 +22,7 @@ from robustdice.partitioning import Answer, Request
 from robustdice.partitioning.replicate import whole
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
+from test_pairs import Equal
 from test_plan import example
 from test_strips import headed, striped, vgg
 
@@ -203,7 +204,7 @@ def test_a_split_or_a_goal_that_would_change_nothing_is_refused() -> None:
             partition(network, devices=2, method="full", split=split)
     with pytest.raises(PlanError, match="every device holds the layers that pairs begin with"):
         partition(network, devices=2, method=everywhere, split="hidden")
-    unpaired = shared_network(Plain, 1, 8, 8)
+    unpaired = shared_network(Equal, 6, 4, 4)
     with pytest.raises(PlanError, match="no two layers of the model hand over less as a pair on 16 devices"):
         partition(unpaired, devices=16, method="lop", split="hidden")
     fast = partition(network, devices=2, method="lop", split="rows", goal="latency")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from bundles import make_manifest, make_plan
+from robustdice.plan import Holder
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
@@ -31,12 +33,12 @@ FAULTS = (
 )
 
 
-def chaos(seed: int, parity: bool = False, pair: bool = False) -> World:
+def chaos(seed: int, parity: bool = False, pair: bool = False, owned: bool = False) -> World:
     """A world with up to five faults in its first seconds, and none after ``world.calm``."""
     draw = random.Random(seed)  # noqa: S311
-    devices = draw.choice([2, 3, 3, 4, 4, 5])
+    devices = max(draw.choice([2, 3, 3, 4, 4, 5]), 3 if owned else 2)
     holders, interleaved = draw.choice([1, 2, min(3, devices)]), draw.random() < 0.5
-    plan = make_plan(devices, holders, interleaved, parity, pair=pair)
+    plan = make_plan(devices, holders, interleaved, parity, pair=pair or owned, owned=owned)
     network = Network(duplication=0.05, slow=draw.choice([0.0, 0.02]), loss=draw.choice([0.0, 0.0, 0.002]))
     world = World(plan, seed, draw.choice(["hot", "standby"]), network, draw.choice([1, 3, 6]), draw.random() < 0.3)
     world.interval = 0.03
@@ -108,6 +110,32 @@ def test_chaos_with_a_pair(first: int) -> None:
         chaos(seed, pair=True)
 
 
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_chaos_with_a_pair_whose_sums_owners_add_up(first: int) -> None:
+    for seed in range(first, first + 10):
+        chaos(seed, owned=True)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_when_an_owner_dies_its_slices_are_added_up_by_others_in_the_same_frame(seed: int) -> None:
+    """Every neuron of the first layer has another holder, so that nothing is missing of any frame."""
+    devices = 3 + seed % 3
+    plan = make_plan(devices, 3, pair=True, owned=True)
+    first = tuple(
+        replace(s, holders=tuple(Holder((d + k) % devices) for k in range(2)))
+        for s in plan.shards[0]
+        for d in s.devices[:1]
+    )
+    plan = replace(plan, shards=(first, *plan.shards[1:]))
+    network = Network(slow=0.02 * (seed % 2), duplication=0.1 * (seed % 3 == 0))
+    world = World(plan, seed, ("hot", "standby")[seed % 2], network, window=1 + seed % 4)
+    world.at(1.0 + 0.0007 * seed, world.crash, seed % devices, seed % 4 == 3)
+    world.start_client(0.2, 2.0)
+    world.run(6.0)
+    world.check()
+    assert set(world.coverage()) == {1.0}
+
+
 @pytest.mark.parametrize("spares", ["hot", "standby"])
 @pytest.mark.parametrize("lost", range(4))
 def test_a_parity_shard_repairs_the_loss_of_any_one_device(spares: str, lost: int) -> None:
@@ -164,7 +192,7 @@ def assert_all_is_as_measured(world: World) -> None:
     assert not [note for note in world.notes if "suspect" in note[2]]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_frame_can_leave_the_straight_path_at_any_moment(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance, handle = random.Random(seed), Engine.handle  # noqa: S311
 
@@ -175,7 +203,7 @@ def test_a_frame_can_leave_the_straight_path_at_any_moment(seed: int, monkeypatc
         return handle(engine, event, now)
 
     monkeypatch.setattr(Engine, "handle", unsettled)
-    plan = make_plan(3, parity=seed % 3 == 1, pair=seed % 3 == 2)
+    plan = make_plan(3, parity=seed % 4 == 1, pair=seed % 4 >= 2, owned=seed % 4 == 3)
     world = World(plan, seed, ("hot", "standby")[seed % 2], Network(duplication=0.1), window=2)
     world.start_client(0.2, 1.0)
     world.run(3.0)
@@ -399,7 +427,7 @@ def test_a_frame_with_next_to_no_time_takes_none_from_those_before_it() -> None:
     engine.handle(Received(Hello(1, "7", reply=False)), 0.6)
     engine.handle(Received(Pulse(1, 0.6, 0.5, False, 0, 0, ())), 0.6)
     (task,) = [action for action in admitted(engine, 0) if isinstance(action, RunStage)]
-    engine.handle(Computed(task, (Parcel(task.due, ["own"] * len(task.due)),)), 1.01)
+    engine.handle(Computed(task, (Parcel(task.due[0], ["own"] * len(task.due[0])),)), 1.01)
     hurried = Frame(FrameId("c1", 0), 0, 0.001, "input")
     actions = [*engine.handle(Received(hurried), 1.02), *engine.handle(Tick(1.03), 1.03)]
     later = [action for action in actions if isinstance(action, RunStage) and action.frame == task.frame]

@@ -81,6 +81,15 @@ def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, spares: str
 
 
 @pytest.mark.parametrize("name", ["plain", "channels_last", "inverted"])
+def test_what_owners_add_up_equals_the_evaluator_in_every_failure_set(name: str, tmp_path: Path) -> None:
+    net, graph = shared_network(*_net(name)), shared_graph(*_net(name))
+    for devices, wire in ((3, "float16"), (4, "float32"), (5, "uint8")):
+        plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
+        plan = replace(plan, owned=frozenset(plan.pairs), wire=wire)
+        check(net, graph, plan, tmp_path / str(devices), ("standby", "hot")[devices % 2])
+
+
+@pytest.mark.parametrize("name", ["plain", "channels_last", "inverted"])
 def test_coarse_copies_of_pairs_equal_the_evaluator_in_every_failure_set(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +122,7 @@ def test_corrections_of_both_layers_of_a_pair_are_applied(tmp_path: Path) -> Non
 
 def test_a_device_publishes_one_array_of_a_pair_while_all_are_up(tmp_path: Path) -> None:
     net, graph = shared_network(Plain, 1, 8, 8), shared_graph(Plain, 1, 8, 8)
-    plan = with_pairs(random_plan(net, 4, seed=1), {0: 1})
+    plan = replace(with_pairs(random_plan(net, 4, seed=1), {0: 1}), owned=frozenset())
     assert len(plan.shards[0]) > 4
     bundles = [load_bundle(each) for each in write_bundles(net, plan, tmp_path, graph=graph)]
     exchange = bundles[0].manifest.exchanges[0]
@@ -219,7 +228,8 @@ def test_pairs_of_architectures_equal_the_evaluator(name: str, tmp_path: Path) -
 def test_a_cluster_with_pairs_outlives_a_device(tmp_path: Path) -> None:
     net = load_model("robustdice.demo.network:digits_cnn")
     plan = with_pairs(random_plan(net, 3, seed=5), possible_pairs(net))
-    assert plan.pairs
+    plan = replace(plan, owned=frozenset(plan.pairs))
+    assert plan.owned
     rd.build(net, plan, tmp_path / "build")
     assert rd.verify(tmp_path / "build").agrees
     images = random_images(20, net.input_shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from nets import Branches, ChannelsLast, Plain, Residual, shared_network
 from robustdice.errors import PlanError
 from robustdice.importance.values import Importance
 from robustdice.model.network import Network
-from robustdice.model.pairs import choose_pairs, possible_pairs
+from robustdice.model.pairs import choose_owned, choose_pairs, possible_pairs
 from robustdice.partitioning import METHODS, Request
 from robustdice.plan import Holder, Layer, Plan, added_up, failure_sets
+from robustdice.plan.pairs import slices as plan_slices
 from robustdice.representation import CoarseFilter, CoarseLayer
 from robustdice.workshop import partition
 from test_plan import example, shard
@@ -63,6 +65,31 @@ class Unlike(nn.Module):
         x = self.twice(x.relu())
         x = self.grouped((x - 1) * x)
         result: Tensor = (x.mean((2, 3)) + self.flat(x).flatten(1)).softmax(1)
+        return result
+
+
+class Equal(nn.Module):
+    """Two equal layers, and one that reads what the second gives: [6, 4, 4] -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.second(self.first(x).relu()).relu().softmax(1).mean((2, 3)))
+        return result
+
+
+class Wide(nn.Module):
+    """A layer that is wide beside those around it: [2, any, any] -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Conv2d(2, 64, 1), nn.Conv2d(64, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.narrow(self.wide(x).relu()).relu().mean((2, 3)))
         return result
 
 
@@ -243,15 +270,76 @@ def test_a_layer_that_one_other_alone_reads_whole_can_be_one_of_a_pair(name: str
     assert named(network(name), possible_pairs(network(name))) == found
 
 
-def test_pairs_are_made_where_sums_are_fewer_than_what_is_gathered() -> None:
-    plain = network("plain")
-    # Gathered: 96 activations of conv, 7 of fc1, 4 of fc2. Each device has 7 sums of fc1, or 4 of fc2.
-    assert named(plain, choose_pairs(plain, devices=2)) == [("conv", "fc1")]
-    assert named(plain, choose_pairs(plain, devices=14)) == [("conv", "fc1")]
-    assert named(plain, choose_pairs(plain, devices=15)) == []
-    inverted = network("inverted")
-    # 24 activations and 4 for every 4 sums: as many for seven devices, in one exchange less.
-    assert [len(choose_pairs(inverted, devices)) for devices in (2, 7, 8)] == [1, 1, 0]
+def test_pairs_are_made_where_less_is_handed_over_than_by_gathering() -> None:
+    plain, inverted = network("plain"), network("inverted")
+    # Gathered: 96 activations of conv, 7 of fc1, 4 of fc2. Each device has 7 sums of fc1; where these are more in all
+    # than conv's and fc1's activations, owners have 7, and hand on 7 activations.
+    for devices, owners in ((2, 0), (14, 0), (15, 1)):
+        pairs = choose_pairs(plain, devices)
+        assert named(plain, pairs) == [("conv", "fc1")]
+        assert len(choose_owned(plain, pairs, devices)) == owners
+    # 24 activations and 4 for every 4 sums: as many for seven devices.
+    assert [len(choose_owned(inverted, choose_pairs(inverted, n), n)) for n in (2, 7, 8)] == [0, 0, 1]
+    plan = partition(inverted, devices=8, method="lop", split="hidden")
+    gathered = partition(inverted, devices=8, method="lop")
+    assert plan.exchanges == gathered.exchanges
+    assert (gathered.exchanged(1), plan.exchanged(1), plan.exchanged(2)) == (24 * 16, 4 * 16, 4 * 16)
+    assert gathered.exchanged_activations - plan.exchanged_activations == 20 * 16
+
+
+def test_where_gathering_carries_as_much_in_as_many_exchanges_there_is_no_pair() -> None:
+    """The chains of equal layers that many networks are: what is added up has as many activations as what is read."""
+    equal = shared_network(Equal, 6, 4, 4)
+    assert choose_pairs(equal, devices=2) == {0: 1}  # in an exchange less
+    assert choose_pairs(equal, devices=4) == {}
+
+
+def test_an_exchange_more_has_to_be_worth_it() -> None:
+    """All sums to all carry less than gathering here, and owners still less."""
+    for side, owners in ((8, 0), (32, 1)):
+        wide = shared_network(Wide, 2, side, side)
+        pairs = choose_pairs(wide, 4)
+        assert pairs == {0: 1}
+        assert len(choose_owned(wide, pairs, 4)) == owners
+
+
+@pytest.mark.parametrize("devices", [3, 4])
+def test_slices_are_owned_evenly_whoever_is_up(devices: int) -> None:
+    slices = plan_slices(replace(FC, neurons=24), devices)
+    assert [neuron for each in slices for neuron in each.neurons] == list(range(24))
+    for size in range(devices):
+        for down in failure_sets(devices, size):
+            owned = [0] * devices
+            for each in slices:
+                owned[each.publisher(down) or 0] += len(each.neurons)
+            assert [n for device, n in enumerate(owned) if device not in down] == [24 // (devices - size)] * (
+                devices - size
+            )
+
+
+@pytest.mark.parametrize("devices", range(5, 17))
+def test_among_more_devices_slices_are_owned_evenly_while_one_is_down(devices: int) -> None:
+    slices = plan_slices(replace(FC, neurons=devices * (devices - 1)), devices)
+    for down in (frozenset[int](), *failure_sets(devices, 1)):
+        owned = Counter(each.publisher(down) for each in slices)
+        assert set(owned.values()) == {len(slices) // (devices - len(down))}
+    for size in (1, devices - 1):
+        few = plan_slices(replace(FC, neurons=size), devices)
+        assert len({each.publisher(()) for each in few}) == size
+
+
+def test_a_plan_with_owners_counts_two_exchanges_and_what_they_carry(tmp_path: Path) -> None:
+    plan = paired(owned=frozenset([0]))
+    # Each of three devices has sums of two neurons and hands a third of them to each owner: as much as if two
+    # were handed to all. The owners hand on two activations.
+    assert [plan.handed_over(layer) for layer in range(2)] == [(2, 2), (2, 2)]
+    assert (plan.exchanges, plan.exchanged_activations, paired().exchanged_activations) == (2, 4, 6)
+    assert plan.bytes_per_device == paired().bytes_per_device
+    assert (len(plan.exchanged_shards(0)), len(plan.exchanged_shards(1))) == (6 * 2, 2)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    with pytest.raises(PlanError, match="no pairs, or just two devices"):
+        paired(owned=frozenset([1]))
 
 
 def scores_of(network: Network) -> Importance:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from nets import (
     shared_network,
     with_pairs,
 )
-from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
+from robustdice.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
@@ -39,9 +41,11 @@ from robustdice.model.strips import regions, strips_of
 from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.inprocess import InProcess
+from robustdice.runtime.protocol.views import Views
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.founding import write_cluster
-from robustdice.runtime.wire.messages import FrameId, Parcel, Shards
+from robustdice.runtime.wire.messages import FrameId, Lineage, Parcel, Shards
+from robustdice.runtime.wire.parcel_codec import IN_ONE_VIEW
 from robustdice.wire_format import WIRES
 from robustdice.workshop import partition
 from test_bundles import NETS, made
@@ -238,6 +242,55 @@ def test_messages_carry_shards_as_they_travel_and_no_other_sizes(wire: str) -> N
     for wrong in (array[:-1], array + b"x", b"", values.tobytes() + b"x"):
         with pytest.raises(MessageError, match="bytes follow"):
             codec.decode([told, wrong], 1)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_every_owner_is_sent_its_own_slices_of_a_sum(wire: str) -> None:
+    plan = make_plan(3, pair=True, owned=True, wire=wire)
+    manifests = [make_manifest(plan, device) for device in range(3)]
+    view, lineage = Views(manifests[0]).of((0, 1, 2)), Lineage((0, 1, 2))
+    exchange, sent = manifests[0].exchanges[0], {to: view.parcels[0][n] for to, n in view.for_peers[0].items()}
+    assert view.due[0][0] == view.parcels[0][0]
+    numbers = [number % len(exchange.slices) for shards in (*sent.values(), view.due[0][0]) for _, number in shards]
+    assert sorted(numbers) == [*range(len(exchange.slices))]
+    for to, shards in sent.items():
+        forms = [exchange.form(number) for _, number in shards]
+        values = [np.full((1, *form.shape), n, np.float32) for n, form in enumerate(forms)]
+        arrays = [form.narrow(value) for form, value in zip(forms, values, strict=True)]
+        parts = Codec(plan.digest, manifests[0]).encode(
+            Shards(0, 1, FrameId("ab", 1), 0, Parcel(shards, arrays), lineage)
+        )
+        found = Codec(plan.digest, manifests[to]).decode(parts, 0)
+        assert isinstance(found, Shards)
+        assert found.parcel.shards == shards == Views(manifests[to]).of((0, 1, 2)).due[0][0]
+        for form, value, array in zip(forms, values, found.parcel.arrays, strict=True):
+            np.testing.assert_allclose(form.widen(array), value, rtol=1e-6)
+        head = bytearray(parts[0])
+        head[3] = IN_ONE_VIEW  # without the list that follows
+        with pytest.raises(MessageError, match="publishes nothing in stage 0"):
+            Codec(plan.digest, manifests[to]).decode([bytes(head), *parts[1:]], 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda exchanges: exchanges[0].update(owners=None),
+        lambda exchanges: exchanges[0].update(owners=2),
+        lambda exchanges: exchanges[0].update(owners=7),
+        lambda exchanges: exchanges[0]["slices"].pop(),
+        lambda exchanges: exchanges[0]["slices"][0].append(11),
+        lambda exchanges: exchanges[1]["shards"][0]["holders"].pop(),
+        lambda exchanges: exchanges[1].update(slices=[[0]]),
+    ],
+)
+def test_a_manifest_with_impossible_owners_is_refused(change: Callable[[Any], object]) -> None:
+    manifest = make_manifest(make_plan(3, pair=True, owned=True), 0)
+    manifest = replace(manifest, files={part.file: FileEntry(1, "0" * 64) for part in manifest.parts})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    document = json.loads(manifest.to_json())
+    change(document["exchanges"])
+    with pytest.raises(BundleError, match=r"contradicts itself: (the owners of sums|a shard)"):
+        Manifest.from_json(json.dumps(document).encode())
 
 
 def test_device_processes_answer_with_what_was_predicted(tmp_path: Path) -> None:

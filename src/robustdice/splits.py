@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 from robustdice.cost.model import Judge
 from robustdice.errors import PlanError
 from robustdice.model.network import Network
-from robustdice.model.pairs import choose_pairs, possible_pairs
+from robustdice.model.pairs import choose_owned, choose_pairs, possible_pairs
 from robustdice.model.strips import FEW_WEIGHTS, runs_of
 from robustdice.partitioning import partition
 from robustdice.plan import Plan, Strips
@@ -21,11 +22,13 @@ _LEAST_GAIN = 1e-3
 
 @dataclass(frozen=True)
 class Splits:
-    """What is not split by neurons: ``pairs``, first layer to second; a ``run`` in strips; layers on everyone."""
+    """What is not split by neurons: ``pairs``, first layer to second, those with owners by their first; a ``run`` in
+    strips; layers on everyone."""
 
     pairs: dict[int, int] = field(default_factory=dict)
     run: Strips | None = None
     whole: frozenset[int] = frozenset()
+    owned: frozenset[int] = frozenset()
 
 
 NO_SPLITS = Splits()
@@ -51,7 +54,8 @@ def splits_of(
     ``hidden`` are the pairs that hand over least, ``rows`` the run that is modelled to be best, ``auto`` whatever is:
     without pairs unless ``pairs_too``."""
     if split == "hidden":
-        return Splits(pairs=choose_pairs(network, devices))
+        pairs = choose_pairs(network, devices)
+        return Splits(pairs=pairs, owned=choose_owned(network, pairs, devices))
     if split == "rows":
         return Splits(run=_best_run(network, devices, judge, wire))
     return choose_splits(network, devices, judge, wire, pairs_too) if split == "auto" else NO_SPLITS
@@ -79,51 +83,53 @@ def choose_splits(network: Network, devices: int, judge: Judge, wire: str, pairs
     runs = runs_of(network, devices)
     for _ in range(_SWEEPS):
         before = best
-        for change in _changes(network, runs, pairs_too):
+        for change in _changes(network, runs, [False, True][: min(devices, 3) - 1] if pairs_too else []):
             other = change(best)
             if _few(network, other) and (needed := seconds(other)) < least * (1 - _LEAST_GAIN):
                 best, least = other, needed
         if best == before:
             break
-    return best
+    return replace(best, owned=best.owned & best.pairs.keys())
 
 
-def _changes(network: Network, runs: Sequence[Strips], pairs_too: bool) -> Iterator[Callable[[Splits], Splits]]:
-    """Every single thing that can be split otherwise."""
+def _changes(network: Network, runs: Sequence[Strips], owned: Sequence[bool]) -> Iterator[Callable[[Splits], Splits]]:
+    """Every single thing that can be split otherwise; pairs ``owned`` or not."""
     for run in (None, *runs):
         yield partial(_with_run, run)
     for run in runs:
         yield partial(_with_front, frozenset(run.layers))
-    for pair in possible_pairs(network).items() if pairs_too else ():
-        yield partial(_with_pair, pair)
+    for pair, with_owners in itertools.product(possible_pairs(network).items(), owned):
+        yield partial(_with_pair, pair, with_owners)
     for index in range(len(network.layers)):
         yield partial(_with_whole, index)
 
 
 def _with_run(run: Strips | None, splits: Splits) -> Splits:
     layers = set(() if run is None else run.layers)
-    return Splits(_without(splits.pairs, layers), run, splits.whole - layers)
+    return replace(splits, pairs=_without(splits.pairs, layers), run=run, whole=splits.whole - layers)
 
 
 def _with_front(layers: frozenset[int], splits: Splits) -> Splits:
     """With a run's layers on everyone instead."""
-    return Splits(_without(splits.pairs, set(layers)), None, splits.whole | layers)
+    return replace(splits, pairs=_without(splits.pairs, set(layers)), run=None, whole=splits.whole | layers)
 
 
-def _with_pair(pair: tuple[int, int], splits: Splits) -> Splits:
-    """With the pair, or without it if it is there."""
-    if pair in splits.pairs.items():
+def _with_pair(pair: tuple[int, int], owned: bool, splits: Splits) -> Splits:
+    """With the pair, with owners or without, or without the pair if it is there."""
+    if pair in splits.pairs.items() and owned == (pair[0] in splits.owned):
         return replace(splits, pairs={a: b for a, b in splits.pairs.items() if (a, b) != pair})
     if splits.run is not None and set(pair) & set(splits.run.layers):
         return splits
-    return Splits({**_without(splits.pairs, set(pair)), pair[0]: pair[1]}, splits.run, splits.whole - set(pair))
+    pairs = {**_without(splits.pairs, set(pair)), pair[0]: pair[1]}
+    owners = splits.owned - {pair[0]} | ({pair[0]} if owned else set())
+    return replace(splits, pairs=pairs, whole=splits.whole - set(pair), owned=owners)
 
 
 def _with_whole(index: int, splits: Splits) -> Splits:
     """With the layer on everyone, or not if it is there."""
     if splits.run is not None and index in splits.run.layers:
         return splits
-    return Splits(_without(splits.pairs, {index}), splits.run, splits.whole ^ {index})
+    return replace(splits, pairs=_without(splits.pairs, {index}), whole=splits.whole ^ {index})
 
 
 def _without(pairs: Mapping[int, int], layers: set[int]) -> dict[int, int]:
@@ -150,4 +156,4 @@ def even_plan(network: Network, devices: int, splits: Splits, wire: str) -> Plan
         run=splits.run,
         whole=splits.whole,
     )
-    return replace(plan, wire=wire)
+    return replace(plan, wire=wire, owned=splits.owned & plan.pairs.keys())

@@ -118,6 +118,9 @@ class Expected:
             values[layer.node] = values[layer.node.all_input_nodes[0]] + self._bias(layer, values)
             execute(self._network.module, nodes[1:], values)
             self._values |= {node: values[node] for node in nodes}
+            if index in exchanged:
+                self._of_layers[index, "float32"] = values[layer.value]
+                self._values[layer.value] = torch.from_numpy(stand_in(layer.value.name, layer.shape))
             return nodes
         kinds = {holder.representation for shard in plan.shards[index] for holder in shard.holders}
         for kind in kinds:

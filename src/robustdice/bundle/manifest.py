@@ -58,6 +58,10 @@ class Exchange:
     Where ``sums`` are exchanged, ``layer`` is the first of a pair and the value is what its neurons add to the second
     one's. Each shard's array has the whole value's shape, and they are added up in the order of the shards; of these
     (:func:`robustdice.plan.added_up`), those with a live publisher are of different neurons.
+
+    If only ``owners`` add them up, each sum is handed over in ``slices`` of its entries, each for whoever publishes the
+    shard of the exchange ``owners`` (its position) that has the same number: every slice of the first sum is a shard,
+    then every slice of the next. An owner's value has zeros where it does not own it.
     """
 
     layer: str
@@ -70,6 +74,15 @@ class Exchange:
     shards: tuple[Shard, ...]
     wire: str = "float32"
     sums: bool = False
+    slices: tuple[tuple[int, ...], ...] = ()
+    owners: int | None = None
+
+    @cached_property
+    def in_slices(self) -> tuple[range, ...]:
+        """The shards of each slice of sums; of what is not in slices, all together."""
+        if not self.slices:
+            return (range(len(self.shards)),)
+        return tuple(range(number, len(self.shards), len(self.slices)) for number in range(len(self.slices)))
 
     @cached_property
     def neurons(self) -> int:
@@ -78,6 +91,8 @@ class Exchange:
 
     def entries(self, shard: int) -> int:
         """How many entries a shard's array has along the axis."""
+        if self.slices:
+            return len(self.slices[shard % len(self.slices)])
         if self.sums:
             return self.shape[self.axis - 1]
         return shard_width(self.shards, shard) * self.features
@@ -149,6 +164,15 @@ class Manifest:
     certificate: Certificate | None = None
     needs: Needs | None = None
 
+    @cached_property
+    def sums_of(self) -> Mapping[int, int]:
+        """Of every exchange of what owners have added up, the one in which they were handed its sums."""
+        return {exchange.owners: e for e, exchange in enumerate(self.exchanges) if exchange.owners is not None}
+
+    def is_owners(self, piece: Piece) -> bool:
+        """Whether a piece computes what owners add up."""
+        return piece.shards[0][0] in self.sums_of
+
     @property
     def parts(self) -> list[Part]:
         """Every part of every stage."""
@@ -165,7 +189,7 @@ class Manifest:
         """The manifest as it stands in a bundle."""
         document = asdict(replace(self, certificate=None))
         for entry, exchange in zip(document["exchanges"], self.exchanges, strict=True):
-            entry["shards"] = [shard_to_json(shard) for shard in exchange.shards]
+            entry["shards"] = [shard_to_json(shard) for shard in exchange.shards[:: max(1, len(exchange.slices))]]
             entry["fill"] = "-inf" if exchange.fill < 0 else "0"
         document["certificate"] = self.certificate and self.certificate.to_json()
         header = {"format": "robustdice-bundle", "version": FORMAT_VERSION}
@@ -218,6 +242,8 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
 
 
 def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
+    slices = tuple(tuple(map(int, neurons)) for neurons in document["slices"])
+    shards = [shard_from_json(shard) for shard in document["shards"]]
     return Exchange(
         layer=str(document["layer"]),
         value=str(document["value"]),
@@ -226,9 +252,11 @@ def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
         features=int(document["features"]),
         fill=float(document["fill"]),
         mask=None if document["mask"] is None else str(document["mask"]),
-        shards=tuple(shard_from_json(shard) for shard in document["shards"]),
+        shards=tuple(shard for shard in shards for _ in slices or ((),)),
         wire=str(document["wire"]),
         sums=bool(document["sums"]),
+        slices=slices,
+        owners=None if document["owners"] is None else int(document["owners"]),
     )
 
 
@@ -238,6 +266,33 @@ def _parse_stage(document: Mapping[str, Any]) -> Stage:
         exchanges=tuple(map(int, document["exchanges"])),
         pieces=tuple(map(parse_piece, document["pieces"])),
         keep=tuple(map(str, document["keep"])),
+    )
+
+
+def _are_owners(manifest: Manifest, exchange: Exchange) -> bool:
+    """Whether those who are to add up the slices of sums are all devices, in the next stage."""
+    if exchange.owners is None or not exchange.sums or not 0 <= exchange.owners < len(manifest.exchanges):
+        return False
+    position, owners = manifest.exchanges.index(exchange), manifest.exchanges[exchange.owners]
+    stages = [
+        number
+        for at in (position, exchange.owners)
+        for number in range(len(manifest.stages))
+        if at in manifest.stages[number].exchanges
+    ]
+    held = [
+        piece
+        for stage in manifest.stages
+        for piece in stage.pieces
+        if any(at == exchange.owners for at, _ in piece.shards)
+    ]
+    return (
+        stages[1] == stages[0] + 1
+        and tuple(shard.neurons for shard in owners.shards) == exchange.slices
+        and all(sorted(shard.devices) == list(range(manifest.devices)) for shard in owners.shards)
+        and not owners.sums
+        and [piece.shards for piece in held] == [tuple((exchange.owners, s) for s in range(len(owners.shards)))]
+        and held[0].inputs == (exchange.value,)
     )
 
 
@@ -263,7 +318,8 @@ def _check(manifest: Manifest) -> None:
     for exchange in manifest.exchanges:
         require(1 <= exchange.axis <= len(exchange.shape), "an exchange's axis")
         # Of sums, every neuron is in one that is handed over while all are up.
-        neurons = sorted(neuron for shard in exchange.shards if not shard.after for neuron in shard.neurons)
+        once = exchange.shards[:: max(1, len(exchange.slices))]
+        neurons = sorted(neuron for shard in once if not shard.after for neuron in shard.neurons)
         width = exchange.shape[exchange.axis - 1]
         require(neurons == list(range(len(neurons))), "a layer's neurons")
         require(bool(exchange.shards) and not parity_problem(exchange.shards), "a parity shard")
@@ -272,6 +328,8 @@ def _check(manifest: Manifest) -> None:
         for each in exchange.shards:
             require(not each.after or (exchange.sums and set(each.neurons) <= set(neurons)), "a shard among sums")
             require(not exchange.sums or (len(each.holders) == 1 and not each.parity_of), "a shard among sums")
+        if exchange.slices or exchange.owners is not None:
+            require(_are_owners(manifest, exchange), "the owners of sums")
         require(exchange.wire in WIRES, "what its shards travel as")
         require(exchange.wire == "float32" or not exchange.shards[-1].parity_of, "sums that are not float32")
     require(

@@ -126,7 +126,9 @@ class Models:
             index for of_layers in plan.corrections.values() for index, each in enumerate(of_layers) if each is not None
         }
         for index, layer in enumerate(network.layers):
-            if not plan.held_by_all(index):
+            if plan.owned_first(index) is not None:
+                self.exchanged[index] = layer
+            elif not plan.held_by_all(index):
                 self.exchanged[index] = layer.without_tail if plan.exchanged_before_tail(index) else layer
             elif index in self.regions:
                 self.exchanged[index] = _handed_over(network, layer, self.regions[index])
@@ -356,7 +358,7 @@ class Models:
                 cuts.append(cut_parity(self._graph, layer, members, prefix))
                 results.append(self._expected.of_sum(index, members))
             else:
-                neurons = neurons_of(mine)
+                neurons = neurons_of(mine[:1] if index in self.plan.pairs else mine)
                 cuts.append(self._cut_layer(index, neurons, prefix))
                 taken += [Taken(index, neurons)] if index in self.corrected else []
                 results.append(self._expected.of_layer(index, "float32", neurons))
@@ -370,6 +372,17 @@ class Models:
             outputs.append(prefix + layer.value.name)
             inputs[arguments(self.network.layers[index].node)[0].name] = None
         return self._model(cuts, list(inputs), outputs, results, taken)
+
+    def owner(self, index: int) -> Model:
+        """The model that computes a pair's second layer from its sums, all of it whoever owns what."""
+        layer, neurons = self.network.layers[index], np.arange(self.plan.layers[index].neurons)
+        prefix = f"{layer.layer.name}/"
+        taken = [self._added.get(index, Taken(index, neurons))] if index in self.corrected | self._added.keys() else []
+        given = [name for each in taken for name in (*self._scale_and_shift(index), *self._filters(each))]
+        part = cut_layer(self._graph, layer, neurons, prefix, given)
+        result = self._expected.of_layer(index, "float32", neurons)
+        source = arguments(layer.node)[0].name
+        return self._model([part], [source], [prefix + layer.value.name], [result], taken)
 
     def strips(self, index: int, numbers: Sequence[int]) -> Model:
         """The model of strips that follow each other, of the run that ends with a layer. Its weights are apart."""

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +196,17 @@ class _Device:
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32; or its
-        strips, where it is ``rows``."""
+        strips, where it is ``rows``, or what an ``owner`` adds up."""
         if kind == "float32":
             model = self.models.piece(shards)
         elif kind == "rows":
             model = self.models.strips(shards[0][0], [number for _, number in shards])
+        elif kind == "owner":
+            model = self.models.owner(shards[0][0])
         else:
             index = shards[0][0]
-            neurons = neurons_of([self.plan.exchanged_shards(index)[number] for _, number in shards])
+            of_layer = [self.plan.exchanged_shards(index)[number] for _, number in shards]
+            neurons = neurons_of(of_layer[:1] if index in self.plan.pairs else of_layer)
             make = self.models.of_pair if index in self.plan.pairs else self.models.of_layer
             model = make(index, neurons, kind, f"{self.plan.layers[index].name}/")
         order = list(self.models.exchanged)
@@ -307,7 +311,11 @@ def _exchange(models: Models, index: int) -> Exchange:
     if index in pairs:
         second = models.network.layers[pairs[index]].without_tail
         place = (layer.layer.name, layer.value.name, second.shape, second.axis, 1)
-        return Exchange(*place, 0.0, None, shards, models.plan.wires[index], sums=True)
+        exchange = Exchange(*place, 0.0, None, shards, models.plan.wires[index], sums=True)
+        if index not in models.plan.owned:
+            return exchange
+        neurons = tuple(each.neurons for each in models.plan.slices(index))
+        return replace(exchange, slices=neurons, owners=list(models.exchanged).index(pairs[index]))
     return Exchange(
         layer=layer.layer.name,
         value=layer.value.name,
@@ -325,11 +333,15 @@ def _piece_shards(
     plan: Plan, layers: Sequence[int], device: int, spares: str
 ) -> list[tuple[list[tuple[int, int]], str]]:
     """The (layer, shard) pairs that a device holds in a stage; together what the same failures make it publish and is
-    kept in float32, or is of one layer and one other representation, which is said beside them; ``rows``: strips. Sums
-    of spares stay by themselves even where spares are computed on every frame: each has its own circumstances."""
+    kept in float32, or is of one layer and one other representation, which is said beside them; ``rows``: strips;
+    ``owner``: slices. Sums of spares stay by themselves even where spares are computed on every frame: each has its own
+    circumstances."""
     pieces: dict[tuple[tuple[int, ...], int, str], list[tuple[int, int]]] = {}
     for layer in layers:
         shards = plan.exchanged_shards(layer)
+        if plan.owned_first(layer) is not None:
+            pieces[(), layer, "owner"] = [(layer, number) for number in range(len(shards))]
+            continue
         for number, shard in enumerate(shards):
             if device in shard.devices:
                 members = [shards[member].devices for member in shard.parity_of]

@@ -134,10 +134,12 @@ def dealt(plan: Plan, index: int) -> dict[str, NDArray[np.float64]]:
 
 
 def handed_over(plan: Plan, index: int) -> NDArray[np.float64]:
-    """The values that each device hands to every other one after a layer, [devices]."""
+    """The values that each device hands to every other one after a layer, [devices]; to an owner, its slice."""
     run = plan.run_of(index)
     if run is not None:
         part = np.diff(np.array(run.bounds, np.float64))
+    elif plan.owned_first(index) is not None:
+        part = np.ones(plan.devices)
     else:
         part = shares(plan, index)
         if index in plan.pairs:  # whoever has a part in the sums hands over as many

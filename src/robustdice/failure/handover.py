@@ -48,7 +48,7 @@ def handover(plan: Plan, failed: FailureSet) -> Handover | None:
         return None
     sums = []
     for first, second in plan.pairs.items():
-        shards = plan.exchanged_shards(first)
+        shards = plan.sums(first)
         found = zip(shards, publishers(shards, failed), strict=True)
         sums.append(Sums(first, second, tuple(shard.neurons for shard, device in found if device is not None)))
     return Handover(plan.wires, tuple(run.layers for run in plan.strips), tuple(sums))

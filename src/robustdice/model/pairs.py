@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from robustdice.model.canonical import CONVOLUTIONS
 from robustdice.model.network import Network
 
+EXCHANGE = 2**12
+"""Activations that take about as long to hand over as an exchange takes beside them: 16 KiB."""
 Cost = tuple[int, int]
 """Activations of one image that all devices hand over, and in how many exchanges."""
 
@@ -37,8 +39,8 @@ def choose_pairs(network: Network, devices: int) -> dict[int, int]:
 
     Gathering a layer, devices hand over each of its activations once, and in the next exchange the second layer's. A
     pair has one exchange, in which each device hands over a partial sum of every activation that the second layer has
-    before its tail. So a pair is made only where the second layer is narrow beside the first, and never where it would
-    carry more than gathering both; where it carries as much, an exchange is saved.
+    before its tail, or two: with owners, those activations once, and then the second layer's. So a pair is made only
+    where it carries less than gathering both, or as much in fewer exchanges.
     """
     possible = possible_pairs(network)
     chosen: dict[int, int] = {}
@@ -50,6 +52,29 @@ def choose_pairs(network: Network, devices: int) -> dict[int, int]:
     return chosen
 
 
+def choose_owned(network: Network, pairs: Mapping[int, int], devices: int) -> frozenset[int]:
+    """The pairs, by their first layers, whose sums are better added up by owners than by everybody: where that saves
+    more than the second exchange costs, or all sums to all would carry more than gathering both layers."""
+    found = set()
+    for pair in pairs.items() if devices > 2 else ():
+        first, second = (network.layers[index].layer for index in pair)
+        outputs = [layer.neurons * layer.neuron_outputs for layer in (first, second)]
+        sums = second.neurons * second.neuron_preactivations
+        if devices * sums > sum(outputs) or sums + outputs[1] + EXCHANGE < devices * sums:
+            found.add(pair[0])
+    return frozenset(found)
+
+
+def _cost(network: Network, second: int, devices: int) -> Cost:
+    """The least that a pair hands over that ends with this layer, all sums to all or with owners."""
+    layer = network.layers[second].layer
+    sums, outputs = layer.neurons * layer.neuron_preactivations, layer.neurons * layer.neuron_outputs
+    options = [(devices * sums, 1)]
+    if devices > 2:
+        options.append((sums + outputs, 2))
+    return min(options)
+
+
 def _best(network: Network, chain: list[int], devices: int) -> Mapping[int, int]:
     """The cheapest pairs of layers that follow each other."""
     best: list[tuple[Cost, dict[int, int]]] = [((0, 0), {})]
@@ -59,7 +84,7 @@ def _best(network: Network, chain: list[int], devices: int) -> Mapping[int, int]
         options = [((activations + layer.neurons * layer.neuron_outputs, exchanges + 1), pairs)]
         if number:
             (activations, exchanges), pairs = best[-2]
-            sums = devices * layer.neurons * layer.neuron_preactivations
-            options.append(((activations + sums, exchanges + 1), {**pairs, chain[number - 1]: index}))
+            more, hops = _cost(network, index, devices)
+            options.append(((activations + more, exchanges + hops), {**pairs, chain[number - 1]: index}))
         best.append(min(options, key=lambda option: option[0]))
     return best[-1][1]

@@ -101,6 +101,8 @@ def _check_pairs(plan: Plan) -> None:
     members = [index for pair in plan.pairs.items() for index in pair]
     if len(set(members)) < len(members) or not set(members) <= set(range(len(plan.layers))):
         raise PlanError(f"pairs of layers {sorted(plan.pairs.items())}: not of this plan, or a layer is in two of them")
+    if not plan.owned <= plan.pairs.keys() or (plan.owned and plan.devices == 2):
+        raise PlanError(f"owners of the sums of layers {sorted(plan.owned)}: no pairs, or just two devices")
     for pair in plan.pairs.items():
         (first, of_first), (second, of_second) = ((plan.layers[index], plan.shards[index]) for index in pair)
         problem = pair_problem(plan.devices, (first, second), of_first, of_second)

@@ -101,6 +101,8 @@ def _body(plan: Plan, arrays: Arrays) -> dict[str, Any]:
         ]
     if plan.pairs:
         body["pairs"] = [[first, second] for first, second in sorted(plan.pairs.items())]
+    if plan.owned:
+        body["owned"] = sorted(plan.owned)
     if plan.strips:
         body["strips"] = [asdict(run) for run in plan.strips]
     if plan.corrections:

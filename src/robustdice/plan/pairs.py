@@ -8,12 +8,18 @@ Where any copy is coarse, sums are what stands behind the second layer's affine 
 the chain in their scales then, and float32 copies in their weights. A device has one scale for each neuron of the
 second layer and representation, whichever neurons of the first it holds in it; the shift, with the tail, is that of the
 copy which everybody is said to hold of the second layer, and is added once.
+
+Sums go to everybody, or, where that would carry too much, to owners: each of these adds up a slice of the second
+layer's neurons, computes its tail and hands that to all. Owners need no weights for it, so that every device can be one
+of any slice, and who is follows from the devices that are up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import permutations
 
 from robustdice.plan.shards import Holder, Layer, Shard
 from robustdice.representation import SHIFT_BYTES, filter_bytes, neuron_bytes
@@ -55,6 +61,43 @@ def added_up(shards: Sequence[Shard]) -> tuple[Shard, ...]:
             after = tuple(sorted(shard.devices[:position]))
             neurons.setdefault((position, after, holder.device, holder.representation), []).extend(shard.neurons)
     return tuple(Shard(tuple(sorted(neurons[key])), (Holder(*key[2:]),), after=key[1]) for key in sorted(neurons))
+
+
+def slices(second: Layer, devices: int) -> tuple[Shard, ...]:
+    """The second layer's neurons as slices that follow each other, each with the devices in the order in which they own
+    it. As even as there are neurons: among up to four devices, whichever are up; among more, while one is down."""
+    orders = _orders(devices)
+    chosen = sorted(orders[: second.neurons])
+    sizes = [(n + 1) * second.neurons // len(chosen) - n * second.neurons // len(chosen) for n in range(len(chosen))]
+    ends = [sum(sizes[: n + 1]) for n in range(len(chosen))]
+    return tuple(
+        Shard(tuple(range(end - size, end)), tuple(map(Holder, order)))
+        for order, size, end in zip(chosen, sizes, ends, strict=True)
+    )
+
+
+@cache
+def _orders(devices: int) -> tuple[tuple[int, ...], ...]:
+    """Orders of devices, of which any few first ones begin with different devices.
+
+    Up to four: of any of the devices, each comes first equally often (the even permutations of four have that
+    property). Of more that would take too many: every device is first, and every other one the next, equally often.
+    """
+    if devices < 4:
+        every = list(permutations(range(devices)))
+    elif devices == 4:
+        every = [
+            order
+            for order in permutations(range(4))
+            if sum(a > b for n, b in enumerate(order) for a in order[:n]) % 2 == 0
+        ]
+    else:
+        pairs = [(first, (first + step) % devices) for first in range(devices) for step in range(1, devices)]
+        rings = [[*range(second + 1, devices), *range(second)] for _, second in pairs]
+        every = [(*pair, *(d for d in ring if d != pair[0])) for pair, ring in zip(pairs, rings, strict=True)]
+    each = len(every) // devices
+    in_turn = [[order for order in every if order[0] == device] for device in range(devices)]
+    return tuple(in_turn[device][n] for n in range(each) for device in range(devices))
 
 
 def pair_problem(devices: int, layers: Sequence[Layer], of_first: Sequence[Shard], of_second: Sequence[Shard]) -> str:

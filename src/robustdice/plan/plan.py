@@ -24,7 +24,7 @@ from robustdice.markup import html_table
 from robustdice.plan import file
 from robustdice.plan.certificate import Certificate
 from robustdice.plan.check import check_plan
-from robustdice.plan.pairs import added_up, column_weights, kept_by_all
+from robustdice.plan.pairs import added_up, column_weights, kept_by_all, slices
 from robustdice.plan.shards import (
     FailureSet,
     Layer,
@@ -72,6 +72,7 @@ class Plan:
     that are computed in strips of rows. ``pairs`` are layers that are dealt out together with the one layer that reads
     them, first layer to second: the shards are the first one's, and of the second, one shard that all devices hold,
     each has the weights for the neurons that it holds of the first, in the representations that it holds these in.
+    Of the pairs whose first layers are ``owned``, sums are added up by owners of slices, otherwise by everybody.
     ``certificate`` is what was measured of the plan; it is no part of what the plan says.
 
     ``wire`` is what devices hand each other values as; see :attr:`wires`.
@@ -90,6 +91,7 @@ class Plan:
     corrections: Mapping[FailureSet, tuple[Correction | None, ...]] = field(default_factory=dict)
     strips: tuple[Strips, ...] = ()
     pairs: Mapping[int, int] = field(default_factory=dict)
+    owned: frozenset[int] = frozenset()
     certificate: Certificate | None = None
     wire: str = "float32"
 
@@ -176,22 +178,42 @@ class Plan:
         return "whole" if self.held_by_all(layer) else "neurons"
 
     def exchanged_shards(self, layer: int) -> tuple[Shard, ...]:
-        """What devices hand each other after a layer that is exchanged: its shards, a pair's sums, or the strips of a
-        run."""
+        """What devices hand each other after a layer that is exchanged: its shards, a pair's sums (of owners, every
+        slice of the first sum, then of the next), the slices of owners, or the strips of a run."""
         run = self.run_of(layer)
+        if layer in self.owned:
+            return tuple(part for part in self.sums(layer) for _ in self.slices(layer))
         if layer in self.pairs:
-            return added_up(self.shards[layer])
+            return self.sums(layer)
+        if (first := self.owned_first(layer)) is not None:
+            return self.slices(first)
         return self.shards[layer] if run is None else run.shards()
+
+    def sums(self, first: int) -> tuple[Shard, ...]:
+        """The partial sums of a pair, in the order in which they are added up."""
+        return added_up(self.shards[first])
+
+    def slices(self, first: int) -> tuple[Shard, ...]:
+        """The slices in which owners add up a pair's sums, as shards of its second layer."""
+        return slices(self.layers[self.pairs[first]], self.devices)
+
+    def owned_first(self, layer: int) -> int | None:
+        """The first layer of the pair whose second one a layer is, if owners add up its sums."""
+        return next((first for first in self.owned if self.pairs[first] == layer), None)
 
     def handed_over(self, layer: int) -> tuple[int, int]:
         """How many neurons' values are handed over after a layer while every device is up, each counted once, and how
         many activations of one image these are. Of a pair, after its first layer: the second one's, as sums, one for
-        every device that has a part in them. After a run of strips: those of rows in the place of neurons."""
+        every device that has a part in them; to owners each sum goes only once, while all else goes to everybody, so
+        that of these only their share counts. After a run of strips: those of rows in the place of neurons."""
         each, run = self.layers[layer], self.run_of(layer)
         if layer in self.pairs:
             second = self.layers[self.pairs[layer]]
             neurons = len({shard.holders[0] for shard in self.shards[layer]}) * second.neurons
+            neurons = -(-neurons // self.devices) if layer in self.owned else neurons
             return neurons, neurons * second.neuron_preactivations
+        if self.owned_first(layer) is not None:
+            return each.neurons, each.neurons * each.neuron_outputs
         if run is not None and run.layers[-1] == layer:
             return run.bounds[-1], run.activations
         if self.held_by_all(layer):
@@ -351,6 +373,7 @@ def _load(path: Path) -> Plan:
             corrections=file.corrections_from(body, arrays),
             strips=tuple(map(strips_from_json, body.get("strips", ()))),
             pairs={int(first): int(second) for first, second in body.get("pairs", ())},
+            owned=frozenset(map(int, body.get("owned", ()))),
             certificate=Certificate.from_json(document.get("certificate")),
             wire=str(body["wire"]),
         )

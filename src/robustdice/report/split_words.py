@@ -33,9 +33,12 @@ def _pairs(plan: Plan) -> str:
     """What pairs of layers are for."""
     if not plan.pairs:
         return ""
-    gathered = sum(plan.layers[i].neurons * plan.layers[i].neuron_outputs for pair in plan.pairs.items() for i in pair)
-    sums = sum(map(plan.exchanged, plan.pairs))
+    layers = [index for pair in plan.pairs.items() for index in pair]
+    gathered = sum(plan.layers[index].neurons * plan.layers[index].neuron_outputs for index in layers)
+    handed = [plan.exchanged(index) for index in layers]
+    owners = f", of {len(plan.owned)} by an owner of each slice, who hands it to all" if plan.owned else ""
     return (
-        f" Pairs of layers that are split hidden: {len(plan.pairs)}; {sums:,} of the activations are their partial "
-        f"sums. Gathered they were {gathered:,}, in twice as many exchanges."
+        f" Pairs of layers that are split hidden: {len(plan.pairs)}. Their partial sums are added up{owners}. That are "
+        f"{sum(handed):,} of the activations, in {np.count_nonzero(handed)} exchanges; gathered they were "
+        f"{gathered:,}, in {len(layers)}."
     )

@@ -34,8 +34,8 @@ class Assembly:
         exchange, parts = self._exchange, self._parts(parcels)
         if exchange.sums:
             total = np.zeros((batch, *exchange.shape), np.float32)
-            for _, array in sorted(parts, key=lambda part: part[0].numbers):
-                total += array
+            for block, array in sorted(parts, key=lambda part: part[0].numbers):
+                total[block.index if exchange.slices else ...] += array
             return {exchange.value: total}
         missing = self._shards - sum([len(block.numbers) for block, _ in parts])
         if self._shards == 1 and not missing:

@@ -86,11 +86,20 @@ class Executor:
         pieces: Iterable[int],
         values: Mapping[str, Array],
         down: Iterable[int] = (),
-        due: tuple[ShardId, ...] = (),
+        due: Sequence[tuple[ShardId, ...]] = (),
+        owned: Sequence[ShardId] = (),
     ) -> tuple[Parcel, ...]:
-        """The shards of some pieces, first those that are ``due``, as one parcel."""
-        parcels = [self.run_piece(stage, piece, values, down) for piece in pieces]
+        """The shards of some pieces, first a parcel for each of those that are ``due``. Of what owners add up, this
+        device has only what is ``owned``."""
+        parcels = [self._owned(self.run_piece(stage, piece, values, down), owned) for piece in pieces]
+        parcels = [parcel for parcel in parcels if parcel.shards]
         return self.layouts.select(due, parcels) if due else tuple(parcels)
+
+    def _owned(self, parcel: Parcel, owned: Sequence[ShardId]) -> Parcel:
+        if parcel.shards[0][0] not in self.manifest.sums_of:
+            return parcel
+        some = {shard: array for shard, array in zip(parcel.shards, parcel.arrays, strict=True) if shard in owned}
+        return self.layouts.packed(tuple(some), list(some.values())) if some else Parcel((), ())
 
     def assemble(self, exchange: int, parcels: Sequence[Parcel], batch: int = 1) -> Values:
         """The exchange's value, and its mask if it has one: :meth:`robustdice.runtime.assembly.Assembly.value`."""

@@ -58,7 +58,7 @@ class InProcess:
                     continue
                 kept = executor.keep(number, values[device])
                 for exchange in stage.exchanges:
-                    kept.update(executor.assemble(exchange, parcels, batch))
+                    kept.update(executor.assemble(exchange, self._given(device, exchange, parcels, down), batch))
                 values[device] = kept
         outputs = [values[device][manifest.output].reshape(batch, -1) for device in live]
         if any(not np.array_equal(outputs[0], other, equal_nan=True) for other in outputs[1:]):
@@ -75,4 +75,14 @@ class InProcess:
             return ()
         pieces = manifest.stages[stage].pieces
         mine = [number for number, piece in enumerate(pieces) if not set(due).isdisjoint(piece.shards)]
-        return self._executors[device].run_pieces(stage, mine, values, down, tuple(due))[:1]
+        return self._executors[device].run_pieces(stage, mine, values, down, (tuple(due),), due)[:1]
+
+    def _given(self, device: int, exchange: int, parcels: list[Parcel], down: frozenset[int]) -> list[Parcel]:
+        """What a device is handed in an exchange: of sums that owners add up, its own slices."""
+        of = self._manifest.exchanges[exchange]
+        if of.owners is None:
+            return parcels
+        owners = publishers(self._manifest.exchanges[of.owners].shards, down)
+        held = {s: array for p in parcels for (e, s), array in zip(p.shards, p.arrays, strict=True) if e == exchange}
+        mine = [s for s in held if owners[s % len(owners)] == device]
+        return [Parcel(tuple((exchange, s) for s in mine), [held[s] for s in mine])]

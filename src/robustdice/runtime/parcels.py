@@ -39,7 +39,9 @@ class Block:
     def index(self) -> tuple[slice | NDArray[np.intp], ...]:
         """Where the array lies in the exchange's value [batch, ...], unless it is a sum. As large as the array, so that
         it is not worked out for whatever shards a peer chooses to list."""
-        held = [neuron for number in self.numbers for neuron in self.of.shards[number].neurons]
+        of, slices = self.of, self.of.slices
+        parts = (slices[number % len(slices)] if slices else of.shards[number].neurons for number in self.numbers)
+        held = [neuron for neurons in parts for neuron in neurons]
         return (*(slice(None),) * self.of.axis, _place(held, self.of.features))
 
 
@@ -106,13 +108,13 @@ class Layouts:
         layout = self._known[shards] = Layout(shards, tuple(blocks))
         return layout
 
-    def select(self, shards: tuple[ShardId, ...], parcels: Sequence[Parcel]) -> tuple[Parcel, ...]:
-        """``shards`` as one parcel, out of what several hold, and what these hold beside them."""
-        if parcels[0].shards == shards:
+    def select(self, wanted: Sequence[tuple[ShardId, ...]], parcels: Sequence[Parcel]) -> tuple[Parcel, ...]:
+        """A parcel of each of the ``wanted`` shards, out of what several hold, and what these hold beside them."""
+        if len(wanted) == 1 and parcels[0].shards == wanted[0]:
             return tuple(parcels)
         found = {shard: array for parcel in parcels for shard, array in zip(parcel.shards, parcel.arrays, strict=True)}
-        wanted = self.packed(shards, [found.pop(shard) for shard in shards])
-        return (wanted, Parcel(tuple(found), list(found.values()))) if found else (wanted,)
+        chosen = [self.packed(shards, [found.pop(shard) for shard in shards]) for shards in wanted]
+        return (*chosen, Parcel(tuple(found), list(found.values()))) if found else tuple(chosen)
 
     def packed(self, shards: tuple[ShardId, ...], arrays: Sequence[Array]) -> Parcel:
         """A parcel of single arrays, with those of one exchange in one."""

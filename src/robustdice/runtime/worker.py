@@ -123,8 +123,17 @@ class Worker(threading.Thread):
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):
                 outputs = values[manifest.output].reshape(-1)
-        due = task.due if isinstance(task, RunStage) else ()
-        return Computed(task, executor.run_pieces(stage, task.pieces, inputs[stage], task.down, due), outputs)
+        due, read = (task.due, inputs[stage]) if isinstance(task, RunStage) else ((), self._read(task, inputs[stage]))
+        parcels = executor.run_pieces(stage, task.pieces, read, task.down, due, task.owned)
+        return Computed(task, parcels, outputs)
+
+    def _read(self, task: RunPieces, inputs: Values) -> Values:
+        """What pieces read that stand in for others: with the sums of what is to be owned."""
+        values = dict(inputs)
+        sums_of = self._executor.manifest.sums_of
+        for exchange in {sums_of[owners] for owners, _ in task.owned}:
+            values.update(self._executor.assemble(exchange, task.gathered))
+        return values
 
     def _enter(self, task: RunStage, manifest: Manifest) -> Values:
         if task.array is not None:

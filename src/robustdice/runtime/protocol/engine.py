@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime.protocol import notes
+from robustdice.runtime.protocol import adding, notes
 from robustdice.runtime.protocol.contact import Contacts
 from robustdice.runtime.protocol.deadlines import Deadlines, Record
 from robustdice.runtime.protocol.events import (
@@ -173,6 +173,7 @@ class Engine:
                 early.keep(message)
             return
         if frame.phase is Phase.DONE:
+            adding.take_late(frame, message)
             return
         self._judge(frame, message, now)
         if message.stage >= frame.stage:
@@ -180,6 +181,8 @@ class Engine:
             if message.stage == frame.stage and frame.phase is not Phase.READY:
                 self._waiting.weigh(frame, now)
             self._waiting.complete(frame, now)
+        else:
+            adding.take_late(frame, message)
 
     def _judge(self, frame: InFlight, message: Shards, now: float) -> None:
         """Does this message show that a suspect keeps up? If it is only a little slow, deadlines learn from it."""
@@ -207,6 +210,7 @@ class Engine:
         for shard in set(message.shards) - set(ready):
             frame.wanted.setdefault(shard, set()).add(message.sender)
             frame.owes = True
+        self._out.want_sums(frame, [shard for shard in message.shards if shard not in ready])
 
     def _on_pass(self, sender: int, frame_id: FrameId, now: float) -> None:
         frame = self.frames.get(frame_id)
@@ -273,6 +277,9 @@ class Engine:
         frame.asked_again.clear()
         self._waiting.expect(frame, now)
         self._waiting.weigh(frame, now)
+        if late := adding.to_ask_for(frame):
+            self._out.want_sums(frame, late)
+            frame.owes = True
         self._waiting.complete(frame, now)
         if frame.hurried and frame.phase is Phase.WAITING and now >= self._deadlines.hurry_at(frame):
             self._waiting.hurry(frame, now)

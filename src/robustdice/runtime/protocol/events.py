@@ -66,8 +66,9 @@ class PeerDown:
 
 class RunStage(NamedTuple):
     """Enter a stage: assemble the previous stage's exchanges from ``gathered`` (stage 0: take ``array`` as the input),
-    run the local parts and ``pieces``, while the devices ``down`` take no part. The shards ``due`` of what the pieces
-    compute are wanted as one parcel."""
+    run the local parts and ``pieces``, while the devices ``down`` take no part. Each of the ``due`` is shards of what
+    the pieces compute that are wanted as one parcel; ``owned`` are those that this device has the sums for, of
+    exchanges of what owners add up."""
 
     frame: FrameId
     stage: int
@@ -75,17 +76,20 @@ class RunStage(NamedTuple):
     gathered: tuple[Parcel, ...]
     pieces: tuple[int, ...]
     down: frozenset[int]
-    due: tuple[ShardId, ...] = ()
+    due: tuple[tuple[ShardId, ...], ...] = ()
+    owned: tuple[ShardId, ...] = ()
 
 
 class RunPieces(NamedTuple):
     """Run more pieces of a stage that the frame has already entered, from the values kept for it, while the devices
-    ``down`` take no part."""
+    ``down`` take no part. What is ``owned`` now is computed from the sums ``gathered``."""
 
     frame: FrameId
     stage: int
     pieces: tuple[int, ...]
     down: frozenset[int]
+    gathered: tuple[Parcel, ...] = ()
+    owned: tuple[ShardId, ...] = ()
 
 
 class Computed(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.protocol import adding
 from robustdice.runtime.protocol.events import RunPieces, RunStage
 from robustdice.runtime.protocol.lineage import TOLERANCE, Ancestry
 from robustdice.runtime.protocol.views import View
@@ -58,10 +59,12 @@ class InFlight:
     """For every stage that was entered: what this device's part of it is built on."""
     lesser: set[int] = field(default_factory=set)
     """Devices that have built on less than this one: whoever else holds a shard is asked for it first."""
+    own_lineages: dict[ShardId, Lineage] = field(default_factory=dict)
+    """Of shards of ``own`` that were not built on what this device's part of their stage was."""
     own: dict[ShardId, Array] = field(default_factory=dict)
     """Everything computed here, kept until the frame is forgotten, published or not."""
     published: set[ShardId] = field(default_factory=set)
-    """Those of ``own`` that all peers have been sent."""
+    """Those of ``own`` that all peers have been sent, or of sums the one that owned them then."""
     wanted: dict[ShardId, set[int]] = field(default_factory=dict)
     """Shards that peers asked for, and that are not computed yet."""
     owes: bool = False
@@ -116,17 +119,18 @@ class InFlight:
         shard, only while one of its members has none."""
         number, position = shard
         shards = self.manifest.exchanges[number].shards
-        alone = [m for m in shards[position].parity_of if self._whole_holder((number, m)) is None]
+        alone = [m for m in shards[position].parity_of if self.whole_holder((number, m)) is None]
         if shards[position].parity_of:
-            return self._whole_holder(shard) if len(alone) == 1 else None
-        return self._holder(shard)
+            return self.whole_holder(shard) if len(alone) == 1 else None
+        return self.holder(shard)
 
-    def _holder(self, shard: ShardId) -> int | None:
+    def holder(self, shard: ShardId) -> int | None:
         """The first live one of most worth."""
-        whole = self._whole_holder(shard)
+        whole = self.whole_holder(shard)
         return self._first_holder(shard, self.live) if whole is None and self.lesser else whole
 
-    def _whole_holder(self, shard: ShardId) -> int | None:
+    def whole_holder(self, shard: ShardId) -> int | None:
+        """The first live one of those that have not built on less."""
         return self._first_holder(shard, self.live - self.lesser)
 
     def _first_holder(self, shard: ShardId, among: set[int]) -> int | None:
@@ -139,7 +143,7 @@ class InFlight:
         """Whether this stage can have everything that it misses from ``device`` without it, in this frame's view."""
         view = replace(self, live=self.live - {device})
         lost = [shard for shard, publisher in self.missing().items() if publisher == device]
-        return all(view._holder(shard) is not None or view._made_up_for(shard) for shard in lost)
+        return all(view.holder(shard) is not None or view._made_up_for(shard) for shard in lost)
 
     def _made_up_for(self, shard: ShardId) -> bool:
         """Whether others, or what is there, have all that is in a shard that nobody holds."""
@@ -148,8 +152,17 @@ class InFlight:
         if exchange not in self.ancestry.sums:
             return any(self._is_parity((exchange, s)) for s in others)
         others += [s for e, s in self.sources if e == exchange]
-        sums = self.ancestry.sums
+        sums, spec = self.ancestry.sums, self.manifest.exchanges[exchange]
+        others = [s for s in others if s in spec.in_slices[number % len(spec.in_slices)]]
         return not sums.neurons(exchange, [number]) & ~sums.neurons(exchange, others)
+
+    def entered(self, shard: ShardId) -> bool:
+        """Whether the stage that a shard is computed in was entered."""
+        return self.ancestry.stage_of(shard) < len(self.built) and (self.stage > 0 or self.phase is not Phase.READY)
+
+    def lineage_of(self, shard: ShardId) -> Lineage:
+        """What a shard that was computed here is built on."""
+        return self.own_lineages.get(shard) or self.built[self.ancestry.stage_of(shard)]
 
     def take(self, message: Shards) -> None:
         """Take what a peer publishes in this stage or a later one."""
@@ -186,7 +199,11 @@ class InFlight:
         self.parcels.clear()
         self.spared.clear()
 
-    def computed(self, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> Parcel | None:
+    def parcel_for(self, device: int, stage: int) -> int | None:
+        """While straight: which of the parcels of a stage is for a peer."""
+        return None if self.straight is None else self.straight.for_peers[stage].get(device)
+
+    def computed(self, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> tuple[Parcel, ...] | None:
         """Keep what was computed here. While straight: what of it is to be published."""
         if self.straight is None:
             for parcel in parcels:
@@ -196,15 +213,14 @@ class InFlight:
                 # Not all of this stage was corrected for the view that the frame was in when it entered it.
                 self.built[task.stage] = self.ancestry.shares(built, task.stage)
             return None
-        due = parcels[0] if self._due(task.stage) else None
-        if due is not None:
-            self.parcels[task.stage, self.manifest.device] = due
-        self.spared += parcels[due is not None :]
+        mine = int(self.manifest.device in self.straight.due[task.stage])
+        if mine:
+            self.parcels[task.stage, self.manifest.device] = parcels[0]
+        self.spared += parcels[mine:]
+        due = parcels[: len(self.straight.parcels[task.stage])]
+        for parcel in due[mine:]:  # for their owners
+            self.published.update(parcel.shards)
         return due
-
-    def _due(self, stage: int) -> tuple[ShardId, ...]:
-        """While straight: what this device publishes in a stage."""
-        return () if self.straight is None else self.straight.due[stage].get(self.manifest.device, ())
 
     @property
     def complete(self) -> bool:
@@ -237,8 +253,9 @@ class InFlight:
             self.got[shard], self.sources[shard], self.lineages[shard] = array, source, lineage
 
     def poor(self, shard: ShardId) -> bool:
-        """Whether a shard of this stage came from a device that has built on less than this one."""
-        return shard in self.sources and self.ancestry.less(self.lineages[shard], self.built[self.stage], self.stage)
+        """Whether a shard came from a device that has built on less than this one."""
+        stage = self.ancestry.stage_of(shard)
+        return shard in self.sources and self.ancestry.less(self.lineages[shard], self.built[stage], stage)
 
     def poorer(self) -> set[int]:
         """Devices that this stage shows to have built on less, and that were not known to."""
@@ -255,14 +272,14 @@ class InFlight:
         poor, another holder's copy; of holders that have built on less, only what nobody else can give."""
         found: dict[ShardId, int] = {}
         for exchange in self.manifest.stages[self.stage].exchanges:
+            if exchange in self.ancestry.sums:
+                found.update(adding.missing_here(self, exchange))
+                continue
             shards = self.manifest.exchanges[exchange].shards
             absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
             if not absent:
                 continue
-            if exchange in self.ancestry.sums:
-                found.update(self._missing_sums(exchange, absent))
-                continue
-            holders = {s: self._whole_holder((exchange, s)) for s in absent}
+            holders = {s: self.whole_holder((exchange, s)) for s in absent}
             # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
             lost = [s for s, device in holders.items() if device is None and not shards[s].parity_of]
             parity = len(shards) - 1 if shards[-1].parity_of else None
@@ -274,31 +291,12 @@ class InFlight:
                     found[exchange, parity] = stand_in
                     continue
             for s in lost:
-                device = self._holder((exchange, s))
+                device = self.holder((exchange, s))
                 if device is not None and (exchange, s) not in self.sources:
                     found[exchange, s] = device
+            if exchange in self.manifest.sums_of:
+                adding.ask_for_sums_instead(self, exchange, found)
         return found
-
-    def _missing_sums(self, exchange: int, absent: list[int]) -> dict[ShardId, int]:
-        """Those whose turn it is, as long as they have neurons that no other has that is there."""
-        sums, found = self.ancestry.sums, dict[ShardId, int]()
-        there = self._addable(exchange, set(range(len(self.manifest.exchanges[exchange].shards))) - set(absent))
-        covered = sums.neurons(exchange, there)
-        # What is poor is asked for again only where another holder than such as have built on less has it.
-        never_came = [s for s in absent if (exchange, s) not in self.sources]
-        for holder, wanted in ((self._whole_holder, absent), (self._holder, never_came)):
-            due = {s: device for s in wanted if (device := holder((exchange, s))) is not None}
-            new = [s for s in due if sums.neurons(exchange, [s]) & ~covered]
-            found.update({(exchange, s): due[s] for s in new})
-            covered |= sums.neurons(exchange, new)
-        return found
-
-    def _addable(self, exchange: int, shards: Iterable[int]) -> list[int]:
-        """Of the sums of an exchange that are there, those to be added up: of most neurons together, those first whose
-        turn it is."""
-        sums, by_turn = self.ancestry.sums, sorted(shards, key=lambda s: (self._holder((exchange, s)) is None, s))
-        options = [sums.apart(exchange, order) for order in (by_turn, sorted(by_turn))]
-        return max(options, key=lambda some: sums.neurons(exchange, some).bit_count())
 
     def awaited(self, me: int) -> list[int]:
         """Peers that this stage misses shards of."""
@@ -307,8 +305,9 @@ class InFlight:
     def _is_parity(self, shard: ShardId) -> bool:
         return bool(self.manifest.exchanges[shard[0]].shards[shard[1]].parity_of)
 
-    def gather(self, stage: int, me: int) -> tuple[Parcel, ...]:
-        """Take what the next stage is assembled from; a spare of our own stands in for what did not come."""
+    def gather(self, stage: int, me: int, owned: tuple[ShardId, ...] = ()) -> tuple[Parcel, ...]:
+        """Take what the next stage is assembled from, of sums in slices only what is ``owned``; a spare of our own
+        stands in for what did not come."""
         if self.straight is not None:
             self.built.append(self.straight.lineage)
             found = [self.parcels[stage, device] for device in self.straight.due[stage]]
@@ -316,34 +315,37 @@ class InFlight:
                 if device != me:
                     del self.parcels[stage, device]
             return tuple(found)
-        shards, mine = self.shards_of(stage), self.built[stage]
-        self.offer(((shard, self.own[shard]) for shard in shards if shard in self.own), me, mine)
-        every = {shard: self.sources[shard] for shard in shards if shard in self.sources}
+        added_up = {(self.manifest.sums_of[e], s) for e, s in owned}
+        exchanges = self.manifest.exchanges
+        shards = [
+            (e, s)
+            for e, s in self.shards_of(stage)
+            if exchanges[e].owners is None or (e, s % len(exchanges[e].slices)) in added_up
+        ]
+        parcel, built = self.gathered(stage, me, shards)
+        self.built.append(built)
+        return (parcel,)
+
+    def gathered(self, stage: int, me: int, shards: list[ShardId]) -> tuple[Parcel, Lineage]:
+        """Take what there is of some shards of a stage, and what that is built on."""
+        mine = self.built[stage]
+        for shard in shards:
+            if shard in self.own:
+                self.offer([(shard, self.own[shard])], me, self.lineage_of(shard))
+        every = {shard: self.sources[shard] for shard in shards if shard in self.got}
         poor = {shard for shard in every if self.ancestry.less(self.lineages[shard], mine, stage)}
-        held = self._without_overlaps(every, poor)
+        held = adding.without_overlaps(self, every, poor)
         poor &= held.keys()
         taken = {shard: source for shard, source in held.items() if shard not in poor}
-        built = self.ancestry.after(stage, mine, self.live, taken, self.lineages)
+        built = self.ancestry.after(stage, mine, self.live, taken, self.lineages, shards)
         for device in sorted({held[shard] for shard in poor}):
             more = taken | {shard: device for shard in poor if held[shard] == device}
-            other = self.ancestry.after(stage, mine, self.live, more, self.lineages)
+            other = self.ancestry.after(stage, mine, self.live, more, self.lineages, shards)
             if self.ancestry.worth(other, stage + 1) > self.ancestry.worth(built, stage + 1) - TOLERANCE:
                 taken, built = more, other
-        self.built.append(built)
         for shard in every.keys() - taken.keys():
             del self.sources[shard], self.got[shard]
-        return (Parcel(tuple(taken), [self.got.pop(shard) for shard in taken]),)
-
-    def _without_overlaps(self, held: dict[ShardId, int], poor: set[ShardId]) -> dict[ShardId, int]:
-        """What is there but for sums of neurons that are in others, too; those that are not poor go first."""
-        kept = dict(held)
-        for exchange in {e for e, _ in held if e in self.ancestry.sums}:
-            mine = [s for e, s in held if e == exchange]
-            first = self._addable(exchange, [s for s in mine if (exchange, s) not in poor])
-            then = sorted(s for s in mine if (exchange, s) in poor)
-            for s in set(mine) - set(self.ancestry.sums.apart(exchange, [*first, *then])):
-                del kept[exchange, s]
-        return kept
+        return Parcel(tuple(taken), [self.got.pop(shard) for shard in taken]), built
 
     def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
         """Pieces of a stage that hold a shard which is neither computed nor anybody else's task. Hot spares are always
@@ -351,7 +353,8 @@ class InFlight:
         return tuple(
             number
             for number, piece in enumerate(self.manifest.stages[stage].pieces)
-            if any(
+            if not self.manifest.is_owners(piece)
+            and any(
                 shard not in self.own and (self._hot or self.publisher(shard) == me or shard in self.wanted)
                 for shard in piece.shards
             )
@@ -362,16 +365,24 @@ class InFlight:
         for stage in range(0 if self.failed else self.stage + (self.phase is not Phase.READY)):
             if pieces := self.pieces_due(stage, me):
                 return RunPieces(self.id, stage, pieces, self.down)
+            if owned := adding.ready(self, stage):
+                return adding.take_over(self, stage, me, owned)
         self.owes = False
         return None
 
     def enter(self, me: int) -> RunStage:
         """What has to be computed of the next stage, which is entered."""
-        gathered = self.gather(self.stage - 1, me) if self.stage else ()
-        if not self.stage:
+        stage, straight = self.stage, self.straight
+        owned = adding.ready(self, stage, self.hurried is not None) if straight is None else straight.owned[stage]
+        gathered = self.gather(stage - 1, me, owned) if stage else ()
+        if not stage:
             self.built[0] = Lineage(tuple(sorted(self.live)))
-        pieces = self.pieces_due(self.stage, me) if self.straight is None else self.straight.pieces[self.stage]
-        task = RunStage(self.id, self.stage, self.array, gathered, pieces, self.down, self._due(self.stage))
+        due = () if straight is None else straight.parcels[stage]
+        if straight is None:
+            pieces = (*self.pieces_due(stage, me), *adding.pieces_of(self.manifest, stage, owned))
+        else:
+            pieces = straight.pieces[stage]
+        task = RunStage(self.id, stage, self.array, gathered, pieces, self.down, due, owned)
         self.array, self.phase = None, Phase.COMPUTING
         return task
 
@@ -380,6 +391,6 @@ class InFlight:
         built on; and where this device had each shard from."""
         shares = self.ancestry.shares(self.built[-1], len(self.built) - 1)
         if self.straight is not None:
-            return min(shares.present, default=1.0), max(shares.spares, default=0.0), self.straight.rows
+            return min(shares.present, default=1.0), max(shares.spares, default=0.0), self.straight.had
         sources = tuple(self.ancestry.row(e, self.sources) for e in range(len(self.manifest.exchanges)))
         return min(shares.present, default=1.0), max(shares.spares, default=0.0), sources

@@ -78,10 +78,14 @@ class Ancestry:
         live: Iterable[int],
         sources: Mapping[ShardId, int],
         lineages: Mapping[ShardId, Lineage],
+        shards: Sequence[ShardId] | None = None,
     ) -> Lineage:
         """What the next stage is built on, where ``mine`` is what this device's part of ``stage`` was built on, and it
-        has taken the shards of ``stage`` in ``sources``, which came from those devices and have those ``lineages``."""
+        has taken the shards of ``stage`` in ``sources``, which came from those devices and have those ``lineages``, of
+        all ``shards`` that it has a use for (all of the stage)."""
         exchanges = self._manifest.stages[stage].exchanges
+        if shards is None:
+            shards = [(e, s) for e in exchanges for s in range(len(self._manifest.exchanges[e].shards))]
         if not exchanges:
             return mine
         # Whoever goes on in another view than before corrects what it computes for others that are down.
@@ -90,7 +94,9 @@ class Ancestry:
         taken = [(e, s) for e in exchanges for s in range(len(rows[e])) if (e, s) in sources]
         if view is not None and all(lineages[shard] == mine for shard in taken):
             settled = self.views.of(view).rows
-            if all(self._neurons_from(e, rows[e]) == self._neurons_from(e, settled[e]) for e in exchanges):
+            if all(
+                self._neurons_from(e, rows[e], shards) == self._neurons_from(e, settled[e], shards) for e in exchanges
+            ):
                 return Lineage(view)
         shares = self.shares(mine, stage)
         present, spares = list(shares.present), list(shares.spares)
@@ -100,7 +106,8 @@ class Ancestry:
             for k in range(len(self._before[stage]) if parts else 0):
                 present[k] = min(present[k], _mean(sizes, [part.present[k] for _, part in parts]))
                 spares[k] = max(spares[k], _mean(sizes, [part.spares[k] for _, part in parts]))
-        told = [self._told(e, rows[e]) for e in exchanges]
+        used = {exchange for exchange, _ in shards}  # of what is of no use here, nothing is missing
+        told = [self._told(e, rows[e], shards) if e in used else (1.0, 0.0) for e in exchanges]
         return Lineage(None, (*present, *(p for p, _ in told)), (*spares, *(s for _, s in told)))
 
     def _parts(
@@ -123,17 +130,23 @@ class Ancestry:
                 parts.append((len(shards[s].neurons), Lineage(None, present, spares)))
         return parts
 
-    def _told(self, exchange: int, row: Row) -> tuple[float, float]:
-        """The shares of an exchange's neurons that are there, and that came from a spare."""
+    def _told(self, exchange: int, row: Row, shards: Sequence[ShardId] | None = None) -> tuple[float, float]:
+        """The shares of an exchange's neurons that are there, and that came from a spare: in each slice that is among
+        the ``shards`` (None: all), of several the least, and the largest."""
         spec = self._manifest.exchanges[exchange]
-        came = [(shard, source) for shard, source in zip(spec.shards, row, strict=True) if source >= 0]
-        there = sum(len(shard.neurons) for shard, _ in came)
-        spare = sum(len(shard.neurons) for shard, source in came if shard.after or source != shard.devices[0])
-        return there / spec.neurons, spare / spec.neurons
+        present, spares = 1.0, 0.0
+        for numbers in spec.in_slices:
+            if shards is not None and (exchange, numbers[0]) not in shards:
+                continue
+            came = [(spec.shards[s], row[s]) for s in numbers if row[s] >= 0]
+            there = sum(len(shard.neurons) for shard, _ in came)
+            spare = sum(len(shard.neurons) for shard, source in came if shard.after or source != shard.devices[0])
+            present, spares = min(present, there / spec.neurons), max(spares, spare / spec.neurons)
+        return present, spares
 
-    def _neurons_from(self, exchange: int, row: Row) -> Row:
+    def _neurons_from(self, exchange: int, row: Row, wanted: Sequence[ShardId]) -> Row:
         shards = self._manifest.exchanges[exchange].shards
-        return tuple(source for source, shard in zip(row, shards, strict=True) if shard.neurons)
+        return tuple(row[s] for e, s in wanted if e == exchange and shards[s].neurons)
 
 
 def _mean(sizes: Sequence[int], shares: Sequence[float]) -> float:

@@ -6,10 +6,10 @@ devices that are up, and is worked out once for each such view, not for each fra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from robustdice.bundle.manifest import Manifest
+from robustdice.bundle.manifest import Manifest, Stage
 from robustdice.plan import publishers
 from robustdice.runtime.wire.messages import Lineage, ShardId
 
@@ -20,14 +20,21 @@ Row = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The ``devices`` that are up, ascending. ``due`` has for every stage what each of them publishes, if anything, in
-    order, ``pieces`` which pieces the device whose manifest it is computes for that; ``rows`` for every exchange where
-    its shards come from."""
+    """The ``devices`` that are up, ascending. ``due`` has for every stage what the device whose manifest it is has from
+    each of them, itself included, if anything, in order; ``parcels`` what it makes for itself and others, its own
+    first, and ``for_peers`` the number of each other device's; ``pieces`` are those that it computes for that, and
+    ``owned`` the shards among them that it adds up as an owner. ``rows`` has for every exchange where its shards come
+    from."""
 
     devices: tuple[int, ...]
     due: tuple[Mapping[int, tuple[ShardId, ...]], ...]
+    parcels: tuple[tuple[tuple[ShardId, ...], ...], ...]
+    for_peers: tuple[Mapping[int, int], ...]
     pieces: tuple[tuple[int, ...], ...]
+    owned: tuple[tuple[ShardId, ...], ...]
     rows: tuple[Row, ...]
+    had: tuple[Row, ...]
+    """The same without sums that others add up."""
     down: frozenset[int]
     """The other devices."""
     lineage: Lineage
@@ -49,28 +56,60 @@ class Views:
             return known
         if len(self._known) == REMEMBERED_VIEWS:
             self._known.clear()
-        down = set(range(self._manifest.devices)) - set(devices)
-        published = [publishers(exchange.shards, down) for exchange in self._manifest.exchanges]
-        due: list[dict[int, tuple[ShardId, ...]]] = []
-        for stage in self._manifest.stages:
-            of_stage: dict[int, tuple[ShardId, ...]] = {}
-            for exchange in sorted(stage.exchanges):
-                for number, device in enumerate(published[exchange]):
-                    if device is not None:
-                        of_stage[device] = (*of_stage.get(device, ()), (exchange, number))
-            due.append(of_stage)
+        manifest, me = self._manifest, self._manifest.device
+        down = set(range(manifest.devices)) - set(devices)
+        published = [publishers(exchange.shards, down) for exchange in manifest.exchanges]
+        handed = [_handed(manifest, stage, published) for stage in manifest.stages]
+        due = [{source: shards for (source, to), shards in of_stage.items() if to == me} for of_stage in handed]
+        sent = [
+            {to: shards for (source, to), shards in of_stage.items() if source == me and to != me}
+            for of_stage in handed
+        ]
+        parcels = [
+            tuple(dict.fromkeys((*([of_me[me]] if me in of_me else []), *to_others.values())))
+            for of_me, to_others in zip(due, sent, strict=True)
+        ]
+        for_peers = [
+            {device: made.index(shards) for device, shards in to_others.items()}
+            for made, to_others in zip(parcels, sent, strict=True)
+        ]
         rows = tuple(
             source_row(self._manifest, e, {(e, s): device for s, device in enumerate(row) if device is not None})
             for e, row in enumerate(published)
         )
-        mine = [set(of_stage.get(self._manifest.device, ())) for of_stage in due]
+        mine = [{shard for parcel in made for shard in parcel} for made in parcels]
         pieces = tuple(
-            tuple(k for k, piece in enumerate(stage.pieces) if self._hot or not wanted.isdisjoint(piece.shards))
-            for stage, wanted in zip(self._manifest.stages, mine, strict=True)
+            tuple(
+                k
+                for k, piece in enumerate(stage.pieces)
+                if (self._hot and not manifest.is_owners(piece)) or not wanted.isdisjoint(piece.shards)
+            )
+            for stage, wanted in zip(manifest.stages, mine, strict=True)
         )
-        view = View(devices, tuple(due), pieces, rows, frozenset(down), Lineage(devices))
+        owned = tuple(tuple(sorted(s for s in wanted if s[0] in manifest.sums_of)) for wanted in mine)
+        here = {shard: device for of_me in due for device, shards in of_me.items() for shard in shards}
+        had = tuple(source_row(manifest, e, here) for e in range(len(published)))
+        made = tuple(due), tuple(parcels), tuple(for_peers), pieces, owned
+        view = View(devices, *made, rows, had, frozenset(down), Lineage(devices))
         self._known[devices] = view
         return view
+
+
+def _handed(
+    manifest: Manifest, stage: Stage, published: Sequence[Sequence[int | None]]
+) -> dict[tuple[int, int], tuple[ShardId, ...]]:
+    """What devices hand each other at the end of a stage, by publisher and receiver: all to everybody, themselves
+    included; sums to their owners alone, if these add them up."""
+    found: dict[tuple[int, int], list[ShardId]] = {}
+    for exchange in sorted(stage.exchanges):
+        owners = manifest.exchanges[exchange].owners
+        for number, source in enumerate(published[exchange]):
+            if source is None:
+                continue
+            owner = None if owners is None else published[owners][number % len(published[owners])]
+            for to in range(manifest.devices) if owner is None else (owner,):
+                found.setdefault((source, to), []).append((exchange, number))
+    return {way: tuple(shards) for way, shards in found.items()}
 
 
 def source_row(manifest: Manifest, exchange: int, sources: Mapping[ShardId, int]) -> Row:

@@ -117,7 +117,8 @@ class Pass:
 class Answer:
     """The network's output, float32 [outputs], and what it was computed with.
 
-    ``sources[e][s]`` is the device that a shard came from, or -1 where it was missing; ``coverage`` and
+    ``sources[e][s]`` is the device that a shard came from, or -1 where it was missing, or is for another one that adds
+    it up; ``coverage`` and
     ``from_spares`` are fractions of neurons (least and largest over the exchanges), in all that the output was computed
     from, on whichever device; ``down`` the devices that did
     not take part, and ``late`` those among them that are well, but were not waited for any longer. With no class score

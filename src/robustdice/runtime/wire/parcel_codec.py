@@ -66,6 +66,8 @@ class ParcelCodec:
         self._views = Views(manifest)
         self._layouts = Layouts(manifest)
         self._earlier = [sum(len(s.exchanges) for s in manifest.stages[:n]) for n in range(len(manifest.stages))]
+        self._differ = [any(manifest.exchanges[e].owners is not None for e in s.exchanges) for s in manifest.stages]
+        """Stages in which not everybody is sent the same."""
         self._routes: dict[bytes, _Route] = {}
         self._heads: dict[tuple[Any, ...], tuple[bytes, Layout]] = {}
         """For a view, stage and sender: what was sent last begins with, and how it lies in memory."""
@@ -92,7 +94,9 @@ class ParcelCodec:
         return [b"".join((head, *told, *bodies))]
 
     def _head(self, lineage: Lineage, stage: int, sender: int, shards: tuple[ShardId, ...]) -> tuple[bytes, Layout]:
-        implied = None if lineage.view is None else self._views.of(lineage.view).due[stage].get(sender)
+        implied = None
+        if lineage.view is not None and not self._differ[stage]:
+            implied = self._views.of(lineage.view).due[stage].get(sender)
         flags = IN_ONE_VIEW * (lineage.view is not None) | LISTED * (implied != shards)
         mask = sum(1 << device for device in lineage.view or ())
         head = ROUTE.pack(MAGIC, PROTOCOL_VERSION, flags, self._plan, stage, mask, sender)
@@ -142,7 +146,7 @@ class ParcelCodec:
             lineage, shards = view.lineage, view.due[stage].get(sender)
         if flags & LISTED:
             shards = None
-        elif shards is None:
+        elif shards is None or self._differ[stage]:
             raise MessageError(f"device {sender} publishes nothing in stage {stage} of such a view")
         else:
             layout = self._layouts.of(shards)
