@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, never half of it."""
+"""Writing files so that a reader finds the old content or the new, never half of it; reading arrays of anybody's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from robustdice.errors import OutputError
 
@@ -45,3 +49,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_array(content: bytes) -> NDArray[Any]:
+    """The array of a ``.npy`` file that is not pickled; ValueError for anything else."""
+    try:
+        found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, EOFError) as error:
+        # NumPy reads the header as Python's words, and makes room for as much as that says.
+        raise ValueError(f"no array: {error}") from None
+    return found

@@ -70,7 +70,10 @@ def with_product(
         nodes += found
         arrays |= more
     arrays[f"{name}/@codes"] = np.ascontiguousarray(filters.reshape(len(codes), -1).T)
-    nodes.append(helper.make_node("MatMulInteger", [columns, f"{name}/@codes", zero], [f"{name}/@product"]))
+    # Codes need no zero point, but ONNX Runtime up to 1.24 at least reads beyond the inputs of a node without one.
+    arrays[f"{name}/@no zero"] = np.array(0, np.int8)
+    multiplied = [columns, f"{name}/@codes", zero, f"{name}/@no zero"]
+    nodes.append(helper.make_node("MatMulInteger", multiplied, [f"{name}/@product"]))
     last = f"{name}/@last" if convolution else name
     nodes.append(helper.make_node("Cast", [f"{name}/@product"], [last], to=TensorProto.FLOAT))
     if convolution:

@@ -201,7 +201,7 @@ class Manifest:
         remedy = "build the bundle again with 'robustdice build'"
         try:
             document = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BundleError(f"{MANIFEST_NAME} is not JSON; {remedy}") from None
         if not isinstance(document, dict) or document.get("format") != "robustdice-bundle":
             raise BundleError(f"{MANIFEST_NAME} has no robustdice-bundle header; {remedy}")
@@ -210,9 +210,9 @@ class Manifest:
             raise BundleError(f"bundle format version {found!r}, this version reads {FORMAT_VERSION}; {remedy}")
         try:
             manifest = _parse(document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check(manifest)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{MANIFEST_NAME} is damaged ({type(error).__name__}: {error}); {remedy}") from None
-        _check(manifest)
         return manifest
 
 

@@ -110,7 +110,7 @@ class Profile:
             raise PlanError(f"{path} has profile version {version}, this version reads {FORMAT_VERSION}; {remedy}")
         try:
             return _parse(document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"{path} is a damaged profile ({type(error).__name__}: {error}); {remedy}") from None
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
-from robustdice.files import write_atomically
+from robustdice.files import read_array, write_atomically
 from robustdice.markup import html_table
 from robustdice.plan import ModelReference
 
@@ -34,6 +34,8 @@ COLUMNS = ("s1", "s2", "s3")
 SCORING_SAMPLES = 64
 """How many images are scored with unless somebody says otherwise."""
 NORMALISATIONS = ("minmax", "rank", "none")
+LIMIT_BYTES = 2**28
+"""Of all scores together, unpacked: a file of a few kilobytes can say that it holds a terabyte."""
 SIGNIFICANT_BITS = 20
 """Of the largest score of a layer and column, and so of all others: float32 has 24, sums of them a few less."""
 
@@ -187,6 +189,12 @@ def _header(importance: Importance) -> dict[str, Any]:
     }
 
 
+def _real(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"scores of type {array.dtype}")
+    return array
+
+
 def _load(path: Path) -> Importance:
     remedy = "make new scores with 'robustdice score'"
     try:
@@ -196,8 +204,10 @@ def _load(path: Path) -> Importance:
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise PlanError(f"{path} is not a file of scores (it is not .npz); {remedy}")
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if (size := sum(member.file_size for member in archive.infolist())) > LIMIT_BYTES:
+                raise ValueError(f"{size} bytes when they are unpacked, at most {LIMIT_BYTES} are read")
+            arrays = {name.removesuffix(".npy"): read_array(archive.read(name)) for name in archive.namelist()}
         header = json.loads(arrays["header"].tobytes())
         if header.get("format") != "robustdice-importance":
             raise PlanError(f"{path} is not a file of scores (no robustdice-importance header); {remedy}")
@@ -206,7 +216,7 @@ def _load(path: Path) -> Importance:
             raise PlanError(f"{path} has scores format version {found}, this version reads {FORMAT_VERSION}; {remedy}")
         importance = Importance(
             names=tuple(map(str, header["names"])),
-            scores=tuple(arrays[f"scores_{index}"] for index in range(len(header["names"]))),
+            scores=tuple(_real(arrays[f"scores_{index}"]) for index in range(len(header["names"]))),
             columns=tuple(map(str, header["columns"])),
             model=ModelReference(**header["model"]),
             settings=dict(header["settings"]),

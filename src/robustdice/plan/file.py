@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
+from robustdice.files import read_array
 from robustdice.plan.shards import FailureSet, Holder, Shard
 from robustdice.representation import (
     TAIL_REPRESENTATION,
@@ -233,7 +234,7 @@ def _read_zip(content: io.BytesIO) -> tuple[bytes, dict[str, NDArray[Any]]]:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > _ARRAY_LIMIT:
                 raise ValueError(f"{member.filename} is compressed or too large")
         arrays = {
-            name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+            name.removesuffix(".npy"): read_array(archive.read(name))
             for name in archive.namelist()
             if name != _DOCUMENT
         }
