@@ -63,14 +63,14 @@ def test_whatever_comes_in_a_parser_gives_something_or_says_what_is_wrong(name: 
 def test_numbers_and_depths_that_python_cannot_are_damage(value: str, room: Path) -> None:
     manifest = json.loads(make_manifest(make_plan(3), 0).to_json())
     manifest["stages"][0]["exchanges"] = "HERE"
-    with pytest.raises(BundleError, match="damaged|not JSON|contradicts"):
+    with pytest.raises(BundleError, match=r"damaged|not JSON|contradicts"):
         Manifest.from_json(json.dumps(manifest).replace('"HERE"', value).encode())
     profile = room / "profile.json"
     TYPICAL.save(profile)
     text = json.dumps({**json.loads(profile.read_text()), "hop_seconds": "HERE"})
     for hostile in (value, "9" * 400):
         profile.write_text(text.replace('"HERE"', hostile))
-        with pytest.raises(PlanError, match="damaged|not JSON"):
+        with pytest.raises(PlanError, match=r"damaged|not JSON"):
             Profile.load(profile)
 
 

@@ -54,6 +54,18 @@ def test_device_side_needs_no_workshop(code: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_a_device_imports_little_and_takes_little_memory() -> None:
+    """What README says of a device: no tables, no command line, no pictures, and 60 MB before a bundle is loaded."""
+    code = (
+        "import sys, robustdice.runtime.device; from robustdice.runtime.memory import rss_bytes\n"
+        "print(rss_bytes(), *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    resident, *modules = result.stdout.split()
+    assert not {"rich", "typer", "click", "PIL", "matplotlib", "torch", "onnx", "scipy", "pandas", "sympy"} & {*modules}
+    assert int(resident) < 75e6
+
+
 def test_workshop_names_without_torch_say_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
     code = "import robustdice as rd\ntry:\n    rd.load_model\nexcept rd.RobustdiceError as error:\n    print(error)"
