@@ -31,7 +31,8 @@ GLIBC = (17, 24, 26, 27, 28, 31, 34, 35)
 def device_side(python: str) -> list[str]:
     """What a device installs with that Python."""
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    here = {key: str(value) for key, value in default_environment().items()}
+    environment = here | {"python_version": python, "python_full_version": f"{python}.0"}
     requirements = map(Requirement, lines)
     return [f"{r.name}{r.specifier}" for r in requirements if r.marker is None or r.marker.evaluate(environment)]
 

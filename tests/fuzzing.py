@@ -76,7 +76,7 @@ class Parser:
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308)
 ODD = (float("nan"), float("inf"), float("-inf"), 10**400)
-OTHERS = (
+OTHERS: tuple[Any, ...] = (
     None,
     True,
     False,
