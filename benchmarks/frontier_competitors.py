@@ -14,7 +14,7 @@ import robustdice as rd
 from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.passes import run_under
-from robustdice.failure.sensitivity import divergence
+from robustdice.importance.divergence import kullback_leibler
 from robustdice.model.network import Network
 from robustdice.partitioning.allocation import allocate
 from robustdice.partitioning.budget import parse_memory
@@ -116,5 +116,5 @@ class Competitors:
         for start in range(0, len(self._some), images_at_once(network)):
             batch = torch.from_numpy(self._some[start : start + images_at_once(network)])
             exact, *changed = run_under(network, batch, [base, *states], copies)
-            found += [len(batch) / len(self._some) * divergence(exact, scores) for scores in changed]
+            found += [len(batch) / len(self._some) * float(kullback_leibler(exact, scores)) for scores in changed]
         return [np.array([0.0, *of_layer]) for of_layer in found.reshape(len(network.layers), -1)]

@@ -22,8 +22,9 @@ from nets import (
     shared_network,
 )
 from robustdice.errors import PlanError
-from robustdice.failure.calibrate import calibrate, fit
+from robustdice.failure.calibrate import calibrate
 from robustdice.failure.copies import Copies, State, state_of
+from robustdice.failure.matching import fit
 from robustdice.failure.passes import run_under
 from robustdice.model.canonical import execute
 from robustdice.model.network import Network, together
@@ -147,7 +148,9 @@ def test_a_plan_of_another_model_is_refused() -> None:
 def test_a_plan_is_calibrated_and_certified_from_the_command_line(tmp_path: Path) -> None:
     path, calibrated = tmp_path / "plan.json", tmp_path / "calibrated.json"
     run_json("plan", DEMO, "--devices", "3", "--method", "lop", "-o", path)
-    found = run_json("calibrate", path, "--data", "digits", "--samples", "40", "--max-failed", "1", "-o", calibrated)
+    found = run_json(
+        "calibrate", path, "--data", "digits", "--samples", "40", "--max-failed", "1", "--passes", "1", "-o", calibrated
+    )
     assert found["output"] == str(calibrated)
     bytes_with, bytes_without = (max(Plan.load(each).bytes_per_device) for each in (calibrated, path))
     assert 0 < found["correction_bytes"] == bytes_with - bytes_without

@@ -205,11 +205,15 @@ def calibrate(
     images: NDArray[np.float32],
     *,
     max_failed: int | None = None,
+    passes: int = 0,
+    seed: int = 0,
     on_progress: Progress = silent,
 ) -> Plan:
     """The plan with corrections for every failure set of up to ``max_failed`` devices (all but one), fitted to
     ``images`` as :func:`robustdice.failure.calibrate.calibrate` says; what was measured of it before holds no more."""
-    corrections = fit_corrections(network, plan, images, max_failed=max_failed, on_progress=on_progress)
+    corrections = fit_corrections(
+        network, plan, images, max_failed=max_failed, passes=passes, seed=seed, on_progress=on_progress
+    )
     return replace(plan, corrections=corrections, certificate=None)
 
 

@@ -1,37 +1,23 @@
 """Corrections: what the survivors of a failure set scale and shift each neuron by, to make up for what is lost.
 
-Of every layer, in the network's order and with the corrections before it in place, each neuron's mean and spread behind
-the affine chain are brought back to what they are in the intact network. No labels, nothing is trained.
+No labels, and no weight is trained: statistics are matched (:mod:`robustdice.failure.matching`), and from there on,
+where it is asked for, the answers themselves (:mod:`robustdice.failure.refine`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import fx
 
-from robustdice.failure.copies import Copies, State, intact, state_of
-from robustdice.failure.handover import as_received, forms
-from robustdice.failure.passes import correct, fill
-from robustdice.model.canonical import execute
+from robustdice.failure.copies import Copies, state_of
+from robustdice.failure.matching import Corrections, fit
+from robustdice.failure.refine import Refiner
 from robustdice.model.fits import check_plan_fits
-from robustdice.model.layers import NetworkLayer
-from robustdice.model.network import Network, together
+from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
-from robustdice.representation import LOST, Correction
-
-MAX_GAIN = 8.0
-"""The largest scale, and the inverse of the smallest: a neuron of which next to nothing is left stays that way."""
-
-Corrections = tuple[Correction | None, ...]
-"""Of every layer; None where nothing is to be corrected."""
 
 
 def calibrate(
@@ -40,11 +26,14 @@ def calibrate(
     images: NDArray[np.float32],
     *,
     max_failed: int | None = None,
+    passes: int = 0,
+    seed: int = 0,
     on_progress: Progress = silent,
 ) -> dict[FailureSet, Corrections]:
     """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it
     computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height, width], a
-    few hundred). What the plan's own corrections are does not matter. PlanError when the plan is of another model.
+    few hundred). What the plan's own corrections are does not matter. Gradient descent goes over the images ``passes``
+    times for each of them, in an order drawn with ``seed``. PlanError when the plan is of another model.
     """
     check_plan_fits(network, plan)
     check_max_failed(plan.devices, max_failed)
@@ -57,136 +46,12 @@ def calibrate(
         if state.key != base.key:
             wanted.setdefault(state.key, []).append(failed)
     found: dict[FailureSet, Corrections] = {}
-    fitted = fit(network, Copies.of(network, plan), base, [states[same[0]] for same in wanted.values()], images)
+    copies, different = Copies.of(network, plan), [states[same[0]] for same in wanted.values()]
+    refiner = Refiner.of(network, copies, images) if passes and different else None
     groups = list(wanted.values())
-    for done, (number, corrections, _) in enumerate(fitted, start=1):
+    for done, (number, corrections, _) in enumerate(fit(network, copies, base, different, images), start=1):
+        if refiner is not None:
+            corrections = refiner.refined(replace(different[number], corrections=corrections), passes, seed)  # noqa: PLW2901
         found |= dict.fromkeys(groups[number], corrections)
         on_progress(done, len(wanted))
     return {failed: found[failed] for failed in sets if failed in found}
-
-
-def fit(
-    network: Network, copies: Copies, base: State, states: Sequence[State], images: NDArray[np.float32]
-) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
-    """For each of ``states``, as they get done: its position, its corrections, and the class scores [n, outputs] that
-    it then gives for ``images``. Layers before the first in which a state differs from ``base`` have no correction.
-    """
-    first = together(network, images)
-    with torch.no_grad():
-        targets = dict(_Pass(network, copies, intact(network)).statistics(first))
-        yield from _Pass(network, copies, base).branches(first, states, targets)
-
-
-Statistics = tuple[torch.Tensor, torch.Tensor]
-"""Every neuron's mean and standard deviation, [neurons] each."""
-
-
-def _statistics(layer: NetworkLayer, value: torch.Tensor) -> Statistics:
-    # Over rows of neurons, in two steps: var_mean takes ten times as long where channels come last in memory.
-    rows = value.movedim(layer.affine_axis, -1).reshape(-1, value.shape[layer.affine_axis])
-    mean = rows.mean(0)
-    return mean, (rows - mean).square_().mean(0).sqrt()
-
-
-def _matching(now: Statistics, target: Statistics) -> Correction:
-    """What brings one neuron's statistics to the other's."""
-    (mean, spread), (wanted_mean, wanted_spread) = now, target
-    dead = (spread < 1e-6) | (wanted_spread < 1e-6)
-    scale = torch.where(dead, 1.0, wanted_spread / spread.clamp_min(1e-6)).clamp(1 / MAX_GAIN, MAX_GAIN)
-    kept = Correction.of(scale.cpu().numpy(), np.zeros(len(scale), np.float32)).scale
-    shift = wanted_mean.cpu().numpy() - kept * mean.cpu().numpy()
-    return Correction.of(kept, shift.clip(-60000, 60000))
-
-
-class _Pass:
-    """All images through the network in one state, node by node."""
-
-    def __init__(self, network: Network, copies: Copies, state: State) -> None:
-        self.network = network
-        self.copies = copies
-        self.state = state
-        self.nodes = network.nodes
-        self.starts = {layer.node: index for index, layer in enumerate(network.layers)}
-        self.ends = {layer.affine_end: index for index, layer in enumerate(network.layers)}
-        self.exchanges = {layer.value: index for index, layer in enumerate(network.layers)}
-        self.forms = forms(network, state.handover)
-
-    def statistics(self, images: torch.Tensor) -> Iterator[tuple[int, Statistics]]:
-        """Of every layer, behind its affine chain."""
-        values = self._start(images)
-        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
-        for node in self.nodes:
-            self._compute(node, values)
-            if node in self.ends:
-                index = self.ends[node]
-                yield index, _statistics(self.network.layers[index], values[node])
-            self._after(node, values, left)
-
-    def branches(
-        self, images: torch.Tensor, states: Sequence[State], targets: Mapping[int, Statistics]
-    ) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
-        """Runs ``states`` from the layers on in which they first differ from the pass's own."""
-        firsts: dict[int, list[int]] = {}
-        for number, state in enumerate(states):
-            differing = [
-                i for i, (a, b) in enumerate(zip(state.copies, self.state.copies, strict=True)) if (a != b).any()
-            ]
-            firsts.setdefault(min(differing, key=lambda i: self.nodes.index(self.network.layers[i].node)), []).append(
-                number
-            )
-        values = self._start(images)
-        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
-        for at, node in enumerate(self.nodes):
-            for number in firsts.get(self.starts.get(node, -1), []):
-                branch = _Pass(self.network, self.copies, states[number])
-                corrections, scores = branch._corrected(at, dict(values), left.copy(), self.state, targets)
-                yield number, corrections, scores
-            self._compute(node, values)
-            self._after(node, values, left)
-
-    def _corrected(
-        self,
-        start: int,
-        values: dict[fx.Node, Any],
-        left: Counter[fx.Node],
-        base: State,
-        targets: Mapping[int, Statistics],
-    ) -> tuple[Corrections, torch.Tensor]:
-        found: list[Correction | None] = [None] * len(self.network.layers)
-        for node in self.nodes[start:]:
-            self._compute(node, values)
-            if node in self.ends:
-                index = self.ends[node]
-                layer = self.network.layers[index]
-                here = self.state.copies[index]
-                # The first layer's inputs are as ever; if it has only lost something, the rest is as it was.
-                as_before = (here == base.copies[index])[here != LOST].all()
-                first = self.nodes[start] is layer.node
-                if not (first and as_before):
-                    found[index] = _matching(_statistics(layer, values[node]), targets[index])
-                    values[node] = correct(layer, values[node], found[index])
-            self._after(node, values, left)
-        scores = values[self.network.output]
-        return tuple(found), scores
-
-    def _start(self, images: torch.Tensor) -> dict[fx.Node, Any]:
-        return {**self.network.constants(images.device), self.network.input: images}
-
-    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        if node in self.starts:
-            index = self.starts[node]
-            self.copies.compute_in(self.state, index, values)
-        else:
-            execute(self.network.module, [node], values)
-
-    def _after(self, node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
-        if node in self.forms:
-            values[node] = as_received(values[node], self.forms[node])
-        if node in self.exchanges:
-            index = self.exchanges[node]
-            lost = np.flatnonzero(self.state.copies[index] == LOST)
-            values[node] = fill(self.network.layers[index], values[node], lost)
-        for used in node.all_input_nodes:
-            left[used] -= 1
-            if not left[used] and used is not self.network.output:
-                values.pop(used, None)

@@ -185,5 +185,8 @@ class Copies:
 
 def rounded(value: torch.Tensor, steps: Steps) -> torch.Tensor:
     """What a layer reads of ``value``: the very numbers that ONNX's QuantizeLinear and DequantizeLinear give."""
-    codes = (value / steps.scale).round_().add_(steps.zero).clamp_(0, 255)
-    return codes.sub_(steps.zero).mul_(steps.scale)
+    codes = (value.detach() / steps.scale).round_().add_(steps.zero).clamp_(0, 255)
+    found = codes.sub_(steps.zero).mul_(steps.scale)
+    if value.requires_grad:  # gradients pass as if nothing was rounded
+        return value + (found - value).detach()
+    return found

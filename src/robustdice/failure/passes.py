@@ -131,18 +131,21 @@ def correct(layer: NetworkLayer, value: torch.Tensor, correction: Correction | N
     """What a layer gives behind its affine chain, with its neurons scaled and shifted."""
     if correction is None:
         return value
+    scale, shift = (torch.from_numpy(each.copy()).to(value.device) for each in (correction.scale, correction.shift))
+    return scaled(layer, value, scale, shift)
+
+
+def scaled(layer: NetworkLayer, value: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """What a layer gives behind its affine chain, times ``scale`` and plus ``shift``, [neurons] each."""
     shape = [-1 if position == layer.affine_axis else 1 for position in range(value.ndim)]
-    scale, shift = (
-        torch.from_numpy(each.copy()).to(value.device).reshape(shape) for each in (correction.scale, correction.shift)
-    )
-    return value * scale + shift
+    return value * scale.reshape(shape) + shift.reshape(shape)
 
 
 def fill(layer: NetworkLayer, value: torch.Tensor, lost: NDArray[np.intp], in_place: bool = False) -> torch.Tensor:
     """A layer's exchanged value without its neurons ``lost``."""
     if not lost.size:
         return value
-    if layer.fill == 0:
+    if layer.fill == 0 and not value.requires_grad:  # bits have no gradient
         # All bits of what is lost are cleared, whatever it is: several times as fast as filling in zeros.
         bits = torch.full((layer.layer.neurons,), -1, dtype=torch.int32, device=value.device)
         bits[torch.from_numpy(lost)] = 0

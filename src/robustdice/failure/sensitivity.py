@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.failure.calibrate import fit
 from robustdice.failure.copies import Copies, State, intact
+from robustdice.failure.matching import fit
+from robustdice.importance.divergence import kullback_leibler
 from robustdice.model.network import Network, together
 from robustdice.partitioning.allocation import Kept, Spread, deal
 from robustdice.progress import Progress, silent
@@ -76,16 +77,8 @@ def measure(
     with torch.no_grad():
         exact = network.run(together(network, images))
     for done, (number, _, scores) in enumerate(fitted, start=1):
-        by_key[different[number].key] = divergence(exact, scores)
+        by_key[different[number].key] = float(kullback_leibler(exact, scores))
         on_progress(done, len(different))
     return Sensitivity(
         {of: by_key[key] for of, key in coarse_keys.items()}, {of: by_key[key] for of, key in lost_keys.items()}
     )
-
-
-def divergence(exact: torch.Tensor, scores: torch.Tensor) -> float:
-    """Mean Kullback-Leibler divergence (nats) of the class probabilities of ``scores`` [n, classes] from the exact
-    ones'. A lost class counts as one that is next to impossible."""
-    probable = torch.log_softmax(exact.double(), 1)
-    found = torch.log_softmax(scores.double(), 1).nan_to_num(nan=-30.0).clamp_min(-30.0)  # NaN where all are lost
-    return float((probable.exp() * (probable - found)).sum(1).mean())
