@@ -87,7 +87,7 @@ def status_table(devices: Sequence[str], found: Mapping[int, Mapping[str, Any]],
             str(said["in_flight"]),
             f"{said['frames_per_second']:.1f}",
             f"{said['weights_bytes'] / 1e6:.2f} MB",
-            _computes_with(said["providers"]),
+            _computes_with(said.get("providers", {})),
         )
         down = sorted(set(range(len(devices))) - set(said["up"]))
         if down and said.get("corrected_for", down) != down:
