@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from frontier_competitors import Competitors, Entry
-from frontier_report import write_report
+from frontier_report import AUTO, REFINED, write_report
 from numpy.typing import NDArray
 
 import robustdice as rd
@@ -39,7 +39,7 @@ from robustdice.files import write_csv
 from robustdice.model.network import Network
 from robustdice.plan import Plan
 from robustdice.plan.certificate import wilson
-from robustdice.provenance import commit
+from robustdice.provenance import commit, processor
 from robustdice.representation import ROUNDING_SAMPLES
 from robustdice.workshop import choose_from
 
@@ -48,6 +48,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 DEVICES = 4
 RESIDENT_AT = (0.06, 0.1, 0.25)
 """Budgets at which device processes are measured."""
+REFINED_WITH, PASSES = 1024, 5
+"""Images and passes of ``calibrate --passes``."""
 BUDGETS = (
     *(0.03, 0.035, 0.04, 0.045, 0.05, 0.055, 0.06, 0.065, 0.07, 0.08),
     *(0.09, 0.1, 0.11, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
@@ -115,18 +117,29 @@ def _text(budget: float | None) -> str:
     return "" if budget is None else str(budget)
 
 
-def autos(network: Network, images: NDArray[np.float32], budgets: tuple[float, ...]) -> Iterator[Entry]:
-    """The plans that ``plan --method auto`` answers with."""
+def autos(
+    network: Network, images: NDArray[np.float32], more: NDArray[np.float32], budgets: tuple[float, ...]
+) -> Iterator[Entry]:
+    """What ``plan --method auto`` answers with; where something can be lost, also what ``calibrate --passes`` makes of
+    that with ``more`` images."""
 
     @cache
     def table() -> Table:
         return tabulate(network, images, devices=DEVICES)
 
+    @cache
     def answer(budget: float) -> Plan:
         return choose_from(table(), budget)[0].plan
 
+    def refined(budget: float) -> Plan:
+        if not answer(budget).corrections:
+            raise PlanError("nothing can be lost of what auto answers with")
+        return rd.calibrate(network, answer(budget), more, passes=PASSES)
+
     for budget in budgets:
-        yield Entry("auto", "", budget, partial(answer, budget))
+        yield Entry(AUTO, "", budget, partial(answer, budget))
+    for budget in budgets:
+        yield Entry(REFINED, f"{len(more)} images, {PASSES} passes", budget, partial(refined, budget))
 
 
 def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry, keep: Path) -> list[dict[str, Any]]:
@@ -156,9 +169,16 @@ def measured(subject: Subject, network: Network, test: rd.Dataset, entry: Entry,
                 "images": result.samples,
                 "plan_cpu_seconds": round(taken, 1),
                 "commit": commit() or "unknown",
+                "machine": machine(),
             }
         )
     return rows
+
+
+def machine() -> str:
+    """What this is measured on."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, 1 thread"
+    return f"{where}, PyTorch {torch.__version__}"
 
 
 def resident(network: Network, plan: Plan) -> tuple[int, int]:
@@ -229,9 +249,15 @@ def main() -> None:
         train = rd.load_data(
             str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
         ).sample(ROUNDING_SAMPLES)
+        more = rd.load_data(
+            str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
+        ).sample(REFINED_WITH)
         test = rd.load_data(str(subject.test), network.preprocessing, network.outputs).sample(options.images)
         images = train.images()
-        entries = [*autos(network, images, budgets), *Competitors(network, images, DEVICES, budgets).entries()]
+        entries = [
+            *autos(network, images, more.images(), budgets),
+            *Competitors(network, images, DEVICES, budgets).entries(),
+        ]
         for entry in entries:
             if points.has(subject.name, entry) or (options.only and entry.method not in options.only):
                 continue

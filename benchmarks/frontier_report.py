@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from robustdice.provenance import processor
 from robustdice.report.picture import Picture
 from robustdice.report.plots import COLOURS, save
 
@@ -27,6 +24,8 @@ GOALS = {
 }
 """By budget, what share of the clean accuracy (per cent) is to be kept with one, two and three of four devices down."""
 SIZES = (1, 2, 3)
+AUTO, REFINED = "auto", "auto, refined"
+"""What ``plan --method auto`` answers with, and the same after ``calibrate --passes``."""
 STYLES: dict[str, dict[str, Any]] = {
     "whole, nearest": {"color": COLOURS[5], "marker": "v", "linestyle": ":"},
     "whole, GPTQ": {"color": COLOURS[0], "marker": "o", "linestyle": "--"},
@@ -56,6 +55,7 @@ class Point:
     clean: float
     images: int
     commit: str
+    machine: str
 
     @property
     def name(self) -> str:
@@ -79,6 +79,7 @@ def point(row: dict[str, Any]) -> Point:
         clean=float(row["clean"]),
         images=int(row["images"]),
         commit=row["commit"],
+        machine=row["machine"],
     )
 
 
@@ -104,7 +105,7 @@ class Comparison:
 def comparisons(points: Sequence[Point]) -> Iterator[Comparison]:
     """Every budget and number of failures, each with every competitor of which something fits."""
     for auto in points:
-        if auto.method != "auto" or auto.budget is None:
+        if auto.method != AUTO or auto.budget is None:
             continue
         for method in STYLES:
             fitting = [
@@ -145,7 +146,7 @@ def picture(points: Sequence[Point]) -> Picture:
         found = sorted((100 * each.share, 100 * each.worst) for each in points if each.method == method)
         if found:
             axes.plot(*zip(*found, strict=True), label=method, markersize=4, linewidth=1, **style)
-    auto = sorted((each for each in points if each.method == "auto"), key=lambda each: each.share)
+    auto = sorted((each for each in points if each.method == AUTO), key=lambda each: each.share)
     if auto:
         shares = [100 * each.share for each in auto]
         axes.fill_between(
@@ -157,6 +158,9 @@ def picture(points: Sequence[Point]) -> Picture:
             linewidth=0,
         )
         axes.plot(shares, [100 * each.worst for each in auto], "ko-", markersize=4, label="auto, and its 95 % interval")
+    refined = [each for each in points if each.method == REFINED]
+    if refined:
+        axes.plot([100 * each.share for each in refined], [100 * each.worst for each in refined], "k*", label="refined")
     axes.set_xscale("log")
     ticks = (3, 4, 5, 6, 8, 10, 12.5, 16, 25, 33, 50)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -174,19 +178,23 @@ def goals_table(points: Sequence[Point]) -> str:
     """What share of the clean accuracy is kept, beside the goals: bold where these are met, with the goal in brackets
     where they are not, and with ~ where that is within the sampling error."""
     lines = [
-        f"The model alone: {100 * points[0].clean:.1f} % of {points[0].images} images. Kept of that, per cent:",
+        "Kept of what the model alone has, per cent (*refined*: `calibrate --passes` after `auto`):",
         "",
-        "| budget | held | accuracy, none down | one down | two down | three down |",
-        "|---|---|---|---|---|---|",
+        "| budget | held | images | the model alone | none down | one down | two down | three down |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for budget, goals in GOALS.items():
-        by_size = {each.down: each for each in points if each.method == "auto" and each.budget == budget}
-        if not by_size:
-            continue
-        kept = [_kept(by_size[down], goal) for down, goal in zip(SIZES, goals, strict=True)]
-        held = f"{100 * by_size[0].share:.2f} | {100 * by_size[0].worst:.1f}"
-        lines.append(f"| {100 * budget:g} | {held} | {' | '.join(kept)} |")
-    done = {each.budget for each in points if each.method == "auto"}
+        for method in (AUTO, REFINED):
+            by_size = {each.down: each for each in points if each.method == method and each.budget == budget}
+            if not by_size:
+                continue
+            kept = [_kept(by_size[down], goal) for down, goal in zip(SIZES, goals, strict=True)]
+            healthy = by_size[0]
+            lines.append(
+                f"| {100 * budget:g}{' refined' if method == REFINED else ''} | {100 * healthy.share:.2f} "
+                f"| {healthy.images} | {100 * healthy.clean:.1f} | {100 * healthy.worst:.1f} | {' | '.join(kept)} |"
+            )
+    done = {each.budget for each in points if each.method == AUTO}
     if missing := [f"{100 * budget:g}" for budget in GOALS if budget not in done]:
         lines += ["", f"Not measured: the budgets {', '.join(missing)}."]
     return "\n".join(lines)
@@ -247,17 +255,4 @@ def resident_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _measured_on(points: Sequence[Point]) -> str:
     commits = ", ".join(dict.fromkeys(each.commit for each in points))
-    return (
-        f"Commits: {commits}; processor: {processor()} ({', '.join(_instructions())}); "
-        f"{torch.get_num_threads()} thread; PyTorch {torch.__version__}."
-    )
-
-
-def _instructions() -> list[str]:
-    """Which of the processor's vector instructions matter for matrix products."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return ["instructions unknown"]
-    known = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp")
-    return [flag for flag in known if flag in flags]
+    return f"Commits: {commits}; machines: {'; '.join(dict.fromkeys(each.machine for each in points))}."

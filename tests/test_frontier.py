@@ -13,7 +13,7 @@ from robustdice.plan.certificate import wilson
 
 def measured(method: str, share: float, right: int, down: int = 1, budget: float | None = None, of: int = 500) -> Point:
     low, high = wilson(right / of, of)
-    return Point("net", method, "", budget, share, 1000, down, right / of, low, high, 0.8, of, "abc")
+    return Point("net", method, "", budget, share, 1000, down, right / of, low, high, 0.8, of, "abc", "here")
 
 
 def test_a_competitor_is_only_better_beyond_sampling_error_when_the_interval_of_the_difference_says_so() -> None:
@@ -43,7 +43,9 @@ def test_competitors_are_compared_with_as_many_devices_down_and_on_as_many_image
 def test_the_goals_table_marks_what_is_met_what_may_be_and_what_is_not() -> None:
     points = [measured("auto", 0.0298, right, down, 0.03) for down, right in enumerate((400, 370, 255, 60))]
     row = next(line for line in goals_table(points).splitlines() if line.startswith("| 3 |"))
-    assert row == "| 3 | 2.98 | 80.0 | **92.5** | 63.8 (65) ~ | 15.0 (35) |"
+    assert row == "| 3 | 2.98 | 500 | 80.0 | 80.0 | **92.5** | 63.8 (65) ~ | 15.0 (35) |"
+    refined = [replace(each, method="auto, refined", worst=0.5) for each in points]
+    assert "| 3 refined | 2.98 | 500 | 80.0 | 50.0 | " in goals_table([*points, *refined])
     assert goals_table(points).endswith("Not measured: the budgets 25, 12.5, 10, 8, 6, 5, 4.")
 
 
@@ -54,9 +56,9 @@ def test_pictures_and_tables_are_written_from_the_rows_of_the_file(tmp_path: Pat
         for method, budget in (("auto", "0.08"), ("CDC", ""))
         for down in "0123"
     ]
-    write_report([{**row, "commit": "abc"} for row in rows], [], tmp_path)
+    write_report([{**row, "commit": "abc", "machine": "here"} for row in rows], [], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"tables.md", *(f"net-{down}-down.png" for down in (1, 2, 3))}
     assert "4 comparisons" in (tmp_path / "tables.md").read_text()
-    axes = picture([point({**rows[1], "commit": "abc"})]).axes[0]
+    axes = picture([point({**rows[1], "commit": "abc", "machine": "here"})]).axes[0]
     assert axes.get_lines()[-1].get_xdata() == pytest.approx([8.0])
-    assert replace(point({**rows[4], "commit": "abc"}), budget=None).name == "CDC"
+    assert replace(point({**rows[4], "commit": "abc", "machine": "here"}), budget=None).name == "CDC"
