@@ -120,8 +120,8 @@ def _missing(frame: InFlight, exchange: int, shards: range) -> dict[ShardId, int
     there = _addable(frame, exchange, set(shards) - set(absent))
     covered = sums.neurons(exchange, there)
     # What is poor is asked for again only where another holder than such as have built on less has it.
-    never_came = [s for s in absent if (exchange, s) not in frame.sources]
-    for holder, wanted in ((frame.whole_holder, absent), (frame.holder, never_came)):
+    last = [s for s in absent if (d := frame.holder((exchange, s))) is not None and frame.outdone((exchange, s), d)]
+    for holder, wanted in ((frame.whole_holder, absent), (frame.holder, last)):
         due = {s: device for s in wanted if (device := holder((exchange, s))) is not None}
         new = [s for s in due if sums.neurons(exchange, [s]) & ~covered]
         found.update({(exchange, s): due[s] for s in new})

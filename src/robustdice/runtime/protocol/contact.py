@@ -67,12 +67,12 @@ class Contact:
         """Shards have come."""
         self.got, self.shards_at = max(self.got, serial), now
 
-    def take_pulse(self, pulse: Pulse, now: float) -> None:
-        """Its pulse has come."""
+    def take_pulse(self, pulse: Pulse, now: float, awake_since: float) -> None:
+        """Its pulse has come; this device has not stood still since then."""
         self._told, self._told_at = pulse, now
         while self._underway and self._underway[0][0] <= pulse.got:
             self._underway.popleft()
-        if pulse.echo is not None and pulse.echo <= now:
+        if pulse.echo is not None and awake_since <= pulse.echo <= now:
             self.round_trip.observe(now - pulse.echo)
 
     def echo(self, now: float) -> float | None:

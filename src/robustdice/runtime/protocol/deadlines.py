@@ -69,6 +69,13 @@ class Deadlines:
         """Of frames that wait for nothing any more, seconds per stage until they are answered."""
         self.introductions = Estimate()
         """From hearing of a frame by a peer to hearing of it by its client."""
+        self.awake_since = -math.inf
+        """Since when this device has not stood still: what began before tells nothing of anybody's habits."""
+
+    def observe(self, estimate: Estimate, since: float, now: float) -> None:
+        """Learn how long something has taken, unless this device stood still meanwhile."""
+        if since >= self.awake_since:
+            estimate.observe(now - since)
 
     def arm(self, frame: InFlight, now: float, factor: float = 1.0) -> None:
         """Let a frame wait as long as peers may need: what was observed, and they may be within a stage of another
@@ -135,7 +142,8 @@ class Deadlines:
         self._learn()
         if frame.hurried is not None:
             stage, since = frame.hurried
-            self._hurries.observe((now - since) / (len(self.computes) - stage))
+            if since >= self.awake_since:
+                self._hurries.observe((now - since) / (len(self.computes) - stage))
 
 
 def _weight(manifest: Manifest, stage: int) -> float:

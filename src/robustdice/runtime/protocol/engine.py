@@ -8,6 +8,7 @@ holders' task at once. Whose shards are merely on a slow way is not: the frame w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
@@ -68,6 +69,8 @@ class Engine:
         self._ancestry = Ancestry(manifest)
         self._record = Record()
         self._one_way = OneWay(self.settings)
+        self._handled_at = -math.inf
+        """When the last event was dealt with."""
         self._out = Outbox(self.me, self.membership, self._contacts)
         """The actions of the event being handled; empty between events."""
         known = self.membership, self._contacts, self._deadlines, self.frames
@@ -75,6 +78,9 @@ class Engine:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""
+        if now - self._handled_at > self.settings.pulse + self.settings.late_timer:
+            self._deadlines.awake_since = now  # a timer was due meanwhile
+        self._handled_at = now
         match event:
             case Received(message):
                 self._on_message(message, now)
@@ -149,13 +155,13 @@ class Engine:
         frame = InFlight(*known, now, deadline, live, frozenset(live), message.array, view)
         early = self.frames.admit(frame)
         if early:
-            self._deadlines.introductions.observe(now - early.since)
+            self._deadlines.observe(self._deadlines.introductions, early.since, now)
         contacts, others = self._contacts.of, sorted(frame.live - {self.me})
         self._waiting.part(frame, [device for device in others if contacts[device].far(self.settings, now)], now)
 
     def _on_pulse(self, message: Pulse, now: float) -> None:
         contact, sender = self._contacts.of[message.sender], message.sender
-        contact.take_pulse(message, now)
+        contact.take_pulse(message, now, self._deadlines.awake_since)
         if self.membership.told(sender, message.hears):
             self._waiting.blame([sender], now, "it hears nothing of this device")
         if message.reply:
@@ -181,6 +187,7 @@ class Engine:
             if message.stage == frame.stage and frame.phase is not Phase.READY:
                 self._waiting.weigh(frame, now)
             self._waiting.complete(frame, now)
+            self._waiting.ask(frame, now)
         else:
             adding.take_late(frame, message)
 
@@ -190,7 +197,7 @@ class Engine:
             return
         estimate, since = self._deadlines.waits[message.stage], frame.since.get(message.stage)
         if since is not None:
-            estimate.observe(min(now - since, self.settings.maximum_wait))
+            self._deadlines.observe(estimate, max(since, now - self.settings.maximum_wait), now)
         if message.stage >= frame.stage or (since is not None and now - since <= estimate.deadline(self.settings)):
             self.membership.evidence(message.sender)
 
@@ -268,7 +275,7 @@ class Engine:
         if isinstance(task, RunPieces):
             self._waiting.complete(frame, now)
             return
-        self._deadlines.computes[task.stage].observe(now - started)
+        self._deadlines.observe(self._deadlines.computes[task.stage], started, now)
         if task.stage + 1 == len(self.manifest.stages):
             self._finish(frame, event.outputs, now)
             return
@@ -281,6 +288,7 @@ class Engine:
             self._out.want_sums(frame, late)
             frame.owes = True
         self._waiting.complete(frame, now)
+        self._waiting.ask(frame, now)
         if frame.hurried and frame.phase is Phase.WAITING and now >= self._deadlines.hurry_at(frame):
             self._waiting.hurry(frame, now)
 
@@ -313,7 +321,7 @@ class Engine:
         self._out.pulse(self.membership.reachable, self.frames.owing(), now)
         for note in self._one_way.look(self.membership, self._contacts, now):
             self._out.add(note)
-        for device in self._one_way.unheard:
+        for device in sorted({*self._one_way.unheard, *self.membership.unknown}):
             self._out.send(device, Hello(self.me, self._incarnation, reply=True))
 
     # -- the end of a frame

@@ -55,6 +55,8 @@ class InFlight:
     """For every shard of ``got``, and those that earlier stages were assembled from: the device it came from."""
     lineages: dict[ShardId, Lineage] = field(default_factory=dict)
     """For every shard of ``sources``: what it was built on there."""
+    said: dict[tuple[int, int], Lineage] = field(default_factory=dict)
+    """For every stage and device: what the last shards that came from it there were built on, taken or not."""
     built: list[Lineage] = field(default_factory=lambda: [Lineage()])
     """For every stage that was entered: what this device's part of it is built on."""
     lesser: set[int] = field(default_factory=set)
@@ -173,6 +175,7 @@ class InFlight:
             self.parcels.setdefault((message.stage, message.sender), parcel)
             return
         self.unfold()
+        self.said[message.stage, message.sender] = message.lineage
         self.offer(zip(parcel.shards, parcel.arrays, strict=True), message.sender, message.lineage)
 
     def unfold(self) -> None:
@@ -260,7 +263,11 @@ class InFlight:
     def poorer(self) -> set[int]:
         """Devices that this stage shows to have built on less, and that were not known to."""
         held = [shard for shard in self.shards_of(self.stage) if shard in self.sources]
-        return {self.sources[shard] for shard in held if self.poor(shard)} - self.lesser
+        found = {self.sources[shard] for shard in held if self.poor(shard)}
+        for (stage, device), lineage in self.said.items():
+            if stage == self.stage and self.ancestry.less(lineage, self.built[stage], stage):
+                found.add(device)  # also where another's copy was there already, which is worth no less
+        return found - self.lesser
 
     def shards_of(self, stage: int) -> list[ShardId]:
         """All shards of a stage's exchanges."""
@@ -292,11 +299,34 @@ class InFlight:
                     continue
             for s in lost:
                 device = self.holder((exchange, s))
-                if device is not None and (exchange, s) not in self.sources:
+                if device is not None and self.outdone((exchange, s), device):
                     found[exchange, s] = device
             if exchange in self.manifest.sums_of:
                 adding.ask_for_sums_instead(self, exchange, found)
         return found
+
+    def outdone(self, shard: ShardId, holder: int) -> bool:
+        """Whether what a holder has of a shard is worth more than the copy that is there, if one is."""
+        if shard not in self.sources:
+            return True
+        stage, source = self.ancestry.stage_of(shard), self.sources[shard]
+        said = self.said.get((stage, holder))
+        if said is None or source == holder:
+            return source not in self.live  # nobody counts on such a device: it may have built on next to nothing
+        return self.ancestry.less(self.lineages[shard], said, stage)
+
+    def unaware(self) -> set[int]:
+        """Peers that may not know that this stage waits for shards of theirs: they have published without those, or are
+        to stand in for others that they may not miss."""
+        if self.straight is not None:
+            return set()
+        missing = self.missing()
+        without = {device for device in missing.values() if (self.stage, device) in self.said}
+        for (exchange, number), device in missing.items():
+            shard = self.manifest.exchanges[exchange].shards[number]
+            if shard.after or shard.parity_of or device != shard.devices[0]:
+                without.add(device)
+        return without - {self.manifest.device}
 
     def awaited(self, me: int) -> list[int]:
         """Peers that this stage misses shards of."""

@@ -47,6 +47,11 @@ class Membership:
         return [device for device, peer in self.peers.items() if peer.connected]
 
     @property
+    def unknown(self) -> list[int]:
+        """Peers that can be reached, and have not said who they are."""
+        return [device for device, peer in self.peers.items() if peer.connected and peer.incarnation is None]
+
+    @property
     def admitted(self) -> list[int]:
         """Peers that the next frame waits for."""
         return [device for device, peer in self.peers.items() if peer.admitted]

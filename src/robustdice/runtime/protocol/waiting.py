@@ -61,7 +61,7 @@ class Waiting:
         """Go on to the next stage when everything that has a live holder is there."""
         if frame.phase is Phase.WAITING and frame.complete:
             if frame.clean and not frame.parted and frame.id == self.head:
-                self._deadlines.waits[frame.stage].observe(now - frame.since[frame.stage])
+                self._deadlines.observe(self._deadlines.waits[frame.stage], frame.since[frame.stage], now)
             self._advance(frame)
 
     def _advance(self, frame: InFlight) -> None:
@@ -74,6 +74,13 @@ class Waiting:
             for device in sorted(poorer & frame.live):
                 self._out.add(notes.poor(device, frame.id.number, frame.stage))
             self._revise(frame, set(), poorer, now)
+
+    def ask(self, frame: InFlight, now: float) -> None:
+        """Ask those that would not send what is missing by themselves, once."""
+        if frame.phase is Phase.WAITING:
+            for device in sorted(frame.unaware() - frame.asked_again.keys()):
+                frame.asked_again[device] = now
+                self._out.want(frame, device)
 
     def look_at(self, frame: InFlight, frozen: bool, hurry_at: float, now: float) -> None:
         """Has it waited for too long? ``frozen``: this device itself stood still; ``hurry_at``: from when on it is to
