@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from robustdice.bundle.manifest import Exchange, FileEntry, Manifest, Stage
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle, load_bundle
-from robustdice.plan import Holder, Layer, ModelReference, Plan, Shard, added_up
+from robustdice.plan import Holder, Layer, ModelReference, Plan, Shard, Strips
 
 Floats = NDArray[np.float32]
 NEURONS = (8, 12, 10)
@@ -34,13 +34,26 @@ def make_plan(
     wire: str = "float32",
     pair: bool = False,
     owned: bool = False,
+    rows: bool = False,
+    whole: bool = False,
 ) -> Plan:
     """Every neuron on ``holders`` devices; a shard per primary, with neighbouring or interleaved neurons.
 
     With ``parity`` the last device holds the sums of the others' shards, which have one holder each. As a ``pair``,
     conv1 and conv2 hand over sums; of conv1, neurons have 1 to ``holders`` holders, in all kinds of orders;
-    if they are ``owned``, to owners of slices.
+    if they are ``owned``, to owners of slices. With ``rows`` conv1 is computed in strips, of up to 4 devices; with
+    ``whole`` every device computes all of conv2. Of those two there are manifests only, no models.
     """
+    if rows or whole:
+        plan = make_plan(devices, holders, interleaved, wire=wire)
+        everywhere = tuple(map(Holder, range(devices)))
+        shards = [
+            (Shard(tuple(range(layer.neurons)), everywhere),) if chosen else dealt
+            for layer, dealt, chosen in zip(plan.layers, plan.shards, (rows, whole, False), strict=True)
+        ]
+        bounds = tuple(4 * d // devices for d in range(devices + 1))
+        strips = Strips((0,), bounds, (8,), ((8 // devices,) * devices,), 8 * 16)
+        return replace(plan, shards=tuple(shards), strips=(strips,) if rows else ())
     if pair:
         plan = make_plan(devices, holders)
         conv1, conv2, fc = plan.layers
@@ -55,6 +68,7 @@ def make_plan(
             shards=(first, everywhere, plan.shards[2]),
             pairs={0: 1},
             owned=frozenset({0} if owned else ()),
+            wire=wire,
         )
     layers = (
         Layer("conv1", 8, 1, 10, 640, 16),
@@ -99,7 +113,7 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     values = ("a", "b", "scores")
     shapes = ((8, 4, 4), (12 * 16,), (10,))
     features = (1, 16, 1)
-    of_layers = [added_up(shards) if index in plan.pairs else shards for index, shards in enumerate(plan.shards)]
+    of_layers = [plan.exchanged_shards(index) for index in range(len(plan.layers))]
     exchanges = tuple(
         Exchange(layer.name, value, shape, 1, width, -np.inf if value == "scores" else 0.0, None, shards, wire)
         for layer, value, shape, width, shards, wire in zip(
@@ -107,12 +121,17 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
         )
     )
     if plan.pairs:  # what would be conv2's exchange has sums, one for each piece, and there is none of conv1
-        exchanges = (replace(exchanges[1], shards=of_layers[0], sums=True, features=1), exchanges[2])
+        sums = replace(exchanges[1], shards=of_layers[0], sums=True, features=1, wire=exchanges[0].wire)
+        exchanges = (sums, exchanges[2])
     if plan.owned:
-        sums, slices = plan.exchanged_shards(0), tuple(each.neurons for each in plan.slices(0))
-        handed = replace(exchanges[0], value="sums", shape=(12, 4, 4), shards=sums, slices=slices, owners=1)
+        shards, slices = plan.exchanged_shards(0), tuple(each.neurons for each in plan.slices(0))
+        handed = replace(exchanges[0], value="sums", shape=(12, 4, 4), shards=shards, slices=slices, owners=1)
         owners = Exchange("conv2", "b", shapes[1], 1, 16, 0.0, None, plan.slices(0), plan.wires[1])
         exchanges = (handed, owners, exchanges[1])
+    if plan.strips:
+        exchanges = (replace(exchanges[0], axis=2), *exchanges[1:])
+    if not plan.pairs and len(plan.shards[1]) == 1:
+        exchanges = (exchanges[0], exchanges[2])
     inputs = (("x",), ("sums",) if plan.owned else ("a",), ("b2",))
     stages = [
         Stage(

@@ -1,4 +1,4 @@
-"""The engine in a simulated world: thousands of frames, seeded faults, invariants."""
+"""The engine in a simulated world: what it does about one thing after another. All at once: test_simulation.py."""
 
 from __future__ import annotations
 
@@ -26,94 +26,6 @@ from robustdice.runtime.protocol.events import (
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.wire.messages import Frame, FrameId, Hello, Parcel, Pass, Pulse, Refused, Shards, Want
 from simulation import Network, World
-
-FAULTS = (
-    *("crash", "silent crash", "freeze", "short freeze", "slow", "partition", "loss", "flapping"),
-    *("one way", "deaf", "mute"),
-)
-
-
-def chaos(seed: int, parity: bool = False, pair: bool = False, owned: bool = False) -> World:
-    """A world with up to five faults in its first seconds, and none after ``world.calm``."""
-    draw = random.Random(seed)  # noqa: S311
-    devices = max(draw.choice([2, 3, 3, 4, 4, 5]), 3 if owned else 2)
-    holders, interleaved = draw.choice([1, 2, min(3, devices)]), draw.random() < 0.5
-    plan = make_plan(devices, holders, interleaved, parity, pair=pair or owned, owned=owned)
-    network = Network(duplication=0.05, slow=draw.choice([0.0, 0.02]), loss=draw.choice([0.0, 0.0, 0.002]))
-    world = World(plan, seed, draw.choice(["hot", "standby"]), network, draw.choice([1, 3, 6]), draw.random() < 0.3)
-    world.interval = 0.03
-    calm = 1.0
-    for _ in range(draw.randint(1, 5)):
-        kind, start, length = draw.choice(FAULTS), 0.5 + 2 * draw.random(), 1.5 * draw.random()
-        device, other = draw.sample(range(devices), 2)
-        end = start + length
-        if kind in {"crash", "silent crash"}:
-            world.at(start, world.crash, device, kind != "crash")
-            world.at(end, world.restart, device)
-        elif kind == "freeze":
-            world.at(start, world.freeze, device)
-            world.at(end, world.thaw, device)
-        elif kind == "short freeze":
-            end = start + 0.25 * draw.random()
-            world.at(start, world.freeze, device)
-            world.at(end, world.thaw, device)
-        elif kind == "slow":
-            world.at(start, world.slow_down, device, 10 * draw.random())
-            world.at(end, world.slow_down, device, 1.0)
-        elif kind == "partition":
-            world.at(start, world.partition, device, other)
-            world.at(end, world.heal, device, other)
-        elif kind == "one way":
-            world.at(start, world.cut_one_way, device, other)
-            world.at(end, world.heal, device, other)
-        elif kind in {"deaf", "mute"}:
-            world.at(start, world.deafen if kind == "deaf" else world.mute, device)
-            world.at(end, world.heal, device)
-        elif kind == "loss":
-            world.at(start, setattr, world.network, "loss", 0.2 * draw.random())
-            world.at(end, setattr, world.network, "loss", 0.0)
-        else:
-            for k in range(4):
-                world.at(start + 0.2 * k, world.crash, device)
-                world.at(start + 0.2 * k + 0.1, world.restart, device)
-            end = start + 0.8
-        calm = max(calm, end)
-    world.at(calm, setattr, world.network, "loss", 0.0)
-    world.start_client(0.2, calm + 8.0)
-    world.at(calm, setattr, world, "interval", 0.15)
-    world.run(calm + 11.0)
-    world.check()
-    tail = world.coverage(calm + 7.0)
-    assert tail, f"seed {seed}: no frame was sent at the end"
-    assert min(tail) == 1.0, f"seed {seed}: full coverage did not return: {tail}"
-    last = world.answers[max(world.answers)]
-    assert all(answer.from_spares == 0.0 for _, answer in last), f"seed {seed}: spares are still used at the end"
-    assert len(last) == devices or world.prune, f"seed {seed}: only {len(last)} of {devices} devices answer at the end"
-    return world
-
-
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_chaos(first: int) -> None:
-    for seed in range(first, first + 10):
-        chaos(seed)
-
-
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_chaos_with_parity(first: int) -> None:
-    for seed in range(first, first + 10):
-        chaos(seed, parity=True)
-
-
-@pytest.mark.parametrize("first", range(0, 20, 10))
-def test_chaos_with_a_pair(first: int) -> None:
-    for seed in range(first, first + 10):
-        chaos(seed, pair=True)
-
-
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_chaos_with_a_pair_whose_sums_owners_add_up(first: int) -> None:
-    for seed in range(first, first + 10):
-        chaos(seed, owned=True)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -161,15 +73,6 @@ def test_with_two_devices_down_parity_repairs_nothing_and_coverage_says_so() -> 
     late = [answer for _, answer in world.answers[max(world.answers)]]
     assert {answer.coverage for answer in late} == {2 / 8}  # conv1: 3, 3 and 2 neurons
     assert {answer.from_spares for answer in late} == {0.0}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("parity", [False, True])
-@pytest.mark.parametrize("first", range(1000, 1500, 100))
-def test_chaos_at_length(first: int, parity: bool) -> None:
-    for seed in range(first, first + 100):
-        chaos(seed, parity)
 
 
 @pytest.mark.parametrize("seed", range(10))
