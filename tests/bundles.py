@@ -46,9 +46,9 @@ def make_plan(
     """
     if rows or whole:
         plan = make_plan(devices, holders, interleaved, wire=wire)
-        everywhere = tuple(map(Holder, range(devices)))
+        everyone = tuple(map(Holder, range(devices)))
         shards = [
-            (Shard(tuple(range(layer.neurons)), everywhere),) if chosen else dealt
+            (Shard(tuple(range(layer.neurons)), everyone),) if chosen else dealt
             for layer, dealt, chosen in zip(plan.layers, plan.shards, (rows, whole, False), strict=True)
         ]
         bounds = tuple(4 * d // devices for d in range(devices + 1))

@@ -46,7 +46,7 @@ def forget_a_spares_shard(patch: pytest.MonkeyPatch) -> None:
     """Of what is computed to stand in for others the last shard is not kept."""
     keep = InFlight.computed
 
-    def computed(self: InFlight, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> Parcel | None:
+    def computed(self: InFlight, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> tuple[Parcel, ...] | None:
         if isinstance(task, RunPieces):
             parcels = tuple(Parcel(parcel.shards[:-1], parcel.arrays[:-1]) for parcel in parcels)
         return keep(self, task, parcels)
@@ -79,10 +79,10 @@ def publish_under_a_wrong_view(patch: pytest.MonkeyPatch) -> None:
     """Shards claim to be built with everybody's."""
     hand_over = Outbox.hand_over
 
-    def claim(self: Outbox, frame: InFlight, stage: int, parcel: Parcel, to: Sequence[int], now: float) -> None:
-        built, frame.built = frame.built, [Lineage(tuple(range(frame.manifest.devices))) for _ in frame.built]
-        hand_over(self, frame, stage, parcel, to, now)
-        frame.built = built
+    def claim(
+        self: Outbox, frame: InFlight, stage: int, parcel: Parcel, to: Sequence[int], _: Lineage, now: float
+    ) -> None:
+        hand_over(self, frame, stage, parcel, to, Lineage(tuple(range(frame.manifest.devices))), now)
 
     patch.setattr(Outbox, "hand_over", claim)
 
