@@ -80,26 +80,30 @@ def test_bundles_equal_the_evaluator_in_every_failure_set(name: str, spares: str
         check(net, graph, plan, tmp_path / str(devices), spares)
 
 
-@pytest.mark.parametrize("name", ["plain", "channels_last", "inverted"])
-def test_what_owners_add_up_equals_the_evaluator_in_every_failure_set(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "devices", "wire"), [("plain", 4, "float32"), ("channels_last", 3, "float16"), ("inverted", 5, "uint8")]
+)
+def test_what_owners_add_up_equals_the_evaluator_in_every_failure_set(
+    name: str, devices: int, wire: str, tmp_path: Path
+) -> None:
     net, graph = shared_network(*_net(name)), shared_graph(*_net(name))
-    for devices, wire in ((3, "float16"), (4, "float32"), (5, "uint8")):
-        plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
-        plan = replace(plan, owned=frozenset(plan.pairs), wire=wire)
-        check(net, graph, plan, tmp_path / str(devices), ("standby", "hot")[devices % 2])
+    plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
+    plan = replace(plan, owned=frozenset(plan.pairs), wire=wire)
+    check(net, graph, plan, tmp_path, ("standby", "hot")[devices % 2])
 
 
-@pytest.mark.parametrize("name", ["plain", "channels_last", "inverted"])
+@pytest.mark.parametrize(
+    ("name", "devices", "wire"), [("plain", 3, "float32"), ("channels_last", 3, "float32"), ("inverted", 2, "uint8")]
+)
 def test_coarse_copies_of_pairs_equal_the_evaluator_in_every_failure_set(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, devices: int, wire: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robustdice.bundle.models.UNPACKED_WEIGHTS", 200)  # few neurons at a time
     net, graph = shared_network(*_net(name)), shared_graph(*_net(name))
-    for devices, spares in ((2, "hot"), (3, "standby")):
-        plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
-        plan = replace(coarsened(net, plan, devices), wire=("uint8", "float32")[devices % 2])
-        assert any(map(plan.is_coarse_pair, plan.pairs))
-        check(net, graph, plan, tmp_path / str(devices), spares)
+    plan = with_pairs(random_plan(net, devices, seed=devices), possible_pairs(net), seed=devices)
+    plan = replace(coarsened(net, plan, devices), wire=wire)
+    assert any(map(plan.is_coarse_pair, plan.pairs))
+    check(net, graph, plan, tmp_path, ("hot", "standby")[devices % 2])
 
 
 def _net(name: str) -> tuple[Any, ...]:

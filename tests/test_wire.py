@@ -122,7 +122,7 @@ def test_plans_that_differ_in_partial_sums_alone_are_told_apart_in_shared_passes
     _, network, _ = made("channels_last")
     images = torch.from_numpy(random_images(2, network.input_shape))
     plans = [with_pairs(random_plan(network, 3, 3), possible_pairs(network), 3)]
-    plans += [replace(plans[0], wire="uint8"), replace(plans[0], pairs={}, wire="uint8")]
+    plans += [replace(plans[0], wire="uint8"), replace(plans[0], pairs={}, owned=frozenset(), wire="uint8")]
     sets = [failed for size in range(3) for failed in failure_sets(3, size)]
     states = [state_of(plan, failed) for failed in sets for plan in plans]
     together = run_under(network, images, states, Copies(network, {}))
