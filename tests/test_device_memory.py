@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from torch import nn
 
 from nets import Plain, network_of, random_coarse, random_images, random_plan, relative_error, seeded, shared_network
+from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
 from robustdice.meter.throughput import DeviceFigures, bench_running
 from robustdice.model.network import Network
@@ -19,6 +22,10 @@ from robustdice.report import cluster_tables
 from robustdice.report.tables import process_bytes
 from robustdice.representation import Correction
 from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.executor import Executor
+from robustdice.runtime.protocol.events import Forget, RunStage
+from robustdice.runtime.wire.messages import FrameId
+from robustdice.runtime.worker import Worker
 from robustdice.workshop import build
 from test_coarse_bundles import predicted
 
@@ -71,6 +78,76 @@ def test_what_loading_took_is_given_back(tmp_path: Path) -> None:
     bundle, _ = write_bundles(network, plan, tmp_path / "build")
     done = subprocess.run([sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1.3 * plan.bytes_per_device[0] + 15e6, done.stdout  # ONNX Runtime's own
+
+
+RUN = (
+    LOADED
+    + """
+import numpy as np
+values = {executor.manifest.input: np.ones((1, *executor.manifest.input_shape), np.float32)}
+for number, stage in enumerate(executor.manifest.stages):
+    values = executor.run_local(number, values)
+    for piece in range(len(stage.pieces)):
+        executor.run_piece(number, piece, values)
+    values = executor.keep(number, values)
+    for exchange in (executor.manifest.exchanges[position] for position in stage.exchanges):
+        values[exchange.value] = np.ones((1, *exchange.shape), np.float32)
+print(rss_bytes() - before)
+"""
+)
+
+
+def test_stages_compute_in_the_same_memory(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(2, 16, 3, padding=1), *(nn.Conv2d(16, 16, 3, padding=1) for _ in range(11))]
+    network = network_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2, 192, 192)
+    plan = partition(
+        network.plan_layers,
+        None,
+        devices=2,
+        method="lop",
+        shared_weights=network.shared_weights,
+        model=network.reference,
+    )
+    bundle, _ = write_bundles(network, plan, tmp_path / "build")
+    done = subprocess.run([sys.executable, "-c", RUN, str(bundle)], capture_output=True, text=True, check=True)
+    loaded, ran = map(int, done.stdout.split())
+    map_bytes = 4 * 16 * 192 * 192
+    assert ran - loaded < 12 * map_bytes, done.stdout  # 2.4 MB each, of which every layer needs two or three
+
+
+def test_a_frame_keeps_what_a_stage_has_read_only_while_a_piece_of_it_may_be_asked_for(tmp_path: Path) -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    sliced = partition(
+        network.plan_layers,
+        None,
+        devices=3,
+        method="lop",
+        shared_weights=network.shared_weights,
+        model=network.reference,
+    )
+    for name, plan, spares in (("sliced", sliced, False), ("spares", random_plan(network, 3, 1), True)):
+        bundle, *_ = write_bundles(network, plan, tmp_path / name)
+        executor = Executor(load_bundle(bundle))
+        assert (len(executor.manifest.stages[0].pieces) > 1) == spares
+        worker, frame = Worker(executor, lambda: None), FrameId("c", 1)
+        worker.start()
+        try:
+            array = random_images(1, network.input_shape)
+            read = weakref.ref(array)
+            worker.give(RunStage(frame, 0, array, (), (0,), frozenset()))
+            del array
+            while (done := worker.result()) is None:
+                time.sleep(0.001)
+            assert done.error is None
+            del done
+            assert (read() is not None) == spares
+            worker.give(Forget(frame))
+            worker.give(RunStage(frame, 0, random_images(1, network.input_shape), (), (), frozenset()))
+            while worker.result() is None:
+                time.sleep(0.001)
+            assert read() is None
+        finally:
+            worker.stop()
 
 
 def test_resident_memory_follows_the_bytes(wide: Network, tmp_path: Path) -> None:

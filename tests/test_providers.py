@@ -108,8 +108,8 @@ def test_a_provider_with_wrong_kernels_is_not_used_for_them(
     bundle = with_trials(tmp_path)
     wrong = bundle.manifest.stages[1].pieces[0].file
 
-    def opened(model: Path, threads: int, shares_arena: bool = False, provider: str = "cpu") -> Any:
-        session = open_session(model, threads, shares_arena)
+    def opened(model: Path, threads: int, shares_arena: bool = False, provider: str = "cpu", packs: bool = True) -> Any:
+        session = open_session(model, threads, shares_arena, packs=packs)
         return Faulty(session, fails=False) if provider != "cpu" and model.name == wrong else session
 
     monkeypatch.setattr(sessions, "open_session", opened)
@@ -127,8 +127,8 @@ def test_what_a_provider_fails_at_later_is_computed_on_the_cpu_within_the_same_f
     bundle = with_trials(tmp_path)
     expected = Executor(bundle).run_piece(0, 0, {"x": FRAMES[:1]})
 
-    def opened(model: Path, threads: int, shares_arena: bool = False, provider: str = "cpu") -> Any:
-        session = open_session(model, threads, shares_arena)
+    def opened(model: Path, threads: int, shares_arena: bool = False, provider: str = "cpu", packs: bool = True) -> Any:
+        session = open_session(model, threads, shares_arena, packs=packs)
         return session if provider == "cpu" else Faulty(session, fails=True)
 
     monkeypatch.setattr(sessions, "open_session", opened)

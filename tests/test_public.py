@@ -66,6 +66,15 @@ def test_a_device_imports_little_and_takes_little_memory() -> None:
     assert int(resident) < 75e6
 
 
+def test_a_device_imports_nothing_that_makes_plans() -> None:
+    """Nor what that brings along: the package's public names are imported when they are used."""
+    needless = {f"robustdice.{name}" for name in ("importance", "partitioning", "provenance", "report", "workshop")}
+    needless |= {"subprocess", "email", "importlib.metadata"}
+    check = f"import robustdice.runtime.device, sys; print(sorted({needless} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_workshop_names_without_torch_say_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
     code = "import robustdice as rd\ntry:\n    rd.load_model\nexcept rd.RobustdiceError as error:\n    print(error)"

@@ -1,7 +1,8 @@
 """Run a pretrained CNN on unreliable edge devices, so that answers keep coming while devices fail.
 
 The workshop (``load_model`` to ``verify``) needs PyTorch, which is imported when one of its names is
-first used; the device side (``Client``, ``LocalCluster``, ``run_device``) does without.
+first used; the device side (``Client``, ``LocalCluster``, ``run_device``) does without. Nothing is imported before it
+is used: a device has no room for what it does not need.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from robustdice.errors import RobustdiceError, workshop_missing
-from robustdice.importance.values import Importance
-from robustdice.partitioning.distribute import to_shards
-from robustdice.plan import Holder, Layer, Plan, Shard, failure_sets
 
 if TYPE_CHECKING:
     from robustdice.failure.availability import Expectation as Expectation
@@ -21,11 +19,18 @@ if TYPE_CHECKING:
     from robustdice.failure.evaluate import evaluate as evaluate
     from robustdice.failure.evaluate import evaluate_plans as evaluate_plans
     from robustdice.importance.score import score as score
+    from robustdice.importance.values import Importance as Importance
     from robustdice.model.data import Dataset as Dataset
     from robustdice.model.data import load_data as load_data
     from robustdice.model.load import load_model as load_model
     from robustdice.model.load import reload_model as reload_model
     from robustdice.model.network import Network as Network
+    from robustdice.partitioning.distribute import to_shards as to_shards
+    from robustdice.plan import Holder as Holder
+    from robustdice.plan import Layer as Layer
+    from robustdice.plan import Plan as Plan
+    from robustdice.plan import Shard as Shard
+    from robustdice.plan import failure_sets as failure_sets
     from robustdice.report.plots import plot_accuracy as plot_accuracy
     from robustdice.report.plots import plot_plan as plot_plan
     from robustdice.report.plots import plot_scores as plot_scores
@@ -48,14 +53,20 @@ _LAZY = {
     "Dataset": "robustdice.model.data",
     "Evaluation": "robustdice.failure.evaluate",
     "Expectation": "robustdice.failure.availability",
+    "Holder": "robustdice.plan",
+    "Importance": "robustdice.importance.values",
+    "Layer": "robustdice.plan",
     "LocalCluster": "robustdice.runtime.cluster",
     "Network": "robustdice.model.network",
+    "Plan": "robustdice.plan",
+    "Shard": "robustdice.plan",
     "build": "robustdice.workshop",
     "calibrate": "robustdice.workshop",
     "choose_plan": "robustdice.workshop",
     "evaluate": "robustdice.failure.evaluate",
     "evaluate_plans": "robustdice.failure.evaluate",
     "expect": "robustdice.failure.availability",
+    "failure_sets": "robustdice.plan",
     "load_data": "robustdice.model.data",
     "load_model": "robustdice.model.load",
     "partition": "robustdice.workshop",
@@ -66,9 +77,10 @@ _LAZY = {
     "round_activations": "robustdice.workshop",
     "run_device": "robustdice.runtime.device",
     "score": "robustdice.importance.score",
+    "to_shards": "robustdice.partitioning.distribute",
     "verify": "robustdice.workshop",
 }
-"""Names that cost an import of PyTorch, ONNX Runtime or ZeroMQ, and where they are."""
+"""The public names, and where they are."""
 
 __all__ = [
     "Answer",

@@ -37,7 +37,8 @@ FORMAT_VERSION = 6
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.bin"
 """What is not in the ONNX files: packed filters, and what layers are scaled and shifted by."""
-APART_PATTERN = "strips-*.bin"
+APART_PATTERN = "*-*.bin"
+"""Files of weights that ONNX files read where they lie."""
 """Files of weights that models of strips share."""
 
 

@@ -48,6 +48,7 @@ from robustdice.bundle.pair_graph import (
     with_folded_sums,
     with_sums,
 )
+from robustdice.bundle.parts import STRIPS
 from robustdice.bundle.stages import StageGraph, tensors_used
 from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
@@ -62,6 +63,11 @@ from robustdice.rounding.affine import fold
 UNPACKED_WEIGHTS = 2**18
 """So many weights are unpacked at a time, at most (or one neuron's): 1 MiB. Convolutions would like it larger, linear
 layers smaller (docs/results/representations.md)."""
+
+APART_BYTES = 2**20
+"""What multiplies single vectors reads each weight once: in the file, where it lies, if these are as many. ONNX Runtime
+holds what is in a model several times while it loads it, and packs it for matrices, which takes vectors a fifth more
+time."""
 
 Neurons = NDArray[np.int64]
 
@@ -87,7 +93,7 @@ class Taken:
 @dataclass(frozen=True)
 class Model:
     """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
-    more than that. ``trial`` is a :class:`Part`'s. ``apart`` has weights that it shares with other models: the name of
+    more than that. ``trial`` is a :class:`Part`'s. ``apart`` has its weights, where they are not in it: the name of
     their file, and its content."""
 
     content: bytes
@@ -343,8 +349,9 @@ class Models:
             nodes.append(self.network.layers[self.plan.pairs[taken.layer]].node)
         return [filter_name(node) for node in nodes]
 
-    def piece(self, shards: Sequence[tuple[int, int]]) -> Model:
-        """The model of (layer, shard) pairs that are kept in float32: an output for each layer."""
+    def piece(self, shards: Sequence[tuple[int, int]], apart: str) -> Model:
+        """The model of (layer, shard) pairs that are kept in float32: an output for each layer. ``apart`` is where its
+        weights are, if they are worth a file of their own."""
         cuts: list[Cut] = []
         outputs: list[str] = []
         inputs: dict[str, None] = {}
@@ -371,7 +378,10 @@ class Models:
                 layer = second.without_tail
             outputs.append(prefix + layer.value.name)
             inputs[arguments(self.network.layers[index].node)[0].name] = None
-        return self._model(cuts, list(inputs), outputs, results, taken)
+        sources = (arguments(self.network.layers[index].node)[0] for index, _ in shards)
+        of_vectors = all(len(self.network.shapes[source]) == 2 for source in sources)
+        worth_it = of_vectors and sum(part.weight_bytes for part in cuts) >= APART_BYTES
+        return self._model(cuts, list(inputs), outputs, results, taken, apart if worth_it else None)
 
     def owner(self, index: int) -> Model:
         """The model that computes a pair's second layer from its sums, all of it whoever owns what."""
@@ -395,7 +405,7 @@ class Models:
         part = cut_strip(self._graph, self.network, region, rows, prefix, given)
         result = self._expected.of_strip(index, rows)
         return self._model(
-            [part], [region.source.name], [prefix + region.end.name], [result], taken, f"strips-{index:03d}.bin"
+            [part], [region.source.name], [prefix + region.end.name], [result], taken, f"{STRIPS}{index:03d}.bin"
         )
 
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:

@@ -21,6 +21,9 @@ from robustdice.representation import (
     packed_bytes,
 )
 
+STRIPS = "strips-"
+"""So begin the names of files of weights that strips share."""
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -114,7 +117,8 @@ class Part:
     ``affine`` are the layers whose neurons it scales and shifts, or whose filters are not in the file; where these are
     computed a few neurons at a time, there is one such layer and one output. ``trial`` has, for every output, what it
     amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
-    not tried. ``apart`` is a file of weights that the model reads, where it shares them with others.
+    not tried. ``apart`` is a file of weights that the model reads where they lie: those of strips, which share them, or
+    of linear layers.
     """
 
     file: str
@@ -123,6 +127,11 @@ class Part:
     affine: tuple[Affine, ...] = field(default=(), kw_only=True)
     trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
     apart: str | None = field(default=None, kw_only=True)
+
+    @property
+    def in_strips(self) -> bool:
+        """Whether it computes strips."""
+        return self.apart is not None and self.apart.startswith(STRIPS)
 
     @property
     def coarse(self) -> tuple[Coarse, ...]:

@@ -198,7 +198,7 @@ class _Device:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32; or its
         strips, where it is ``rows``, or what an ``owner`` adds up."""
         if kind == "float32":
-            model = self.models.piece(shards)
+            model = self.models.piece(shards, Path(file).with_suffix(".bin").name)
         elif kind == "rows":
             model = self.models.strips(shards[0][0], [number for _, number in shards])
         elif kind == "owner":

@@ -41,30 +41,32 @@ def measure_layers(
     """Every layer with its tail, and what the model takes beside them: medians of rounds in which everything runs once,
     as layers follow each other in a frame."""
     graph = graph or export_onnx(network)
-    whole = _whole(network, graph)
+    wholes = [_whole(network, graph, packs) for packs in (True, False)]
     runs: list[tuple[str, _Run, _Run, float]] = []
     for number, layer in enumerate(network.layers):
         group, neurons = layer.layer.group, np.arange(layer.layer.neurons)
         half = max(1, len(neurons) // group // 2) * group
         every, part = (_layer(network, graph, number, some) for some in (neurons, neurons[:half]))
         runs.append((layer.layer.name, every, part, half / len(neurons)))
-    whole()
-    rounds = int(np.clip(ENOUGH_SECONDS / max(whole.seconds.pop(), 1e-6), 3, MOST_ROUNDS))
-    for done in range(rounds):
+    for whole in wholes:
         whole()
+    rounds = int(np.clip(ENOUGH_SECONDS / max(*(whole.seconds.pop() for whole in wholes), 1e-6), 3, MOST_ROUNDS))
+    for done in range(rounds):
+        for whole in wholes:
+            whole()
         for _, every, part, _ in runs:
             every()
             part()
         on_progress(done + 1, rounds)
     found = {name: LayerSeconds(median(a.seconds), median(b.seconds), share) for name, a, b, share in runs}
-    rest = median(whole.seconds) - sum(each.whole for each in found.values())
+    rest = min(median(whole.seconds) for whole in wholes) - sum(each.whole for each in found.values())
     return found, max(0.0, rest)
 
 
-def _whole(network: Network, graph: OnnxGraph) -> _Run:
+def _whole(network: Network, graph: OnnxGraph, packs: bool) -> _Run:
     source, result = network.input.name, network.output.name
     model = make_model([cut(graph, [source], [result])], [source], [result], graph.opset, graph.types)
-    return _Run(open_session(model, 1), {source: _numbers(network.input_shape)})
+    return _Run(open_session(model, 1, packs=packs), {source: _numbers(network.input_shape)})
 
 
 def _layer(network: Network, graph: OnnxGraph, index: int, neurons: NDArray[np.int64]) -> _Run:
@@ -72,7 +74,8 @@ def _layer(network: Network, graph: OnnxGraph, index: int, neurons: NDArray[np.i
     source = arguments(layer.node)[0]
     part = cut_layer(graph, layer, neurons, "some/")
     model = make_model([part], [source.name], [f"some/{layer.value.name}"], graph.opset, graph.types)
-    return _Run(open_session(model, 1), {source.name: _numbers(network.shapes[source][1:])})
+    packs = len(network.shapes[source]) > 2  # as devices do
+    return _Run(open_session(model, 1, packs=packs), {source.name: _numbers(network.shapes[source][1:])})
 
 
 def _numbers(shape: tuple[int, ...]) -> NDArray[np.float32]:

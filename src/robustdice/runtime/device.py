@@ -19,7 +19,7 @@ from robustdice.errors import BundleError, ClusterError, RobustdiceError
 from robustdice.runtime.energy import SYSFS, EnergyMeter, find_gauges
 from robustdice.runtime.executor import Executor
 from robustdice.runtime.journal import say
-from robustdice.runtime.memory import peak_rss_bytes, rss_bytes
+from robustdice.runtime.memory import give_back, peak_rss_bytes, rss_bytes
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
     Action,
@@ -79,6 +79,7 @@ def run_device(
         )
     executor = Executor(bundle, threads, provider)
     executor.try_out()
+    give_back()
     keys = read_secret(bundle.directory / SECRET_NAME)
     codec = Codec(manifest.plan_digest, manifest)
     engine = Engine(manifest, settings, secrets.token_hex(8))

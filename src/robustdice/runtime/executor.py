@@ -50,7 +50,7 @@ class Executor:
 
     def _stands_by(self, part: Part) -> bool:
         """Whether a part computes nothing but other devices' strips: it is loaded when it is first needed."""
-        if part.apart is None or not isinstance(part, Piece):
+        if not part.in_strips or not isinstance(part, Piece):
             return False
         shards = (self.manifest.exchanges[exchange].shards[shard] for exchange, shard in part.shards)
         return all(shard.devices[0] != self.manifest.device for shard in shards)

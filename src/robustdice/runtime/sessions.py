@@ -56,13 +56,16 @@ def _short(provider: str) -> str:
     return provider.removesuffix(_SUFFIX).lower()
 
 
-def open_session(model: Path | bytes, threads: int, shares_arena: bool = False, provider: str = CPU) -> Any:
+def open_session(
+    model: Path | bytes, threads: int, shares_arena: bool = False, provider: str = CPU, packs: bool = True
+) -> Any:
     """An ONNX Runtime session for a model file (or its content), on the CPU or as a whole with another provider; idle
     threads sleep instead of spinning. Whatever ONNX Runtime raises when that cannot be.
 
     From a file where memory counts: a session that is made from bytes keeps a second copy of the weights.
-    ``shares_arena``: what it computes with on the CPU is in the same memory as that of all others that share, which
-    pays where there are many of them, without weights.
+    ``shares_arena``: what it computes with on the CPU is in the same memory as that of all others that share: sessions
+    that run one after the other need no more than the largest of them. ``packs``: it makes copies of weights that are
+    faster to multiply by matrices, and slower by vectors.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -71,6 +74,7 @@ def open_session(model: Path | bytes, threads: int, shares_arena: bool = False, 
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # 8-bit products whose pairs may not saturate, where the processor has instructions for pairs only.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if packs else "1")
     options.log_severity_level = 3
     if provider == CPU:
         if shares_arena:
@@ -167,14 +171,13 @@ class Sessions:
         path = self._bundle.path(part.file)
         if part.apart is not None:
             self._bundle.path(part.apart)
-        shares_arena = bool(part.coarse or part.apart)
         if self._provider != CPU and part.file not in self._on_cpu:
             try:
                 return open_session(path, self._threads, provider=self._provider)
             except Exception as error:
                 self.move_to_cpu(part, first_line(error))
         try:
-            return open_session(path, self._threads, shares_arena)
+            return open_session(path, self._threads, shares_arena=True, packs=part.apart is None or part.in_strips)
         except Exception as error:
             needs = self._bundle.manifest.needs
             stated = "" if needs is None else f" ({needs}; this is ONNX Runtime {onnxruntime.__version__})"

@@ -41,8 +41,8 @@ class Worker(threading.Thread):
         self._seconds: dict[tuple[type, int], float] = {}
         """What a stage usually takes, and what standing in for others in it."""
         self._executor, self._wake = executor, wake
-        self._inputs: dict[FrameId, dict[int, Values]] = {}
-        """For every stage that a frame has entered: what its pieces read."""
+        self._inputs: dict[FrameId, dict[int, tuple[Values, set[int]]]] = {}
+        """For every stage that a frame has entered: what its pieces read, and those that may still be asked for."""
         self._kept: dict[FrameId, Values] = {}
         """What the stages after the frame's last one need."""
 
@@ -83,12 +83,17 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Compute until :meth:`stop`."""
-        while (task := self._tasks.get()) is not None:
-            if isinstance(task, Forget):
-                self._forget(task.frame)
-                continue
+        while self._do(self._tasks.get()):
+            pass
+
+    def _do(self, task: RunStage | RunPieces | Forget | None) -> bool:
+        """Whether to go on. (Not in the loop itself, which would hold on to a task while it waits for the next one.)"""
+        if isinstance(task, Forget):
+            self._forget(task.frame)
+        elif task is not None:
             self._results.put(self._attempt(task))
             self._wake()
+        return task is not None
 
     def stop(self) -> None:
         """End the thread after its current task."""
@@ -119,12 +124,18 @@ class Worker(threading.Thread):
         outputs = None
         if isinstance(task, RunStage):
             values = executor.run_local(stage, self._enter(task, manifest), task.down)
-            inputs[stage] = executor.read_by_pieces(stage, values)
+            inputs[stage] = executor.read_by_pieces(stage, values), set(range(len(manifest.stages[stage].pieces)))
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):
                 outputs = values[manifest.output].reshape(-1)
-        due, read = (task.due, inputs[stage]) if isinstance(task, RunStage) else ((), self._read(task, inputs[stage]))
+        values, left = inputs[stage]
+        due, read = (task.due, values) if isinstance(task, RunStage) else ((), self._read(task, values))
         parcels = executor.run_pieces(stage, task.pieces, read, task.down, due, task.owned)
+        # What a piece has computed is kept, so that none is asked for again but those of owners, for other slices.
+        pieces = manifest.stages[stage].pieces
+        left.difference_update(piece for piece in task.pieces if not manifest.is_owners(pieces[piece]))
+        if not left:
+            del inputs[stage]
         return Computed(task, parcels, outputs)
 
     def _read(self, task: RunPieces, inputs: Values) -> Values:
