@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,3 +49,28 @@ def record() -> str:
         f"commit {commit or 'unknown'}; {processor}, {os.cpu_count()} cores, {memory:.0f} GiB; "
         f"{torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
     )
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median, and the least and the largest."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+class Results:
+    """What a benchmark prints; appended to a file too, if there is one, so that pieces of a long one add up."""
+
+    def __init__(self, path: Path | None) -> None:
+        """The machine and the commit come first, where they are not the file's last ones."""
+        self._path = path
+        kept = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+        last = next((line for line in reversed(kept) if line.startswith("commit ")), None)
+        if record() != last:
+            self.say(record())
+
+    def say(self, line: str) -> None:
+        """A line."""
+        print(line, flush=True)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import netns
 import pytest
-
-from netns import permitted, shared_link
+from netns import one_switch, permitted, shared_link
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "alexnet_cifar10.pt2"
@@ -51,3 +53,23 @@ def test_behind_a_shared_link_of_20_megabits_every_frame_is_answered(build: Path
     assert min(found["coverage"]) > 0.0, "a frame was not answered in time"
     assert sum(found["coverage"]) / FRAMES > 0.9  # 0.4 when devices suspect each other in turn
     assert found["suspicions"] <= 2  # of the first moments, before anything was learnt
+
+
+def namespaces() -> set[str]:
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout  # noqa: S607
+    return {line.split()[0] for line in listed.splitlines()}
+
+
+def test_namespaces_that_a_killed_process_has_left_are_removed_by_the_next_one() -> None:
+    if reason := permitted():
+        pytest.skip(reason)
+    dies = "import os, netns\nwith netns.one_switch(2): os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(netns.__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", dies], env=environment)
+    assert process.wait() == -signal.SIGKILL
+    left = {name for name in namespaces() if f"-{process.pid}-" in name}
+    assert len(left) == 3
+    with one_switch(1) as where:
+        assert not left & namespaces()
+        assert {where.hub, *where.members} <= namespaces()
+    assert not {where.hub, *where.members} & namespaces()

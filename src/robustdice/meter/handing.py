@@ -138,10 +138,10 @@ def measure_plan(network: Network, plan: Plan, seconds: float) -> Taken:
 
 def _loads(processes: Sequence[int], run: Callable[[], T]) -> tuple[T, list[float], float]:
     """What ``run`` gives, how much of a processor each process took meanwhile, and how many seconds these were."""
-    before, start = [_processor_seconds(process) for process in processes], time.perf_counter()
+    before, start = [processor_seconds_of(process) for process in processes], time.perf_counter()
     result = run()
     elapsed = time.perf_counter() - start
-    spent = [_processor_seconds(process) - then for process, then in zip(processes, before, strict=True)]
+    spent = [processor_seconds_of(process) - then for process, then in zip(processes, before, strict=True)]
     return result, [seconds / elapsed for seconds in spent], elapsed
 
 
@@ -156,7 +156,7 @@ def _stream(cluster: LocalCluster, frame: np.ndarray, seconds: float) -> int:
     raise AssertionError("a stream of endless frames has ended")
 
 
-def _processor_seconds(process: int) -> float:
+def processor_seconds_of(process: int) -> float:
     """What a process has taken so far, in all its threads."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()

@@ -155,10 +155,19 @@ def _whole_model(build: Path, model: str | None) -> tuple[bytes, str | None]:
 
 def measure_whole(model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]) -> list[float]:
     """Frames per second of the whole model in one process on each of ``cores``, all at the same time."""
+    return [rate for rate, _ in measure_processes(model, shape, seconds, cores)]
+
+
+def measure_processes(
+    model: Path, shape: Sequence[int], seconds: float, cores: Sequence[int]
+) -> list[tuple[float, float]]:
+    """As :func:`measure_whole`, and the seconds of its processor that each takes for a frame: these say the same
+    whatever else the machine does."""
     command = [sys.executable, "-m", "robustdice.meter.single", str(model), ",".join(map(str, shape))]
     command += ["--seconds", str(seconds), "--core"]
     processes = [subprocess.Popen([*command, str(core)], stdout=subprocess.PIPE, text=True) for core in cores]  # noqa: S603
-    return [float(process.communicate()[0]) for process in processes]
+    said = (process.communicate()[0].split() for process in processes)
+    return [(float(rate), float(busy)) for rate, busy in said]
 
 
 class _Runs:

@@ -1,0 +1,120 @@
+"""Slow networks on this machine, of network namespaces: one link that all share, or a switch with a port for each.
+
+Needs root and Linux's iproute2 (``ip``, ``tc``). Namespaces are removed again, also those that a process which was
+killed has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BURST_BYTES = 8_000
+PREFIX = "robustdice"
+
+
+def permitted() -> str | None:
+    """Why namespaces cannot be used here, or None when they can."""
+    if not shutil.which("ip") or not shutil.which("tc"):
+        return "iproute2 (ip, tc) is not installed"
+    try:
+        with _namespaces("probe"):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not permitted: {error.stderr.strip()}"
+
+
+@contextlib.contextmanager
+def shared_link(megabits: float | None, queue_ms: float = 50.0) -> Iterator[list[str]]:
+    """The words to put in front of a command so that it runs behind a link of ``megabits`` per second (None: as fast as
+    the machine). Everything that runs there shares it, as devices on one radio channel or behind one hub do. What is
+    sent too fast waits up to ``queue_ms`` (that is the delay of the loaded link), and is dropped beyond."""
+    with _namespaces("link") as (name,):
+        _within(name, "ip", "link", "set", "lo", "mtu", "1500", "up")
+        if megabits is not None:
+            shape = ["rate", f"{megabits}mbit", "burst", str(BURST_BYTES), "latency", f"{queue_ms}ms"]
+            _within(name, "tc", "qdisc", "add", "dev", "lo", "root", "tbf", *shape)
+        yield _words(name)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Network namespaces on one bridge, numbered from 0, each with an address of its own."""
+
+    hub: str
+    members: tuple[str, ...]
+
+    def prefix(self, number: int) -> list[str]:
+        """The words to put in front of a command that is to run in one."""
+        return _words(self.members[number])
+
+    def address(self, number: int) -> str:
+        """Where it is reached."""
+        return f"10.213.0.{number + 1}"
+
+    def cut(self, source: int, target: int) -> None:
+        """What one sends to another gets lost."""
+        _within(self.members[source], "ip", "route", "add", "blackhole", f"{self.address(target)}/32")
+
+    def heal(self, source: int, target: int) -> None:
+        """It arrives again."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _within(self.members[source], "ip", "route", "delete", "blackhole", f"{self.address(target)}/32")
+
+
+@contextlib.contextmanager
+def one_switch(count: int) -> Iterator[Switch]:
+    """So many namespaces, and one more for the bridge between them, which is as fast as the machine."""
+    with _namespaces("hub", *map(str, range(count))) as (hub, *members):
+        switch = Switch(hub, tuple(members))
+        for name in (hub, *members):
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", hub, "link", "set", "bridge", "up")
+        for number, name in enumerate(members):
+            port = f"port{number}"
+            _ip("-n", hub, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("-n", hub, "link", "set", port, "master", "bridge", "up")
+            _ip("-n", name, "address", "add", f"{switch.address(number)}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        yield switch
+
+
+@contextlib.contextmanager
+def _namespaces(*words: str) -> Iterator[list[str]]:
+    """One for each word, until the end; first, what processes that have ended left is cleared away."""
+    for left in _left_behind():
+        with contextlib.suppress(subprocess.CalledProcessError):  # another process has cleared it away
+            _ip("netns", "delete", left)
+    names = [f"{PREFIX}-{os.getpid()}-{word}" for word in words]
+    with contextlib.ExitStack() as made:
+        for name in names:
+            _ip("netns", "add", name)
+            made.callback(_ip, "netns", "delete", name)
+        yield names
+
+
+def _left_behind() -> list[str]:
+    found = [line.split()[0].split("-") for line in _ip("netns", "list").splitlines() if line.startswith(f"{PREFIX}-")]
+    return ["-".join(each) for each in found if len(each) > 2 and not Path("/proc", each[1]).exists()]
+
+
+def _words(name: str) -> list[str]:
+    return ["ip", "netns", "exec", name]
+
+
+def _within(name: str, *command: str) -> None:
+    _run([*_words(name), *command])
+
+
+def _ip(*words: str) -> str:
+    return _run(["ip", *words])
+
+
+def _run(command: Sequence[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
