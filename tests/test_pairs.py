@@ -349,13 +349,19 @@ def scores_of(network: Network) -> Importance:
     return Importance(tuple(layer.name for layer in layers), scores, ("s1",), network.reference)
 
 
-@pytest.mark.parametrize("memory", [0.6, 0.75, 1.0])
+@pytest.mark.parametrize("memory", [0.6, 0.75])
 def test_memory_is_kept_and_used_with_pairs(memory: float) -> None:
     plain = network("plain")
     plan = partition(plain, scores_of(plain), devices=3, memory=memory, split="hidden")
     assert plan.memory_share <= memory
     assert plan.memory_share > memory - 0.1
-    assert [plan.split(layer) for layer in range(2)] == ["whole" if memory == 1 else "hidden"] * 2
+    assert [plan.split(layer) for layer in range(2)] == ["hidden"] * 2
+
+
+def test_where_memory_lets_every_device_hold_all_there_is_nothing_to_split() -> None:
+    plain = network("plain")
+    with pytest.raises(PlanError, match="every device holds the layers that pairs begin with"):
+        partition(plain, scores_of(plain), devices=3, memory=1.0, split="hidden")
 
 
 def test_a_method_deals_out_the_neurons_of_a_pairs_first_layer_and_nothing_of_its_second() -> None:
