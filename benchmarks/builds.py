@@ -40,15 +40,16 @@ class Builds:
         *,
         wire: str = "float32",
         memory: float | None = None,
+        hosts: tuple[str, ...] | None = None,
     ) -> Path:
         """A build's directory. Plain slices, or with copies where there is room for them, up to ``memory``, a share of
         the model. PlanError where a model cannot be split so."""
         words = [name_of(model), str(devices), split, wire, *([] if memory is None else [f"{memory:g}"])]
-        place = self.root / "-".join(words)
+        place = self.root / "-".join([*words, *(["apart"] if hosts else [])])
         if not (place / "plan.json").exists():
             network = network_of(model)
             plan = self._plan(network, split, devices, wire, memory)
-            rd.build(network, plan, place)
+            rd.build(network, plan, place, host=hosts, base_port=None if hosts is None else 27200)
         return place
 
     def _plan(self, network: Network, split: str, devices: int, wire: str, memory: float | None) -> rd.Plan:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BURST_BYTES = 8_000
+BURST_SECONDS = 0.001
+"""A faster link sends what it may within this time at once: timers are no finer."""
 PREFIX = "robustdice"
 
 
@@ -37,8 +39,7 @@ def shared_link(megabits: float | None, queue_ms: float = 50.0) -> Iterator[list
     with _namespaces("link") as (name,):
         _within(name, "ip", "link", "set", "lo", "mtu", "1500", "up")
         if megabits is not None:
-            shape = ["rate", f"{megabits}mbit", "burst", str(BURST_BYTES), "latency", f"{queue_ms}ms"]
-            _within(name, "tc", "qdisc", "add", "dev", "lo", "root", "tbf", *shape)
+            _limit(name, "lo", megabits, queue_ms)
         yield _words(name)
 
 
@@ -65,6 +66,15 @@ class Switch:
         """It arrives again."""
         with contextlib.suppress(subprocess.CalledProcessError):
             _within(self.members[source], "ip", "route", "delete", "blackhole", f"{self.address(target)}/32")
+
+    def limit(self, numbers: Sequence[int], megabits: float | None, queue_ms: float = 50.0) -> None:
+        """From now on the ports of these carry so much, either way (None: as much as the machine does)."""
+        for number in numbers:
+            for name, device in ((self.members[number], "eth0"), (self.hub, f"port{number}")):
+                with contextlib.suppress(subprocess.CalledProcessError):  # there was no limit
+                    _within(name, "tc", "qdisc", "del", "dev", device, "root")
+                if megabits is not None:
+                    _limit(name, device, megabits, queue_ms)
 
 
 @contextlib.contextmanager
@@ -102,6 +112,12 @@ def _namespaces(*words: str) -> Iterator[list[str]]:
 def _left_behind() -> list[str]:
     found = [line.split()[0].split("-") for line in _ip("netns", "list").splitlines() if line.startswith(f"{PREFIX}-")]
     return ["-".join(each) for each in found if len(each) > 2 and not Path("/proc", each[1]).exists()]
+
+
+def _limit(name: str, device: str, megabits: float, queue_ms: float) -> None:
+    burst = max(BURST_BYTES, int(megabits * 1e6 / 8 * BURST_SECONDS))
+    shape = ["rate", f"{megabits}mbit", "burst", str(burst), "latency", f"{queue_ms}ms"]
+    _within(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *shape)
 
 
 def _words(name: str) -> list[str]:
