@@ -44,6 +44,8 @@ def test_thousands_of_seeds_hold() -> None:
 OPEN = {
     100_031: "a frame stands still for half a second when one device flaps, and another is replaced by a process that "
     "nobody notices, in a plan with parity",
+    100_353: "a device whose shards nobody else has restarts within 20 ms: what it adds to a pair's sums in the middle "
+    "of a frame was computed from less, and the answer covers 0.725 where those that went on without it cover 0.750",
 }
 """Seeds that are known to fail, and are to be corrected."""
 
