@@ -27,6 +27,7 @@ from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, read_secret
 from robustdice.runtime.wire.line import Reach
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.messages import Frame, FrameId, Refused, Status, StatusRequest
+from robustdice.runtime.wire.watch import Watch, received
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
@@ -103,11 +104,11 @@ class Client:
         self._decided: OrderedDict[int, _Pending] = OrderedDict()
         """The last frames that were decided before all devices had answered."""
         context: zmq.Context[Any] = zmq.Context()
-        self._poller = zmq.Poller()
+        self._watch = Watch()
         devices = dict(enumerate(self.cluster.devices))
-        self._lines = Lines(context, self._poller, devices, self.cluster.transport, keys, REPLY_LIMIT)
+        self._lines = Lines(context, self._watch, devices, self.cluster.transport, keys, REPLY_LIMIT)
         self._lines.tend(time.monotonic())
-        self._finalizer = weakref.finalize(self, _close, context, self._lines)
+        self._finalizer = weakref.finalize(self, _close, context, self._lines, self._watch)
 
     def __enter__(self) -> Client:
         return self
@@ -239,7 +240,7 @@ class Client:
         due = self._lines.due
         wait = max(0.0, (until if due is None else min(due, until)) - time.monotonic())
         for _ in range(1 + len(self._lines)):
-            ready = dict(self._poller.poll(int(wait * 1000) + (wait > 0)))
+            ready = self._watch.wait(wait)
             wait = 0.0
             if not ready:
                 break
@@ -253,13 +254,9 @@ class Client:
         self._judge()
 
     def _receive(self, device: int, socket: zmq.Socket[bytes]) -> None:
-        for _ in range(64):
+        for frames in received(socket):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            try:
-                message = self._codec.decode([frame.buffer for frame in frames], device)
+                message = self._codec.decode(frames, device)
             except MessageError as error:
                 self.dropped += 1
                 if isinstance(error, OtherBuildError):
@@ -415,6 +412,7 @@ class Client:
         return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"
 
 
-def _close(context: zmq.Context[Any], lines: Lines) -> None:
+def _close(context: zmq.Context[Any], lines: Lines, watch: Watch) -> None:
     lines.close()
+    watch.close()
     context.term()

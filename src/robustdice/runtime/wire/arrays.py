@@ -15,7 +15,7 @@ from robustdice.errors import MessageError
 from robustdice.runtime.wire.messages import HEADER_LIMIT, OUTPUTS_LIMIT, Array, ShardId
 
 
-def raw(array: Any, kind: str = "<f4") -> memoryview:
+def raw(array: Any, kind: Any = "<f4") -> memoryview:
     """An array's bytes, not copied where they need not be."""
     contiguous: Any = np.ascontiguousarray(array, kind)
     return memoryview(contiguous).cast("B")

@@ -36,7 +36,7 @@ from robustdice.runtime.wire.messages import (
     StatusRequest,
     Want,
 )
-from robustdice.runtime.wire.parcel_codec import ParcelCodec, is_parcel
+from robustdice.runtime.wire.parcel_codec import MAGIC, ParcelCodec
 
 
 class Codec:
@@ -97,10 +97,11 @@ class Codec:
         return [json.dumps(header, separators=(",", ":")).encode(), *body]
 
     def decode(self, parts: Sequence[Any], source: int | None) -> Message:
-        """The message in ``parts`` (bytes-like); ``source`` is the authenticated device, or None for a client."""
+        """The message in ``parts`` (of bytes); ``source`` is the authenticated device, or None for a client."""
         if not parts:
             raise MessageError("a message without a header")
-        if is_parcel(parts[0]):
+        parts = [memoryview(part) for part in parts]
+        if parts[0][:2] == MAGIC:
             if self._manifest is None:
                 raise MessageError("shards arrived at a client")
             return self._parcels.decode(parts, source)

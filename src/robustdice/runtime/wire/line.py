@@ -11,8 +11,10 @@ import zmq
 
 from robustdice.runtime.wire.address import Address, Lookup
 from robustdice.runtime.wire.security import ANOTHER_MECHANISM, Greeting, secure
+from robustdice.runtime.wire.watch import NOW, NOW_AND_MORE, Watch
 
-COPIED_BYTES = 2**16
+COPIED_BYTES = 2**18
+"""What is smaller is copied when it is sent: to be told when it is no longer in use takes longer."""
 QUEUED_MESSAGES = 16
 """Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
 CURVE_OVERHEAD = 64
@@ -75,10 +77,10 @@ def set_options(
 
 
 def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Any]) -> None:
-    """Send a message of several parts, or zmq.Again. What is small is copied: that is faster than not to."""
+    """Send a message of several parts, or zmq.Again."""
     for part in parts[:-1]:
-        socket.send(part, zmq.NOBLOCK | zmq.SNDMORE, copy=len(part) < COPIED_BYTES)
-    socket.send(parts[-1], zmq.NOBLOCK, copy=len(parts[-1]) < COPIED_BYTES)
+        socket.send(part, NOW_AND_MORE, len(part) < COPIED_BYTES)
+    socket.send(parts[-1], NOW, len(parts[-1]) < COPIED_BYTES)
 
 
 class Reach(enum.Enum):
@@ -105,15 +107,15 @@ class Line:
     def __init__(
         self,
         context: zmq.Context[Any],
-        poller: zmq.Poller,
+        watch: Watch,
         address: Address,
         transport: str,
         keys: tuple[bytes, bytes],
         server_key: str,
         limit: int,
     ) -> None:
-        """A line that :meth:`tend` will dial; the peer need not be there. Its monitor and its socket are registered
-        with ``poller``."""
+        """A line that :meth:`tend` will dial; the peer need not be there. Its monitor and its socket are
+        ``watch``ed."""
         self.address = address
         self.connected = False
         self.reach = Reach.NOBODY
@@ -124,7 +126,7 @@ class Line:
         self.monitor: zmq.Socket[bytes] | None = None
         self._context = context
         self._options = (transport, keys, server_key.encode(), limit)
-        self._poller = poller
+        self._watch = watch
         self._lookup: Lookup | None = None
         self._dialled = address
         self._dialled_at = 0.0
@@ -178,6 +180,7 @@ class Line:
                 self._failures, self._greeting, self._settled = 0, None, True
                 assert self.socket is not None
                 self.socket.getsockopt(zmq.EVENTS)  # lets the socket notice its new connection, so that sends succeed
+                self._watch.used(self.socket)
                 changes.append(True)
             elif event == zmq.EVENT_DISCONNECTED and self.connected:
                 self.connected, self.reach = False, Reach.NOBODY
@@ -195,6 +198,8 @@ class Line:
             send_parts(self.socket, parts)
         except zmq.Again:
             return False
+        finally:
+            self._watch.used(self.socket)
         return True
 
     def close(self) -> None:
@@ -212,8 +217,8 @@ class Line:
         socket.immediate = True
         socket.ipv6 = address.ipv6
         self.socket, self.monitor = socket, socket.get_monitor_socket(LINE_EVENTS)
-        self._poller.register(self.monitor, zmq.POLLIN)
-        self._poller.register(socket, zmq.POLLIN)
+        self._watch.register(self.monitor)
+        self._watch.register(socket)
         socket.connect(str(address))
 
     def _hang_up(self) -> None:
@@ -221,8 +226,8 @@ class Line:
         self.socket = self.monitor = None
         if socket is None or monitor is None:
             return
-        self._poller.unregister(monitor)
-        self._poller.unregister(socket)
+        self._watch.unregister(monitor)
+        self._watch.unregister(socket)
         socket.disable_monitor()
         monitor.close(0)
         socket.close(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import zmq
@@ -14,6 +14,7 @@ from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import DeviceEntry
 from robustdice.runtime.wire.line import Line, Reach
 from robustdice.runtime.wire.refusals import Reminders
+from robustdice.runtime.wire.watch import Socket, Watch
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Lines(dict[int, Line]):
     def __init__(
         self,
         context: zmq.Context[Any],
-        poller: zmq.Poller,
+        watch: Watch,
         devices: Mapping[int, DeviceEntry],
         transport: str,
         keys: tuple[bytes, bytes],
@@ -42,7 +43,7 @@ class Lines(dict[int, Line]):
         super().__init__(
             (
                 number,
-                Line(context, poller, Address.parse(entry.address), transport, keys, entry.public_key, limit),
+                Line(context, watch, Address.parse(entry.address), transport, keys, entry.public_key, limit),
             )
             for number, entry in devices.items()
         )
@@ -65,8 +66,8 @@ class Lines(dict[int, Line]):
             if self[device].due is None:
                 self.restless.discard(device)
 
-    def changes(self, ready: Mapping[Any, int]) -> list[tuple[int, bool]]:
-        """Connections made (True) and lost (False), after a poll that found these sockets ready."""
+    def changes(self, ready: Collection[Socket]) -> list[tuple[int, bool]]:
+        """Connections made (True) and lost (False), where these sockets are ready."""
         found: list[tuple[int, bool]] = []
         for device, line in self.items():
             if line.monitor in ready:

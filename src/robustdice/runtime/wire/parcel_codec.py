@@ -29,6 +29,7 @@ FRAME = struct.Struct("<32sQQ")
 """Client, frame number, serial number."""
 HEADER_BYTES = ROUTE.size + FRAME.size
 MAGIC = b"RD"
+"""What a message of shards begins with."""
 IN_ONE_VIEW = 1
 """Flag: all was built in the view. Else shares follow where there are exchanges before the stage."""
 LISTED = 2
@@ -39,21 +40,36 @@ JOINED_BYTES = 2**15
 REMEMBERED_ROUTES = 4096
 
 
+class _Expected(NamedTuple):
+    """An array that follows, and where, if everything is in one frame of bytes."""
+
+    size: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+
 class _Route(NamedTuple):
     """What the first part of a header says: in what ``view`` everything was built (None: not in one), and which shards
-    follow (None: they are listed), in arrays of such sizes, types and shapes."""
+    follow (None: they are listed), in such ``arrays``; ``size`` is that of all if nothing else follows."""
 
     sender: int
     stage: int
     lineage: Lineage | None
     shards: tuple[ShardId, ...] | None
     layout: Layout | None
-    arrays: tuple[tuple[int, str, tuple[int, ...]], ...]
+    arrays: tuple[_Expected, ...]
+    size: int | None
 
 
-def is_parcel(header: Any) -> bool:
-    """Whether a message that begins so is one of shards."""
-    return bytes(header[:2]) == MAGIC
+class _Head(NamedTuple):
+    """What a message begins with, and what follows: ``arrays`` of such types, in one frame with the rest if they are
+    ``joined``."""
+
+    head: bytes
+    layout: Layout
+    dtypes: tuple[np.dtype[Any], ...]
+    joined: bool
 
 
 class ParcelCodec:
@@ -69,42 +85,46 @@ class ParcelCodec:
         self._differ = [any(manifest.exchanges[e].owners is not None for e in s.exchanges) for s in manifest.stages]
         """Stages in which not everybody is sent the same."""
         self._routes: dict[bytes, _Route] = {}
-        self._heads: dict[tuple[Any, ...], tuple[bytes, Layout]] = {}
-        """For a view, stage and sender: what was sent last begins with, and how it lies in memory."""
-        self._frames: dict[bytes, FrameId] = {}
+        self._heads: dict[tuple[Any, ...], _Head] = {}
+        """Of what was sent last in a view and stage that began with a shard."""
+        self._frames: dict[tuple[bytes, int], FrameId] = {}
 
     def encode(self, message: Shards) -> list[Any]:
         """The frames of ``message``: bytes-like objects, large arrays not copied where they need not be."""
         sender, serial, frame, stage, (shards, arrays), lineage = message
-        key = lineage.view, stage, sender
-        head, layout = self._heads.get(key, (b"", None))
-        if layout is None or layout.shards != shards:
+        key = lineage.view, stage, shards[0]
+        known = self._heads.get(key)
+        if known is None or known.layout.shards != shards:
             if len(self._heads) >= REMEMBERED_ROUTES:
                 self._heads.clear()
-            head, layout = self._heads[key] = self._head(lineage, stage, sender, shards)
+            known = self._heads[key] = self._head(lineage, stage, sender, shards)
+        head, layout, dtypes, joined = known
         blocks = arrays.blocks if isinstance(arrays, Packed) else layout.packed(arrays)
-        told = [FRAME.pack(frame.client.encode(), frame.number, serial)]
+        told = [head, FRAME.pack(frame.client.encode(), frame.number, serial)]
         if head[3] & LISTED:
             told += [struct.pack("<I", len(shards)), raw_shards(shards)]
         if lineage.view is None and lineage.present:
             told.append(np.asarray([lineage.present, lineage.spares], "<f8").tobytes())
-        bodies = [raw(array, block.form.dtype) for array, block in zip(blocks, layout.blocks, strict=True)]
-        if sum(map(len, bodies)) > JOINED_BYTES:
-            return [b"".join((head, *told)), *bodies]
-        return [b"".join((head, *told, *bodies))]
+        if joined:
+            bodies: list[Any] = [*map(np.ascontiguousarray, blocks, dtypes)]
+            return [b"".join(told + bodies)]
+        return [b"".join(told), *map(raw, blocks, dtypes)]
 
-    def _head(self, lineage: Lineage, stage: int, sender: int, shards: tuple[ShardId, ...]) -> tuple[bytes, Layout]:
+    def _head(self, lineage: Lineage, stage: int, sender: int, shards: tuple[ShardId, ...]) -> _Head:
         implied = None
         if lineage.view is not None and not self._differ[stage]:
             implied = self._views.of(lineage.view).due[stage].get(sender)
         flags = IN_ONE_VIEW * (lineage.view is not None) | LISTED * (implied != shards)
         mask = sum(1 << device for device in lineage.view or ())
         head = ROUTE.pack(MAGIC, PROTOCOL_VERSION, flags, self._plan, stage, mask, sender)
-        return head, self._layouts.of(shards)
+        layout = self._layouts.of(shards)
+        forms = [block.form for block in layout.blocks]
+        joined = sum(form.nbytes for form in forms) <= JOINED_BYTES
+        return _Head(head, layout, tuple(np.dtype(form.dtype) for form in forms), joined)
 
-    def decode(self, parts: Sequence[Any], source: int | None) -> Shards:
-        """The message in ``parts`` (bytes-like); ``source`` is the authenticated device, or None for a client."""
-        first = memoryview(parts[0])
+    def decode(self, parts: Sequence[memoryview], source: int | None) -> Shards:
+        """The message in ``parts``; ``source`` is the authenticated device, or None for a client."""
+        first = parts[0]
         if len(first) < HEADER_BYTES:
             raise MessageError(f"a header of {len(first)} bytes, expected {HEADER_BYTES}")
         head = bytes(first[: ROUTE.size])
@@ -113,18 +133,21 @@ class ParcelCodec:
             who = "a client" if source is None else f"device {source}"
             raise MessageError(f"{who} sent Shards of device {route.sender}")
         client, number, serial = FRAME.unpack_from(first, ROUTE.size)
-        frame = self._frame(bytes(first[ROUTE.size : ROUTE.size + FRAME.size - 8]), client, number)
+        frame = self._frames.get((client, number)) or self._frame(client, number)
         if serial >= LARGEST_NUMBER:
             raise MessageError(f"serial number {serial}, at most {LARGEST_NUMBER - 1}")
+        sender, stage, lineage, shards, layout, expected, size = route
+        if len(first) == size and shards is not None and layout is not None and lineage is not None and len(parts) == 1:
+            arrays = tuple([np.ndarray(shape, dtype, first, start) for _, dtype, shape, start in expected])
+            return Shards(sender, serial, frame, stage, Parcel(shards, Packed(layout, arrays)), lineage)
         rest = _Rest([first[HEADER_BYTES:], *parts[1:]])
-        sender, stage, lineage, shards, layout, expected = route
         if shards is None or layout is None:
             shards = self._listed(rest, stage, sender)
             layout = self._layouts.of(shards)
             expected = _expected(layout)
         if lineage is None:
             lineage = self._shares(rest, stage)
-        arrays = tuple(rest.take(size, kind).reshape(shape) for size, kind, shape in expected)
+        arrays = tuple([rest.take(each.size, each.dtype).reshape(each.shape) for each in expected])
         rest.end()
         return Shards(sender, serial, frame, stage, Parcel(shards, Packed(layout, arrays)), lineage)
 
@@ -154,19 +177,19 @@ class ParcelCodec:
             raise MessageError("a view of what was not built in one, or bytes that mean nothing and are not 0")
         if len(self._routes) == REMEMBERED_ROUTES:
             self._routes.clear()
-        route = _Route(sender, stage, lineage, shards, layout, _expected(layout) if layout else ())
+        expected = _expected(layout) if layout else ()
+        size = expected[-1].start + expected[-1].size if expected else None
+        route = _Route(sender, stage, lineage, shards, layout, expected, size)
         self._routes[head] = route
         return route
 
-    def _frame(self, key: bytes, client: bytes, number: int) -> FrameId:
-        if (known := self._frames.get(key)) is not None:
-            return known
+    def _frame(self, client: bytes, number: int) -> FrameId:
         if number >= LARGEST_NUMBER:
             raise MessageError(f"frame number {number}, at most {LARGEST_NUMBER - 1}")
         frame = FrameId(client_name(client.rstrip(b"\0").decode("ascii", "replace")), number)
         if len(self._frames) == REMEMBERED_ROUTES:
             self._frames.clear()
-        self._frames[key] = frame
+        self._frames[client, number] = frame
         return frame
 
     def _listed(self, rest: _Rest, stage: int, sender: int) -> tuple[ShardId, ...]:
@@ -194,7 +217,7 @@ class _Rest:
     def __init__(self, frames: list[Any]) -> None:
         self._frames = [frame for frame in frames if len(frame)]
 
-    def take(self, size: int, kind: str) -> NDArray[Any]:
+    def take(self, size: int, kind: Any) -> NDArray[Any]:
         """The next ``size`` bytes, not copied."""
         if not self._frames or len(self._frames[0]) < size:
             left = len(self._frames[0]) if self._frames else 0
@@ -213,6 +236,9 @@ class _Rest:
             raise MessageError(f"{sum(map(len, self._frames))} bytes follow the last array")
 
 
-def _expected(layout: Layout) -> tuple[tuple[int, str, tuple[int, ...]], ...]:
-    forms = [block.form for block in layout.blocks]
-    return tuple((form.nbytes, form.dtype, (1, *form.sent_shape)) for form in forms)
+def _expected(layout: Layout) -> tuple[_Expected, ...]:
+    found, start = [], HEADER_BYTES
+    for form in (block.form for block in layout.blocks):
+        found.append(_Expected(form.nbytes, np.dtype(form.dtype), (1, *form.sent_shape), start))
+        start += form.nbytes
+    return tuple(found)

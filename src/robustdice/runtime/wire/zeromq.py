@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -29,20 +28,30 @@ from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.line import send_parts, set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
-from robustdice.runtime.wire.messages import Frame, Hello, Message, Pass, Pulse, StatusRequest, Want
+from robustdice.runtime.wire.messages import (
+    ClientMessage,
+    DeviceMessage,
+    Frame,
+    Hello,
+    Message,
+    Pass,
+    Pulse,
+    StatusRequest,
+    Want,
+)
 from robustdice.runtime.wire.refusals import Refusals, Reminders
 from robustdice.runtime.wire.security import ANOTHER_MECHANISM, proven_key
+from robustdice.runtime.wire.watch import NOW, Watch, received
 
 log = logging.getLogger(__name__)
 
-DRAINED_AT_ONCE = 64
-LOOK_SECONDS = 0.001
 REMEMBERED_CLIENTS = 64
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 NOT_LISTED = "its key is not listed"
 EXPECTS_ANOTHER = "it expects this device to have another key: it has the cluster.toml of another build"
 OTHER_TRANSPORT = "it is encrypted where this device's cluster.toml says plain, or the reverse"
 ENCRYPTED_FOR_ANOTHER_KEY = zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
+AGAINST_THE_STREAM = (Pulse, Want, Pass)
 
 
 class ZeroMQTransport:
@@ -60,13 +69,13 @@ class ZeroMQTransport:
                 "copy both from one 'robustdice build'"
             )
         self.dropped = 0
-        self._look_at = 0.0
-        """When to look at everything again, not just at messages."""
         self._entry = entry
         self._device = device
         self._codec = codec
         self._allowed: dict[bytes, str] = {d.public_key.encode(): str(k) for k, d in enumerate(cluster.devices)}
         self._allowed |= {client.public_key.encode(): "client" for client in cluster.clients}
+        self._sources = {user: None if user == "client" else int(user) for user in self._allowed.values()}
+        """Who speaks, by what the ZeroMQ authentication protocol says of a message."""
         self._clients: OrderedDict[str, bytes] = OrderedDict()
         """A client's name -> where to send its replies; the least recently heard of is forgotten first."""
         self._routes: dict[int, bytes] = {}
@@ -76,7 +85,8 @@ class ZeroMQTransport:
         self._encoded: tuple[Message | None, list[Any]] = (None, [])
         self._closers: list[Callable[[], object]] = []
         self._context: zmq.Context[Any] = zmq.Context()
-        self._poller = zmq.Poller()
+        self._watch = Watch()
+        self._closers.append(self._watch.close)
         self._zap = self._socket(zmq.REP)
         self._zap.bind(ZAP_ADDRESS)
         self._router = self._socket(zmq.ROUTER)
@@ -86,9 +96,9 @@ class ZeroMQTransport:
         self._bell.bind("inproc://bell")
         self._strangers = self._router.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
         self._closers += [lambda: self._strangers.close(0), self._router.disable_monitor]
-        self._poller.register(self._strangers, zmq.POLLIN)
+        self._watch.register(self._strangers)
         peers = {number: peer for number, peer in enumerate(cluster.devices) if number != device}
-        self._lines = Lines(self._context, self._poller, peers, cluster.transport, keys, codec.frame_limit, device)
+        self._lines = Lines(self._context, self._watch, peers, cluster.transport, keys, codec.frame_limit, device)
         self._closers.append(self._lines.close)
 
     def listen(self, stop: threading.Event) -> Address | None:
@@ -104,7 +114,7 @@ class ZeroMQTransport:
             self._encoded = message, self._codec.encode(message)
         parts = self._encoded[1]
         if isinstance(to, int):
-            against_the_stream = isinstance(message, Pulse | Want | Pass) and to in self._routes
+            against_the_stream = isinstance(message, AGAINST_THE_STREAM) and to in self._routes
             return (against_the_stream and self._reply(self._routes[to], parts)) or self._lines[to].send(parts)
         route = self._clients.get(to)
         return route is not None and self._reply(route, parts)
@@ -116,20 +126,20 @@ class ZeroMQTransport:
             if error.errno in {zmq.EAGAIN, zmq.EHOSTUNREACH}:
                 return False
             raise
+        finally:
+            self._watch.used(self._router)
         return True
 
     def poll(self, timeout_seconds: float) -> list[Received | PeerUp | PeerDown]:
         """Everything that can be read now, after waiting for something up to ``timeout_seconds``."""
-        now = time.monotonic()
-        if now < self._look_at and (said := self._read()):
-            return said  # while much is said, nothing else is looked at: that takes longer than an exchange
-        events: list[Received | PeerUp | PeerDown] = []
-        self._look_at = now + LOOK_SECONDS
         if self._lines.restless:
-            self._lines.tend(now)
-        ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_seconds) * 1000)))
+            self._lines.tend(time.monotonic())
+        ready = self._watch.wait(timeout_seconds)
+        if ready == [self._router]:
+            return self._read()
+        events: list[Received | PeerUp | PeerDown] = []
         if self._bell in ready:
-            self._drain_bell()
+            self._bell.recv(NOW)
         if self._zap in ready:
             self._authenticate()
         if self._strangers in ready:
@@ -138,16 +148,16 @@ class ZeroMQTransport:
             events.append(PeerUp(device) if up else PeerDown(device))
         for device, line in self._lines.items():
             if line.socket is not None and line.socket in ready:
-                for frames in _drain(line.socket):
-                    with contextlib.suppress(OtherBuildError):  # it says so on its own connection too
-                        events += self._decode(frames, device)
+                for frames in received(line.socket):
+                    events += self._hear(frames, device)
         if self._router in ready:
             events += self._read()
         return events
 
     def _read(self) -> list[Received | PeerUp | PeerDown]:
         """What others have sent to the ROUTER."""
-        return [event for frames in _drain(self._router) for event in self._receive(frames)]
+        messages = [self._receive(frames) for frames in received(self._router)]
+        return [Received(message) for message in messages if message is not None]
 
     def waker(self) -> Callable[[], None]:
         """A function for one other thread that ends a poll."""
@@ -175,15 +185,8 @@ class ZeroMQTransport:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
         self._closers.append(lambda: socket.close(0))
-        self._poller.register(socket, zmq.POLLIN)
+        self._watch.register(socket)
         return socket
-
-    def _drain_bell(self) -> None:
-        try:
-            while True:
-                self._bell.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            pass
 
     def _authenticate(self) -> None:
         """Answer one request of the ZeroMQ authentication protocol (RFC 27): is this key listed, and whose is it?"""
@@ -225,46 +228,43 @@ class ZeroMQTransport:
         with contextlib.suppress(zmq.ZMQError):  # it has gone, or does not read
             self._router.send_multipart([frames[0].bytes, *hello], zmq.NOBLOCK)
 
-    def _receive(self, frames: list[zmq.Frame]) -> list[Received]:
-        """What has come in to the ROUTER."""
-        user = frames[-1].get("User-Id")
-        source = None if user == "client" else int(user)
+    def _receive(self, frames: list[zmq.Frame]) -> DeviceMessage | ClientMessage | None:
+        """What has come in to the ROUTER, if it is a message."""
+        user = str(frames[-1].get("User-Id"))
+        source = self._sources[user]
         try:
-            events = self._decode(frames[1:], source)
+            message: Any = self._codec.decode(frames[1:], source)
         except OtherBuildError as error:
             self._meet_other_build(frames, str(error))
-            return []
-        route = frames[0].bytes
-        if source is not None:
-            self._routes[source] = route
-            return events
-        for message in [event.message for event in events]:
-            if isinstance(message, Frame | StatusRequest):
-                name = message.frame.client if isinstance(message, Frame) else message.client
-                self._clients[name] = route
-                self._clients.move_to_end(name)
-                while len(self._clients) > REMEMBERED_CLIENTS:
-                    self._clients.popitem(last=False)
-        return events
-
-    def _decode(self, frames: list[zmq.Frame], source: int | None) -> list[Received]:
-        """The message, if it is one; OtherBuildError when it is of another build."""
-        try:
-            message: Any = self._codec.decode([frame.buffer for frame in frames], source)
-        except OtherBuildError:
-            raise
+            return None
         except MessageError as error:
-            self.dropped += 1
-            if self.dropped & (self.dropped - 1) == 0:  # 1, 2, 4, 8, ...
-                text = f"dropped a message ({self.dropped} in all): {error}"
-                say(log, text, event="dropped", device=self._device, reason=str(error), level=logging.WARNING)
-            return []
+            self._drop(error)
+            return None
         self._lines.meet_same_build(source)
+        if source is not None:
+            self._routes[source] = frames[0].bytes
+        elif isinstance(message, Frame | StatusRequest):
+            name = message.frame.client if isinstance(message, Frame) else message.client
+            self._clients[name] = frames[0].bytes
+            self._clients.move_to_end(name)
+            while len(self._clients) > REMEMBERED_CLIENTS:
+                self._clients.popitem(last=False)
+        return message  # type: ignore[no-any-return]
+
+    def _hear(self, frames: list[zmq.Frame], device: int) -> list[Received]:
+        """What a peer says against the stream, if it is a message."""
+        try:
+            message: Any = self._codec.decode(frames, device)
+        except OtherBuildError:  # it says so on its own connection too
+            return []
+        except MessageError as error:
+            self._drop(error)
+            return []
+        self._lines.meet_same_build(device)
         return [Received(message)]
 
-
-def _drain(socket: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
-    """Messages that can be read now, but not without end."""
-    with contextlib.suppress(zmq.Again):
-        for _ in range(DRAINED_AT_ONCE):
-            yield socket.recv_multipart(zmq.NOBLOCK, copy=False)
+    def _drop(self, error: MessageError) -> None:
+        self.dropped += 1
+        if self.dropped & (self.dropped - 1) == 0:  # 1, 2, 4, 8, ...
+            text = f"dropped a message ({self.dropped} in all): {error}"
+            say(log, text, event="dropped", device=self._device, reason=str(error), level=logging.WARNING)
