@@ -249,7 +249,9 @@ def test_every_owner_is_sent_its_own_slices_of_a_sum(wire: str) -> None:
     plan = make_plan(3, pair=True, owned=True, wire=wire)
     manifests = [make_manifest(plan, device) for device in range(3)]
     view, lineage = Views(manifests[0]).of((0, 1, 2)), Lineage((0, 1, 2))
-    exchange, sent = manifests[0].exchanges[0], {to: view.parcels[0][n] for to, n in view.for_peers[0].items()}
+    exchange, sent = manifests[0].exchanges[0], {}
+    for shards, receivers in zip(view.parcels[0], view.receivers[0], strict=True):
+        sent.update(dict.fromkeys(receivers, shards))
     assert view.due[0][0] == view.parcels[0][0]
     numbers = [number % len(exchange.slices) for shards in (*sent.values(), view.due[0][0]) for _, number in shards]
     assert sorted(numbers) == [*range(len(exchange.slices))]

@@ -37,7 +37,9 @@ class Assembly:
             for block, array in sorted(parts, key=lambda part: part[0].numbers):
                 total[block.index if exchange.slices else ...] += array
             return {exchange.value: total}
-        missing = self._shards - sum([len(block.numbers) for block, _ in parts])
+        missing = self._shards
+        for block, _ in parts:
+            missing -= len(block.numbers)
         if self._shards == 1 and not missing:
             value = parts[0][1]
         else:
@@ -61,9 +63,10 @@ class Assembly:
             arrays = parcel.arrays
             if self._singly_only or not isinstance(arrays, Packed):
                 return self._singly(parcels)
+            plain = arrays.layout.plain
             for block, sent in zip(arrays.layout.blocks, arrays.blocks, strict=True):
                 if block.exchange == self._position:
-                    parts.append((block, block.form.widen(sent)))
+                    parts.append((block, sent if plain else block.form.widen(sent)))
         return parts
 
     def _singly(self, parcels: Sequence[Parcel]) -> list[tuple[Block, Array]]:

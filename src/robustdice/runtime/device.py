@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_POLL_SECONDS = 0.2
 """So often a device looks whether it was asked to stop."""
-LOOK_SECONDS = 0.001
+LOOK_SECONDS = 0.005
 """While there is something to do, a device looks so often what its timers say."""
 DRAIN_ROUNDS = 16
 AT_A_TIME_SECONDS = 0.002

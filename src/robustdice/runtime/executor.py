@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ class Executor:
         self.layouts = Layouts(manifest)
         self._assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
         self._pieces = [[(piece, self.layouts.of(piece.shards)) for piece in stage.pieces] for stage in manifest.stages]
+        """What each piece of a stage computes, and how that lies in memory."""
         self._read = [{name for piece in stage.pieces for name in piece.inputs} for stage in manifest.stages]
+        self._sums_of = manifest.sums_of
         self._calibrated = lru_cache(64)(manifest.calibrated_for)
 
     def _stands_by(self, part: Part) -> bool:
@@ -76,9 +79,10 @@ class Executor:
         """The piece's shards, while the devices ``down`` are: one array [batch, ...] for each exchange, as it travels,
         which single ones are cut out of."""
         part, layout = self._pieces[stage][piece]
-        outputs = self._run(part, values, down)
-        blocks = (block.form.narrow(outputs[name]) for block, name in zip(layout.blocks, part.outputs, strict=True))
-        return Parcel(part.shards, Packed(layout, tuple(blocks)))
+        blocks = tuple(self._run(part, values, down).values())
+        if not layout.plain:
+            blocks = tuple(b.form.narrow(array) for b, array in zip(layout.blocks, blocks, strict=True))
+        return Parcel(part.shards, Packed(layout, blocks))
 
     def run_pieces(
         self,
@@ -91,12 +95,15 @@ class Executor:
     ) -> tuple[Parcel, ...]:
         """The shards of some pieces, first a parcel for each of those that are ``due``. Of what owners add up, this
         device has only what is ``owned``."""
-        parcels = [self._owned(self.run_piece(stage, piece, values, down), owned) for piece in pieces]
-        parcels = [parcel for parcel in parcels if parcel.shards]
+        parcels = [*map(self.run_piece, repeat(stage), pieces, repeat(values), repeat(down))]
+        if self._sums_of:
+            parcels = [some for parcel in parcels if (some := self._owned(parcel, owned)).shards]
+        if len(due) == len(parcels) == 1 and due[0] == parcels[0].shards:
+            return (parcels[0],)
         return self.layouts.select(due, parcels) if due else tuple(parcels)
 
     def _owned(self, parcel: Parcel, owned: Sequence[ShardId]) -> Parcel:
-        if parcel.shards[0][0] not in self.manifest.sums_of:
+        if parcel.shards[0][0] not in self._sums_of:
             return parcel
         some = {shard: array for shard, array in zip(parcel.shards, parcel.arrays, strict=True) if shard in owned}
         return self.layouts.packed(tuple(some), list(some.values())) if some else Parcel((), ())
@@ -150,7 +157,8 @@ class Executor:
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that the stages after ``stage`` still need."""
-        return {name: values[name] for name in self.manifest.stages[stage].keep if name in values}
+        names = self.manifest.stages[stage].keep
+        return {name: values[name] for name in names if name in values} if names else {}
 
     def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
         inputs = {name: values[name] for name in part.inputs}

@@ -53,6 +53,11 @@ class Layout:
     shards: tuple[ShardId, ...]
     blocks: tuple[Block, ...]
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether everything travels as it is computed."""
+        return all(block.form.wire == "float32" for block in self.blocks)
+
     def packed(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """The blocks' arrays, from a single array for each shard."""
         if isinstance(arrays, Packed):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.executor import Executor, Values
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 BRIEF_SECONDS = 0.001
 """What takes no longer is computed at once: handing it over to another thread would take about as long."""
+
+REMEMBERED_PIECES = 256
 
 
 class Worker(threading.Thread):
@@ -41,7 +44,8 @@ class Worker(threading.Thread):
         self._seconds: dict[tuple[type, int], float] = {}
         """What a stage usually takes, and what standing in for others in it."""
         self._executor, self._wake = executor, wake
-        self._inputs: dict[FrameId, dict[int, tuple[Values, set[int]]]] = {}
+        self._left = lru_cache(REMEMBERED_PIECES)(partial(_left, executor))
+        self._inputs: dict[FrameId, dict[int, tuple[Values, frozenset[int]]]] = {}
         """For every stage that a frame has entered: what its pieces read, and those that may still be asked for."""
         self._kept: dict[FrameId, Values] = {}
         """What the stages after the frame's last one need."""
@@ -124,18 +128,18 @@ class Worker(threading.Thread):
         outputs = None
         if isinstance(task, RunStage):
             values = executor.run_local(stage, self._enter(task, manifest), task.down)
-            inputs[stage] = executor.read_by_pieces(stage, values), set(range(len(manifest.stages[stage].pieces)))
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):
                 outputs = values[manifest.output].reshape(-1)
-        values, left = inputs[stage]
-        due, read = (task.due, values) if isinstance(task, RunStage) else ((), self._read(task, values))
-        parcels = executor.run_pieces(stage, task.pieces, read, task.down, due, task.owned)
-        # What a piece has computed is kept, so that none is asked for again but those of owners, for other slices.
-        pieces = manifest.stages[stage].pieces
-        left.difference_update(piece for piece in task.pieces if not manifest.is_owners(pieces[piece]))
-        if not left:
-            del inputs[stage]
+            if left := self._left(stage, task.pieces):
+                inputs[stage] = executor.read_by_pieces(stage, values), left
+            parcels = executor.run_pieces(stage, task.pieces, values, task.down, task.due, task.owned)
+        else:
+            values, left = inputs[stage]
+            parcels = executor.run_pieces(stage, task.pieces, self._read(task, values), task.down, (), task.owned)
+            inputs[stage] = values, left & self._left(stage, task.pieces)
+            if not inputs[stage][1]:
+                del inputs[stage]
         return Computed(task, parcels, outputs)
 
     def _read(self, task: RunPieces, inputs: Values) -> Values:
@@ -153,3 +157,11 @@ class Worker(threading.Thread):
         for exchange in manifest.stages[task.stage - 1].exchanges:
             values.update(self._executor.assemble(exchange, task.gathered))
         return values
+
+
+def _left(executor: Executor, stage: int, pieces: tuple[int, ...]) -> frozenset[int]:
+    """The pieces of a stage that may still be asked for once some are computed. What these gave is kept; only those of
+    owners are asked for again, for other slices."""
+    manifest = executor.manifest
+    every = enumerate(manifest.stages[stage].pieces)
+    return frozenset(k for k, piece in every if k not in pieces or manifest.is_owners(piece))

@@ -65,7 +65,9 @@ class Contact:
 
     def take_shards(self, serial: int, now: float) -> None:
         """Shards have come."""
-        self.got, self.shards_at = max(self.got, serial), now
+        self.heard_at = self.shards_at = now
+        self.heard_of = True
+        self.got = max(self.got, serial)
 
     def take_pulse(self, pulse: Pulse, now: float, awake_since: float) -> None:
         """Its pulse has come; this device has not stood still since then."""

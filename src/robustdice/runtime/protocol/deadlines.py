@@ -105,7 +105,7 @@ class Deadlines:
     def hurry_at(self, frame: InFlight) -> float:
         """From when on a frame waits for nothing, so that its answer leaves in time."""
         usual = (self._hurries.mean or 0.0) * (len(self.computes) - frame.stage)
-        return frame.deadline - self._settings.answer_margin - ALONE * max(self._computing(frame), usual)
+        return frame.deadline - self._settings.answer_margin - ALONE * max(self._computing_after[frame.stage], usual)
 
     def hurries(self, frames: Iterable[InFlight], now: float) -> Iterator[tuple[InFlight, float]]:
         """As ``hurry_at`` for all that are waiting, the youngest first, where ``frames`` are all that are not answered,
@@ -114,7 +114,7 @@ class Deadlines:
         younger = math.inf
         for frame in reversed(list(frames)):
             own = self.hurry_at(frame)
-            due = min(own, younger - self._computing(frame))
+            due = min(own, younger - self._computing_after[frame.stage])
             if frame.phase is Phase.WAITING:
                 yield frame, due
             if own >= now:
@@ -132,10 +132,6 @@ class Deadlines:
             [*accumulate([0.0, *reversed(of_stages[1:])])][::-1] for of_stages in (computes, waits)
         )
         """What the stages after each one usually take, and wait; infinite where that is not known."""
-
-    def _computing(self, frame: InFlight) -> float:
-        """What the stages after its current one usually take."""
-        return self._computing_after[frame.stage]
 
     def finished(self, frame: InFlight, now: float) -> None:
         """Learn from a frame that was answered or given up."""

@@ -35,7 +35,7 @@ from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.protocol.oneway import OneWay
 from robustdice.runtime.protocol.outbox import Outbox
 from robustdice.runtime.protocol.waiting import Waiting
-from robustdice.runtime.protocol.workload import Workload
+from robustdice.runtime.protocol.workload import QUEUED_TASKS, Workload
 from robustdice.runtime.wire.messages import (
     Answer,
     ClientMessage,
@@ -83,7 +83,10 @@ class Engine:
         self._handled_at = now
         match event:
             case Received(message):
-                self._on_message(message, now)
+                if (frame := self._waiting.take_straight(message, now)) is None:
+                    self._on_message(message, now)
+                elif frame.phase is not Phase.READY:
+                    return []  # as for most messages: the frame waits on, and nothing else has changed
             case Computed():
                 self._on_computed(event, now)
             case PeerUp(device):
@@ -96,14 +99,15 @@ class Engine:
             case Tick(due):
                 self._on_tick(due, now)
         self._schedule(now)
-        self._waiting.lead(now)
+        if self.frames.head is not self._waiting.leading:
+            self._waiting.lead(now)
         return self._out.take()
 
     def next_due(self, now: float) -> float:
         """When a Tick is needed, if no other event comes before."""
         times = [self._contacts.pulse_at]
         times += [self._contacts.of[device].silent_at(self.settings) for device in self.membership.admitted]
-        times += self.frames.due(self._deadlines, self._waiting.head, now)
+        times += self.frames.due(self._deadlines, self._waiting.leading, now)
         return min(times)
 
     def status(self, now: float) -> dict[str, Any]:
@@ -166,7 +170,7 @@ class Engine:
             self._waiting.blame([sender], now, "it hears nothing of this device")
         if message.reply:
             self._out.pulse([sender], self.frames.owing(), now)
-        head = self.frames.head()
+        head = self.frames.head
         if head is not None and head.phase is Phase.WAITING and contact.has_delivered(head.id) and now >= head.asked_at:
             head.unfold()
             self._out.want(head, sender)
@@ -238,12 +242,11 @@ class Engine:
 
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
-        for frame in () if self._workload.full else self.frames.with_work():
-            if frame.id not in self.frames:
-                continue
-            if self._workload.full:
+        queued = self._workload.frames
+        for frame in self.frames.with_work() if len(queued) < QUEUED_TASKS else ():
+            if len(queued) == QUEUED_TASKS:
                 return
-            if self._workload.of(frame.id):
+            if frame.id in queued:
                 if frame.hurried:
                     return  # its next stage must find the executor free
                 continue
@@ -251,6 +254,8 @@ class Engine:
                 self._run(task, now)
             elif frame.phase is Phase.READY and now > frame.deadline:
                 self._give_up(frame, f"device {self.me} did not get to this frame in time", now)
+                self._schedule(now)  # others may have been dropped for it
+                return
             elif frame.phase is Phase.READY:
                 self._run(frame.enter(self.me), now)
 
@@ -282,7 +287,12 @@ class Engine:
         frame.phase, frame.since[task.stage] = Phase.WAITING, now
         frame.clean, frame.extended = True, False
         frame.asked_again.clear()
+        if frame.straight is not None and frame.complete:
+            self._waiting.go_on(frame, now)
+            return
         self._waiting.expect(frame, now)
+        if frame.straight is not None:
+            return
         self._waiting.weigh(frame, now)
         if late := adding.to_ask_for(frame):
             self._out.want_sums(frame, late)
@@ -344,7 +354,7 @@ class Engine:
         self._retire(frame, now)
 
     def _retire(self, frame: InFlight, now: float) -> None:
-        frame.retire()
+        self.frames.retire(frame)
         self._deadlines.finished(frame, now)
         for frame_id in self.frames.surplus():
             self._drop(frame_id)

@@ -20,6 +20,12 @@ class Frames:
         self._settings = settings
         self._admitted: dict[FrameId, InFlight] = {}
         """In the order of admission. At most ``window`` that are not DONE and ``window`` that are."""
+        self.get = self._admitted.get
+        """The frame with an id, if it is admitted."""
+        self._pending: dict[FrameId, InFlight] = {}
+        """Those of them that are not DONE."""
+        self.head: InFlight | None = None
+        """The oldest of these."""
         self._early: OrderedDict[FrameId, Early] = OrderedDict()
         """At most 2 ``window``, never one that was admitted or is over."""
         self._over: OrderedDict[FrameId, None] = OrderedDict()
@@ -33,17 +39,14 @@ class Frames:
         """Whether the frame is admitted."""
         return frame_id in self._admitted
 
-    def get(self, frame_id: FrameId) -> InFlight | None:
-        """The frame, if it is admitted."""
-        return self._admitted.get(frame_id)
-
     def is_new(self, frame_id: FrameId) -> bool:
         """Whether it was neither admitted nor is it over."""
         return frame_id not in self._admitted and frame_id not in self._over
 
     def admit(self, frame: InFlight) -> Early | None:
         """Work on a frame, with what peers have already said about it, which is returned."""
-        self._admitted[frame.id] = frame
+        self._admitted[frame.id] = self._pending[frame.id] = frame
+        self.head = self.head or frame
         early = self._early.pop(frame.id, None)
         if early:
             if early.passed or early.wanted:
@@ -68,20 +71,26 @@ class Frames:
         """All frames that only peers spoke of."""
         return list(self._early.items())
 
-    def due(self, deadlines: Deadlines, head: FrameId | None, now: float) -> list[float]:
+    def due(self, deadlines: Deadlines, head: InFlight | None, now: float) -> list[float]:
         """When something is to be done about a frame, or at least looked at; stage deadlines run for the head alone."""
         times = [deadlines.early_until(early) for early in self._early.values()]
         times += [hurry_at for _, hurry_at in deadlines.hurries(self.pending(), now)]
         for frame in self._admitted.values():
-            if frame.phase is Phase.WAITING and frame.id == head:
+            if frame.phase is Phase.WAITING and frame is head:
                 times.append(frame.wait_until if frame.nudge_at is None else frame.nudge_at)
             elif frame.phase is Phase.DONE:
                 times.append(frame.deadline)
         return times
 
+    def retire(self, frame: InFlight) -> None:
+        """The frame was answered or given up: it is DONE."""
+        frame.retire()
+        self._remove(frame.id)
+
     def forget(self, frame_id: FrameId) -> None:
         """The frame is over: nothing that is said about it matters any more."""
         self._admitted.pop(frame_id, None)
+        self._remove(frame_id)
         self._early.pop(frame_id, None)
         self._over[frame_id] = None
         while len(self._over) > self._settings.remembered_frames:
@@ -92,9 +101,9 @@ class Frames:
         done = [frame.id for frame in self._admitted.values() if frame.phase is Phase.DONE]
         return done[: -self._settings.window]
 
-    def head(self) -> InFlight | None:
-        """The oldest frame that is not DONE."""
-        return next((frame for frame in self._admitted.values() if frame.phase is not Phase.DONE), None)
+    def _remove(self, frame_id: FrameId) -> None:
+        self._pending.pop(frame_id, None)
+        self.head = next(iter(self._pending.values()), None)
 
     def with_work(self) -> list[InFlight]:
         """Those that may have something to be computed, the oldest first."""
@@ -106,12 +115,12 @@ class Frames:
 
     def pending(self) -> list[InFlight]:
         """Those admitted that are not DONE, the oldest first."""
-        return [frame for frame in self._admitted.values() if frame.phase is not Phase.DONE]
+        return list(self._pending.values())
 
     @property
     def in_flight(self) -> int:
         """Frames admitted and not answered yet."""
-        return len(self.pending())
+        return len(self._pending)
 
     @property
     def buffered(self) -> int:

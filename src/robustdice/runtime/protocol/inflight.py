@@ -166,14 +166,22 @@ class InFlight:
         """What a shard that was computed here is built on."""
         return self.own_lineages.get(shard) or self.built[self.ancestry.stage_of(shard)]
 
+    def take_straight(self, message: Shards) -> bool:
+        """While straight: take what a peer publishes in this stage or a later one, if it is what the view says."""
+        sender, _, _, stage, parcel, lineage = message
+        view = self.straight
+        if view is None or stage < self.stage or self.phase is Phase.DONE or lineage != view.lineage:
+            return False
+        if view.due[stage].get(sender) != parcel.shards:
+            return False
+        self.parcels.setdefault((stage, sender), parcel)
+        return True
+
     def take(self, message: Shards) -> None:
         """Take what a peer publishes in this stage or a later one."""
-        view, parcel, due = self.straight, message.parcel, None
-        if view is not None and message.lineage == view.lineage:
-            due = view.due[message.stage].get(message.sender)
-        if due == parcel.shards:
-            self.parcels.setdefault((message.stage, message.sender), parcel)
+        if self.take_straight(message):
             return
+        parcel = message.parcel
         self.unfold()
         self.said[message.stage, message.sender] = message.lineage
         self.offer(zip(parcel.shards, parcel.arrays, strict=True), message.sender, message.lineage)
@@ -202,10 +210,6 @@ class InFlight:
         self.parcels.clear()
         self.spared.clear()
 
-    def parcel_for(self, device: int, stage: int) -> int | None:
-        """While straight: which of the parcels of a stage is for a peer."""
-        return None if self.straight is None else self.straight.for_peers[stage].get(device)
-
     def computed(self, task: RunStage | RunPieces, parcels: tuple[Parcel, ...]) -> tuple[Parcel, ...] | None:
         """Keep what was computed here. While straight: what of it is to be published."""
         if self.straight is None:
@@ -230,8 +234,7 @@ class InFlight:
         """Nothing that has a live publisher is missing of this stage."""
         if self.straight is None:
             return not self.missing()
-        stage, parcels = self.stage, self.parcels
-        return all((stage, device) in parcels for device in self.straight.due[stage])
+        return self.straight.awaited[self.stage] <= self.parcels.keys()
 
     @property
     def buffered(self) -> int:

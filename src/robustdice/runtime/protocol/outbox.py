@@ -104,11 +104,11 @@ class Outbox:
 
     def publish_straight(self, frame: InFlight, stage: int, parcels: Sequence[Parcel], now: float) -> None:
         """Publish what a frame that nothing irregular has happened to has to give in a stage."""
-        peers, lineage = self._membership.reachable, frame.built[stage]
-        for number, parcel in enumerate(parcels):
-            self.hand_over(
-                frame, stage, parcel, [d for d in peers if frame.parcel_for(d, stage) == number], lineage, now
-            )
+        if frame.straight is None:
+            return
+        peers, lineage = self._membership.peers, frame.built[stage]
+        for parcel, receivers in zip(parcels, frame.straight.receivers[stage], strict=True):
+            self.hand_over(frame, stage, parcel, [d for d in receivers if peers[d].connected], lineage, now)
 
     def hand_over(
         self, frame: InFlight, stage: int, parcel: Parcel, to: Sequence[int], lineage: Lineage, now: float
@@ -118,4 +118,4 @@ class Outbox:
             return
         message = Shards(self._me, self._contacts.hand_over(to, now), frame.id, stage, parcel, lineage)
         for device in to:
-            self.send(device, message)
+            self._actions.append(Send(device, message))

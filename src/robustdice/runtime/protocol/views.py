@@ -22,14 +22,16 @@ Row = tuple[int, ...]
 class View:
     """The ``devices`` that are up, ascending. ``due`` has for every stage what the device whose manifest it is has from
     each of them, itself included, if anything, in order; ``parcels`` what it makes for itself and others, its own
-    first, and ``for_peers`` the number of each other device's; ``pieces`` are those that it computes for that, and
-    ``owned`` the shards among them that it adds up as an owner. ``rows`` has for every exchange where its shards come
-    from."""
+    first, and ``receivers`` for each of these the other devices that it is for; ``pieces`` are those that it computes
+    for that, and ``owned`` the shards among them that it adds up as an owner. ``rows`` has for every exchange where its
+    shards come from."""
 
     devices: tuple[int, ...]
     due: tuple[Mapping[int, tuple[ShardId, ...]], ...]
+    awaited: tuple[frozenset[tuple[int, int]], ...]
+    """For every stage: it and each device that something is due from."""
     parcels: tuple[tuple[tuple[ShardId, ...], ...], ...]
-    for_peers: tuple[Mapping[int, int], ...]
+    receivers: tuple[tuple[tuple[int, ...], ...], ...]
     pieces: tuple[tuple[int, ...], ...]
     owned: tuple[tuple[ShardId, ...], ...]
     rows: tuple[Row, ...]
@@ -69,8 +71,8 @@ class Views:
             tuple(dict.fromkeys((*([of_me[me]] if me in of_me else []), *to_others.values())))
             for of_me, to_others in zip(due, sent, strict=True)
         ]
-        for_peers = [
-            {device: made.index(shards) for device, shards in to_others.items()}
+        receivers = [
+            tuple(tuple(device for device, mine in to_others.items() if mine == shards) for shards in made)
             for made, to_others in zip(parcels, sent, strict=True)
         ]
         rows = tuple(
@@ -89,7 +91,8 @@ class Views:
         owned = tuple(tuple(sorted(s for s in wanted if s[0] in manifest.sums_of)) for wanted in mine)
         here = {shard: device for of_me in due for device, shards in of_me.items() for shard in shards}
         had = tuple(source_row(manifest, e, here) for e in range(len(published)))
-        made = tuple(due), tuple(parcels), tuple(for_peers), pieces, owned
+        awaited = tuple(frozenset((stage, device) for device in of_me) for stage, of_me in enumerate(due))
+        made = tuple(due), awaited, tuple(parcels), tuple(receivers), pieces, owned
         view = View(devices, *made, rows, had, frozenset(down), Lineage(devices))
         self._known[devices] = view
         return view

@@ -18,7 +18,7 @@ from robustdice.runtime.protocol.inflight import InFlight, Phase
 from robustdice.runtime.protocol.lateness import judge
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.protocol.outbox import Outbox
-from robustdice.runtime.wire.messages import FrameId, Pass
+from robustdice.runtime.wire.messages import Message, Pass, Shards
 
 
 class Waiting:
@@ -39,17 +39,17 @@ class Waiting:
         self._me, self._settings = me, settings
         self._membership, self._contacts, self._deadlines, self._frames = membership, contacts, deadlines, frames
         self._record, self._out = record, out
-        self.head: FrameId | None = None
+        self.leading: InFlight | None = None
         """The oldest frame that is not DONE. Devices work on it first, so only it shows that a peer is silent: a
         younger frame's shards may just have to queue. Stage deadlines run for the head alone."""
 
     def lead(self, now: float) -> None:
         """Let the head's deadline run from the moment that it has become the head."""
-        head = self._frames.head()
-        if head is not None and head.id != self.head and head.phase is Phase.WAITING:
+        head = self._frames.head
+        if head is not None and head is not self.leading and head.phase is Phase.WAITING:
             head.since[head.stage] = now
             self.expect(head, now)
-        self.head = None if head is None else head.id
+        self.leading = head
 
     def expect(self, frame: InFlight, now: float) -> None:
         """From now on a frame waits in its stage."""
@@ -57,12 +57,29 @@ class Waiting:
         self._deadlines.arm(frame, now)
         frame.asked_at = math.inf
 
+    def take_straight(self, message: Message, now: float) -> InFlight | None:
+        """Take what a peer publishes of a frame that nothing irregular has happened to, as nearly always, and give the
+        frame; None, and nothing was done, if it is anything else."""
+        if type(message) is not Shards:
+            return None
+        frame, sender = self._frames.get(message.frame), self._contacts.of[message.sender]
+        if frame is None or sender.lost or not frame.take_straight(message):
+            return None
+        sender.take_shards(message.serial, now)
+        if frame.phase is Phase.WAITING and message.stage == frame.stage and frame.complete:
+            self.go_on(frame, now)
+        return frame
+
     def complete(self, frame: InFlight, now: float) -> None:
         """Go on to the next stage when everything that has a live holder is there."""
         if frame.phase is Phase.WAITING and frame.complete:
-            if frame.clean and not frame.parted and frame.id == self.head:
-                self._deadlines.observe(self._deadlines.waits[frame.stage], frame.since[frame.stage], now)
-            self._advance(frame)
+            self.go_on(frame, now)
+
+    def go_on(self, frame: InFlight, now: float) -> None:
+        """Everything that has a live holder is there."""
+        if frame.clean and not frame.parted and frame is self.leading:
+            self._deadlines.observe(self._deadlines.waits[frame.stage], frame.since[frame.stage], now)
+        self._advance(frame)
 
     def _advance(self, frame: InFlight) -> None:
         frame.stage += 1
@@ -91,7 +108,7 @@ class Waiting:
                 self._suspect(frame, now, final=True)
             if frame.phase is Phase.WAITING:
                 self.hurry(frame, now)
-        elif frame.id != self.head:
+        elif frame is not self.leading:
             return
         elif frozen and not frame.rearmed:
             self._deadlines.arm(frame, now)

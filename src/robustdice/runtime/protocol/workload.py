@@ -17,27 +17,19 @@ class Workload:
 
     def __init__(self) -> None:
         """Nothing is to be done."""
-        self._tasks: deque[Task] = deque()
+        self.frames: deque[FrameId] = deque()
+        """The frames that the tasks are of."""
         self._since = 0.0
         """When the executor began with the first of them."""
 
-    @property
-    def full(self) -> bool:
-        """Nothing more may be added."""
-        return len(self._tasks) == QUEUED_TASKS
-
-    def of(self, frame: FrameId) -> bool:
-        """Whether one of the tasks is of a frame."""
-        return any(task.frame == frame for task in self._tasks)
-
     def add(self, task: Task, now: float) -> None:
         """The executor is given a task."""
-        if not self._tasks:
+        if not self.frames:
             self._since = now
-        self._tasks.append(task)
+        self.frames.append(task.frame)
 
     def done(self, now: float) -> float:
         """The executor is done with the first task; when it began."""
-        self._tasks.popleft()
+        self.frames.popleft()
         started, self._since = self._since, now
         return started

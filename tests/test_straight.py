@@ -1,0 +1,145 @@
+"""The healthy path is straight: how many functions a device calls for an exchange while everyone is up."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+import robustdice
+from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from robustdice.bundle.read import Bundle
+from robustdice.runtime.executor import Executor
+from robustdice.runtime.protocol.engine import Engine
+from robustdice.runtime.protocol.events import Event, Note, PeerUp, Received, Send
+from robustdice.runtime.wire.codec import Codec
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Message, Pass
+from robustdice.runtime.wire.watch import Watch, received
+from robustdice.runtime.worker import Worker
+
+HERE = str(Path(robustdice.__file__).parent)
+FRAMES = 20
+CALLS = {2: 95, 4: 125}
+"""Functions of ours for an exchange, by the number of devices; with a frame's arrival and answer in it."""
+
+
+class Device:
+    """Everything of a device but its sockets; what it sends is in ``sent``."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.me, devices = bundle.manifest.device, bundle.manifest.devices
+        self.engine, self.codec = Engine(bundle.manifest), Codec(bundle.manifest.plan_digest, bundle.manifest)
+        self.worker = Worker(Executor(bundle), lambda: None)
+        self.sent: deque[tuple[int | str, Message | list[Any]]] = deque()
+        for peer in range(devices):
+            if peer != self.me:
+                self.handle(PeerUp(peer), 0.0)
+
+    def handle(self, event: Event, now: float) -> None:
+        for action in self.engine.handle(event, now):
+            if isinstance(action, Send):
+                to_client = isinstance(action.to, str)
+                self.sent.append((action.to, action.message if to_client else self.codec.encode(action.message)))
+            elif not isinstance(action, Note):
+                self.worker.give(action)
+        if (result := self.worker.result()) is not None:
+            self.handle(result, now)
+
+    def hear(self, parts: list[Any], sender: int, now: float) -> None:
+        self.handle(Received(self.codec.decode(parts, sender)), now)  # type: ignore[arg-type]
+
+
+def run(devices: list[Device], now: float) -> list[Message]:
+    """Let everything arrive that was sent; what clients were sent."""
+    answers: list[Message] = []
+    while any(device.sent for device in devices):
+        for device in devices:
+            while device.sent:
+                to, sent = device.sent.popleft()
+                if isinstance(sent, list):
+                    devices[int(to)].hear(sent, device.me, now)
+                else:
+                    answers.append(sent)
+    return answers
+
+
+@pytest.fixture(autouse=True)
+def all_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustdice.runtime.worker.BRIEF_SECONDS", np.inf)
+
+
+@pytest.mark.parametrize("number", CALLS)
+def test_an_exchange_takes_few_calls_while_everyone_is_up(number: int, tmp_path: Path) -> None:
+    network = Network()
+    devices = [Device(bundle) for bundle in write_bundles(tmp_path, make_plan(number, 1), network)]
+    run(devices, 0.0)
+    images = np.random.default_rng(0).standard_normal((2 * FRAMES, 1, *INPUT_SHAPE)).astype(np.float32)
+    calls, answers = 0, list[Message]()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(HERE)
+
+    for k, image in enumerate(images):
+        if k == FRAMES:  # what is worked out once is worked out by now
+            sys.setprofile(count)
+        for device in devices:
+            device.handle(Received(Frame(FrameId("ab", k), k, 2.0, image)), 1.0 + 0.001 * k)
+        answers += run(devices, 1.0 + 0.001 * k)
+    sys.setprofile(None)
+    assert len(answers) == number * len(images)
+    for answer in answers:
+        assert isinstance(answer, Answer)
+        assert answer.coverage == 1.0
+        np.testing.assert_allclose(answer.outputs, network.run(images[answer.frame.number])[0], rtol=1e-4, atol=1e-4)
+    exchanges = len(devices[0].engine.manifest.exchanges)
+    assert calls / FRAMES / number / exchanges <= CALLS[number]
+
+
+def test_a_frame_leaves_the_straight_path_when_a_peer_passes_it(tmp_path: Path) -> None:
+    devices = [Device(bundle) for bundle in write_bundles(tmp_path, make_plan(2, 2), Network())]
+    run(devices, 0.0)
+    frame = FrameId("ab", 1)
+    devices[1].handle(Received(Frame(frame, 1, 2.0, np.zeros((1, *INPUT_SHAPE), np.float32))), 1.0)
+    assert devices[1].engine.frames.get(frame).straight is not None  # type: ignore[union-attr]
+    devices[1].hear(devices[0].codec.encode(Pass(0, frame)), 0, 1.0)
+    (answer,) = (sent for to, sent in devices[1].sent if isinstance(to, str))
+    assert isinstance(answer, Answer)
+    assert (answer.coverage, answer.down) == (1.0, (0,))
+
+
+def test_a_socket_is_ready_whoever_has_noticed_what_has_come() -> None:
+    """libzmq may take notice of what has come in while a socket is used to send: its descriptor says nothing then."""
+    context: zmq.Context[Any] = zmq.Context()
+    watch = Watch()
+    one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    try:
+        one.bind("inproc://pair")
+        other.connect("inproc://pair")
+        watch.register(one)
+        assert watch.wait(0.0) == []
+        for k in range(3):
+            other.send(b"%d" % k)
+        assert watch.wait(1.0) == [one]
+        assert watch.wait(0.0) == [one]  # nothing was received
+        one.getsockopt(zmq.EVENTS)  # takes notice, as sending may
+        watch.used(one)
+        assert [frame.bytes for (frame,) in received(one)] == [b"0", b"1", b"2"]
+        assert watch.wait(0.0) == []
+        other.send(b"3")
+        one.getsockopt(zmq.EVENTS)
+        watch.used(one)
+        assert watch.wait(1.0) == [one]
+        watch.unregister(one)
+        assert watch.wait(0.0) == []
+    finally:
+        watch.close()
+        one.close(0)
+        other.close(0)
+        context.term()
