@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import robustdice as rd
 from nets import Residual, random_images, shared_network
 from robustdice.errors import PlanError
-from robustdice.failure.sensitivity import measure
+from robustdice.failure.sensitivity import Sensitivity, measure
 from robustdice.partitioning.allocation import Kept, Spread, allocate, deal, held_bytes, parts_of, shards_of
 from robustdice.plan import Plan, failure_sets
 from robustdice.representation import neuron_bytes
@@ -86,13 +86,17 @@ def test_uneven_devices_share_neurons_in_all_ways() -> None:
 def test_devices_hold_as_much_as_was_counted_on() -> None:
     network = shared_network(Residual, 3, 8, 8)
     for layer in network.plan_layers:
-        units = [float(unit) for unit in range(layer.neurons // layer.group)]
-        for kept in [Kept(Spread(holders, share), "float32") for holders in (1, 2, 3, 4) for share in (0.0, 0.5)]:
+        units = tuple(float(unit % 5) for unit in range(layer.neurons // layer.group))
+        spreads = [Spread(holders, share) for holders in (1, 2, 3, 4) for share in (0.0, 0.5)]
+        kinds = [("float32", None), ("int8", "int2")]
+        for spread, kind, rooms in itertools.product(spreads, kinds, (None, (1.0, 1.0, 2.0, 2.0))):
+            kept = Kept(spread, *kind)
             held: Counter[int] = Counter()
-            for shard in shards_of(layer, units, kept, 4, 1):
-                for device in shard.devices:
-                    held[device] += len(shard.neurons) * neuron_bytes(layer, "float32")
-            assert [held[device] for device in range(4)] == held_bytes(layer, kept, 4, 1).tolist()
+            for shard in shards_of(layer, units, kept, 4, 1, rooms):
+                for holder in shard.holders:
+                    held[holder.device] += len(shard.neurons) * neuron_bytes(layer, holder.representation)
+            counted = held_bytes(layer, units, kept, 4, 1, 0, rooms)
+            assert [held[device] for device in range(4)] == counted.tolist()
 
 
 def test_shards_make_a_plan_whatever_the_groups() -> None:
@@ -111,7 +115,7 @@ def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_not
     images = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(48).images()
     layers = range(1, 3)
     coarse = round_network(network, {i: [Choice("int8"), Choice("int2")] for i in layers}, images)
-    importance = [np.arange(layer.neurons, dtype=float) for layer in network.plan_layers]
+    importance = {i: np.arange(layer.neurons, dtype=float) for i, layer in enumerate(network.plan_layers)}
     spreads = [Spread(4), Spread(2), Spread(2, 0.5)]
     table = measure(network, coarse, importance, spreads, 4, 3, images)
     for layer in layers:
@@ -125,9 +129,21 @@ def test_fewer_bits_and_more_failures_cost_more_and_what_is_everywhere_costs_not
         assert table.cost(layer, kept, (1, 2, 2, 1)) == pytest.approx(expected)
 
 
+def test_a_layer_costs_as_much_as_is_from_coarse_spares_and_as_is_lost() -> None:
+    whole, half = Spread(4), Spread(2)
+    coarse = {(0, "int8"): 1.0, (0, "int2"): 9.0}
+    table = Sensitivity(coarse, {(0, half, 1): 0.0, (0, half, 2): 20.0, (0, half, 3): 50.0}, 4)
+    assert table.cost(0, Kept(whole, "int8"), (1, 1, 1, 1)) == 4
+    assert table.cost(0, Kept(whole, "int8", "int2"), (1, 0, 0, 0)) == 1
+    assert table.cost(0, Kept(whole, "int8", "int2"), (0, 0, 0, 1)) == 0.25 * 1 + 0.75 * 9
+    assert table.cost(0, Kept(whole, "float32", "int2"), (0, 1, 0, 0)) == 0.25 * 9
+    # Of six pairs of holders one is lost with two down, and in two of the others the primary is down.
+    assert table.cost(0, Kept(half, "int8", "int2"), (0, 0, 1, 0)) == pytest.approx(20 + 1 * 2 / 3 + 9 * 1 / 3)
+
+
 def test_as_much_lost_costs_as_much_whichever_holders_it_had() -> None:
     network = shared_network(Residual, 3, 8, 8)
-    importance = [np.arange(float(layer.neurons // layer.group)) for layer in network.plan_layers]
+    importance = {i: np.arange(float(of.neurons // of.group)) for i, of in enumerate(network.plan_layers)}
     table = measure(network, {}, importance, [Spread(2), Spread(1)], 4, 3, random_images(4, (3, 8, 8)))
     for layer in range(len(network.layers)):
         assert table.lost[layer, Spread(2), 3] == table.lost[layer, Spread(1), 2]  # half of it
@@ -135,6 +151,6 @@ def test_as_much_lost_costs_as_much_whichever_holders_it_had() -> None:
 
 def test_images_need_no_labels_and_may_be_few() -> None:
     network = shared_network(Residual, 3, 8, 8)
-    importance = [np.ones(layer.neurons // layer.group) for layer in network.plan_layers]
+    importance = {i: np.ones(layer.neurons // layer.group) for i, layer in enumerate(network.plan_layers)}
     table = measure(network, {}, importance, [Spread(1)], 2, 1, random_images(2, (3, 8, 8)))
     assert all(np.isfinite(cost) for cost in table.lost.values())

@@ -16,8 +16,9 @@ from robustdice.errors import PlanError
 from robustdice.importance.divergence import kullback_leibler
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
-from robustdice.plan import Holder, Shard
+from robustdice.plan import Holder, Shard, failure_sets
 from robustdice.report import considered
+from robustdice.representation import REPRESENTATIONS
 from robustdice.workshop import choose_from, choose_plan
 
 
@@ -36,7 +37,9 @@ def test_a_budget_is_kept_to_and_the_best_plan_comes_first(share: float) -> None
     assert [candidate.merit for candidate in found] == sorted((c.merit for c in found), reverse=True)
     assert all(len(candidate.agreement) == 4 for candidate in found)
     for plan in (candidate.plan for candidate in found):
-        assert bool(plan.corrections) != all(plan.held_by_all(layer) for layer in range(len(plan.layers)))
+        sets = [failed for size in (1, 2, 3) for failed in failure_sets(4, size)]
+        lossy = {failed for failed in sets if not all(mask.all() for mask in plan.surviving_neurons(failed))}
+        assert set(plan.corrections) == lossy
 
 
 def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:
@@ -96,10 +99,25 @@ def test_devices_with_more_room_hold_more_and_equal_amounts_are_one_amount() -> 
     found = candidates(table, budgets)
     for candidate in found:
         assert all(h <= b for h, b in zip(candidate.plan.bytes_per_device, budgets, strict=True)), candidate.family
-    spread = next(each.plan for each in found if not all(map(each.plan.held_by_all, range(len(each.plan.layers)))))
+    spread = next(each.plan for each in found if each.family.startswith("spread"))
     assert min(spread.bytes_per_device[2:]) > small >= max(spread.bytes_per_device[:2])
     one, four = candidates(table, small), candidates(table, (small,) * 4)
     assert [each.plan.digest for each in one] == [each.plan.digest for each in four]
+
+
+def test_copies_that_are_fine_first_and_coarse_as_spares_are_tried_and_are_finest_while_nobody_is_down() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    found = candidates(tabulate(network, random_images(24, (3, 8, 8)), devices=4), int(0.15 * total_bytes(network)))
+    plan = next(each.plan for each in found if each.family == "fine first, everywhere")
+    finer = [
+        [REPRESENTATIONS.index(holder.representation) for holder in shard.holders]
+        for shards in plan.shards
+        for shard in shards
+    ]
+    assert all(kinds[0] <= kinds[1] and len(set(kinds[1:])) == 1 and len(kinds) == 4 for kinds in finer)
+    assert any(kinds[0] < kinds[1] for kinds in finer)
+    assert not plan.corrections  # nothing can be lost
+    assert max(plan.bytes_per_device) <= 0.15 * total_bytes(network)
 
 
 def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None:

@@ -20,8 +20,10 @@ from robustdice.model.data import load_data
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, code_offset, code_range
+from robustdice.rounding import curvature as curvature_module
 from robustdice.rounding.affine import fold
-from robustdice.rounding.gptq import Curvature, damped, gptq
+from robustdice.rounding.curvature import Curvature, damped
+from robustdice.rounding.gptq import gptq
 from robustdice.rounding.inputs import columns
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
@@ -32,29 +34,49 @@ CODED = ["int8", "int4", "int3", "int2"]
 
 
 def problem(seed: int, neurons: int, weights: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Filters, and the second moments of inputs that have much in common."""
+    """Filters, and inputs that have much in common."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(64, weights, generator=generator) @ torch.randn(weights, weights, generator=generator)
-    return torch.randn(neurons, weights, generator=generator), inputs.T @ inputs / 64
+    return torch.randn(neurons, weights, generator=generator), inputs
 
 
-def loss(filters: torch.Tensor, values: torch.Tensor, moments: torch.Tensor) -> float:
+def loss(filters: torch.Tensor, values: torch.Tensor, inputs: torch.Tensor) -> float:
     """The mean squared difference of what filters give, as it is minimised."""
     difference = (filters - values).double()
-    return float(torch.einsum("nk,kl,nl->", difference, damped(moments), difference))
+    return float(torch.einsum("nk,kl,nl->", difference, damped(inputs.T @ inputs / len(inputs)), difference))
 
 
 @pytest.mark.parametrize("kind", CODED)
 def test_later_columns_make_up_for_earlier_ones(kind: str) -> None:
     lost = np.zeros(2)
     for seed in range(10):
-        filters, moments = problem(seed, 16, 20)
+        filters, inputs = problem(seed, 16, 20)
         steps = best_scales(filters, kind, 20).expand(-1, 20)
         lost += (
-            loss(filters, to_levels(filters, steps, kind) * steps, moments),
-            loss(filters, gptq(filters, Curvature.of(moments), steps, kind) * steps, moments),
+            loss(filters, to_levels(filters, steps, kind) * steps, inputs),
+            loss(filters, gptq(filters, Curvature.of(inputs), steps, kind) * steps, inputs),
         )
     assert lost[1] < 0.7 * lost[0]
+
+
+@pytest.mark.parametrize("weights", [30, 130, 256])
+def test_few_inputs_say_the_same_by_themselves_and_by_their_second_moments(
+    weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters, inputs = problem(0, 16, weights)
+    few, wanted = inputs[:5], inputs[:5] @ filters.T
+    curvatures = [Curvature.of(few)]
+    monkeypatch.setattr(curvature_module, "FEW", weights)
+    curvatures.append(Curvature.of(few))
+    assert {type(curvature) for curvature in curvatures} == set(Curvature.__subclasses__())
+    solved = [curvature.solve(wanted) for curvature in curvatures]
+    torch.testing.assert_close(*solved, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(few @ solved[0].T, wanted, rtol=0.1, atol=0.1 * float(wanted.std()))
+    steps = best_scales(filters, "int3", weights).expand(-1, weights)
+    by_each = [gptq(filters, curvature, steps, "int3") * steps for curvature in curvatures]
+    losses = [loss(filters, values, few) for values in by_each]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] < 0.5 * loss(filters, to_levels(filters, steps, "int3") * steps, few)
 
 
 def test_gptq_comes_near_the_best_of_all_codes() -> None:
@@ -62,16 +84,16 @@ def test_gptq_comes_near_the_best_of_all_codes() -> None:
     every = torch.tensor(list(itertools.product(range(low, high + 1), repeat=4)), dtype=torch.float32)
     best = found = nearest = 0.0
     for seed in range(40):
-        filters, moments = problem(seed, 8, 4)
+        filters, inputs = problem(seed, 8, 4)
         steps = best_scales(filters, "int3", 4).expand(-1, 4)
         difference = (filters[:, None] - every * steps[:, None]).double()
-        losses = torch.einsum("nek,kl,nel->ne", difference, damped(moments), difference)
+        losses = torch.einsum("nek,kl,nel->ne", difference, damped(inputs.T @ inputs / 64), difference)
         of_seed = float(losses.min(1).values.sum())
         best += of_seed
-        by_gptq = loss(filters, gptq(filters, Curvature.of(moments), steps, "int3") * steps, moments)
+        by_gptq = loss(filters, gptq(filters, Curvature.of(inputs), steps, "int3") * steps, inputs)
         assert by_gptq >= of_seed * 0.9999
         found += by_gptq
-        nearest += loss(filters, to_levels(filters, steps, "int3") * steps, moments)
+        nearest += loss(filters, to_levels(filters, steps, "int3") * steps, inputs)
     assert found < best + 0.5 * (nearest - best)
 
 

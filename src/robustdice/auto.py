@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.partitioning.budget import share_of
-from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
+from robustdice.plan import FailureSet, Layer, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
 from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
 from robustdice.rounding.layer import Choice
@@ -39,6 +40,14 @@ FEWEST_IMAGES = 12
 """But not with less than so many."""
 MEASURED = ("int8", "int4", "int3", "int2")
 """Of float16 nobody sees a difference, nor how it is rounded."""
+FINE = ("float32", "float16", "int8")
+"""In one of which layers that have next to nothing of the weights are kept, by everybody."""
+SMALL = 0.005
+"""Of all weights: that is next to nothing. Often these are early layers, where every trial takes longest."""
+ALIKE = tuple((kind, kind) for kind in REPRESENTATIONS)
+"""Representations of primaries and spares that are the same."""
+FINE_FIRST = (*ALIKE, *itertools.combinations(("float32", *MEASURED), 2))
+"""And those of which spares are coarser."""
 TRIES = 3
 """Layers are sized by their largest device; what the devices then have left is given out again so often."""
 
@@ -112,11 +121,25 @@ def tabulate(
         importance = score(network, affordable(network, images, SCORING_SAMPLES), s3="fisher")
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
     rounded = round_network(network, every, affordable(network, images, ROUNDING_IMAGES))
-    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}), wire)
+    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}, devices), wire)
     spreads = [*_spreads(devices), *_thin(devices)]
     seen = affordable(network, images, TABLE_IMAGES)
-    found = measure(network, rounded, table.units, spreads, devices, survive, seen, on_progress)
+    small = small_layers(network.plan_layers)
+    coarse = {of: kept for of, kept in rounded.items() if of[0] not in small or of[1] in FINE}
+    units = {index: of for index, of in enumerate(table.units) if index not in small}
+    found = measure(network, coarse, units, spreads, devices, survive, seen, on_progress)
     return replace(table, sensitivity=found)
+
+
+def small_layers(layers: Sequence[Layer]) -> frozenset[int]:
+    """The smallest layers, as many as have next to nothing of the weights together."""
+    weights = [layer.neurons * layer.neuron_weights for layer in layers]
+    found: list[int] = []
+    for index in sorted(range(len(layers)), key=weights.__getitem__):
+        if sum(weights[i] for i in (*found, index)) > SMALL * sum(weights):
+            break
+        found.append(index)
+    return frozenset(found)
 
 
 def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
@@ -132,29 +155,32 @@ def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
     table's number of failed devices, the best first.
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
-    everywhere, either with every number of failures counted the same (``even``) or small ones first (``early``).
-    PlanError when nothing fits.
+    everywhere, with every number of failures counted the same (``even``) or small ones first (``early``); *fine first*
+    are those whose spares may be coarser than their primaries, which is for few failures too. PlanError when nothing
+    fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
         raise PlanError(f"{len(budgets)} budgets for {table.devices} devices; give one for each")
     offered = _spreads(table.devices)
     whole = offered[:1]
-    sizes = range(table.survive + 1)
+    even, early = ([share**size for size in range(table.survive + 1)] for share in (1.0, 0.5))
     families = {
-        "whole, mixed": (whole, [1.0 for _ in sizes]),
-        "spread, even": (offered, [1.0 for _ in sizes]),
-        "spread, early": (offered, [0.5**size for size in sizes]),
+        "whole, mixed": (whole, ALIKE, even),
+        "spread, even": (offered, ALIKE, even),
+        "spread, early": (offered, ALIKE, early),
+        "fine first, everywhere": (whole, FINE_FIRST, early),
+        "fine first, spread": (offered, FINE_FIRST, early),
     }
     found: list[Candidate] = []
     tried: list[list[Kept]] = []
-    for family, (spreads, weights) in families.items():
+    for family, (spreads, kinds, weights) in families.items():
         try:
-            kept, rooms = choose(table, spreads, weights, budgets)
+            kept, rooms = choose(table, spreads, kinds, weights, budgets)
         except PlanError:
             if spreads is whole:
                 continue
-            kept, rooms = choose(table, [*spreads, *_thin(table.devices)], weights, budgets)
+            kept, rooms = choose(table, [*spreads, *_thin(table.devices)], kinds, weights, budgets)
         if kept in tried:
             continue
         tried.append(kept)
@@ -176,19 +202,28 @@ def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> 
 
 
 def choose(
-    table: Table, spreads: Sequence[Spread], weights: Sequence[float], budgets: Sequence[int]
+    table: Table,
+    spreads: Sequence[Spread],
+    kinds: Sequence[tuple[str, str]],
+    weights: Sequence[float],
+    budgets: Sequence[int],
 ) -> tuple[list[Kept], Rooms]:
-    """Of every layer how it is kept, so that the table's costs add up to the least, and by how much room the devices
-    share what is not on all of them (None: evenly). ``weights`` are those of 0, 1, ... failed devices.
+    """Of every layer how it is kept, with primaries and spares in which of the ``kinds``, so that the table's costs add
+    up to the least, and by how much room the devices share what is not on all of them (None: evenly). ``weights`` are
+    those of 0, 1, ... failed devices.
 
     Bytes are counted as parts of what a device has room for, and the device of which most is taken counts. PlanError
     when even the least does not fit.
     """
     network, devices = table.network, table.devices
-    layers = list(enumerate(network.plan_layers))
-    choices = [Kept(spread, kind) for spread in spreads for kind in REPRESENTATIONS]
+    layers = list(enumerate(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True)))
+    small, by_all = small_layers(network.plan_layers), Spread(devices)
+    choices = [
+        [Kept(by_all, kind) for kind in FINE] if i in small else [Kept(s, *kind) for s in spreads for kind in kinds]
+        for i, _ in layers
+    ]
     corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
-    costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices]) for i, _ in layers]
+    costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices[i]]) for i, _ in layers]
     allowed = np.array(budgets, dtype=np.int64) - 4 * network.shared_weights
     if allowed.min() <= 0:
         raise _too_little(network, 4 * network.shared_weights + 1, budgets)
@@ -200,14 +235,14 @@ def choose(
     least = math.inf
     for _ in range(TRIES):
         sizes = [
-            np.array([_largest(held_bytes(layer, kept, devices, i, corrections, rooms), scale) for kept in choices])
+            np.array([_largest(held_bytes(*layer, kept, devices, i, corrections, rooms), scale) for kept in choices[i]])
             for i, layer in layers
         ]
         if (smallest := sum(int(of_layer.min()) for of_layer in sizes)) > room:
             raise _too_little(network, smallest + 4 * network.shared_weights, budgets)
         numbers = allocate(costs, sizes, room)
-        chosen = [choices[number] for number in numbers]
-        everywhere, rest = _held(network, chosen, devices, corrections, rooms)
+        chosen = [choices[i][number] for i, number in enumerate(numbers)]
+        everywhere, rest = _held(layers, chosen, devices, corrections, rooms)
         unused = math.floor(((allowed - everywhere - rest) * scale).min())
         cost = sum(float(costs[i][number]) for i, number in enumerate(numbers))
         if unused < 0:
@@ -272,15 +307,20 @@ def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> in
 
 
 def _held(
-    network: Network, kept: Sequence[Kept], devices: int, corrections: int, rooms: Rooms
+    layers: Sequence[tuple[int, tuple[Layer, tuple[float, ...]]]],
+    kept: Sequence[Kept],
+    devices: int,
+    corrections: int,
+    rooms: Rooms,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bytes on every device: of layers that all devices hold, and of the others. Layers up to the first of which
-    something can be lost need no ``corrections``."""
+    something can be lost need no ``corrections``, unless that may come from coarser spares."""
     everywhere, rest = np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
     corrected = False
-    for index, (layer, of_layer) in enumerate(zip(network.plan_layers, kept, strict=True)):
-        held = held_bytes(layer, of_layer, devices, index, corrections if corrected else 0, rooms)
-        if of_layer.spread.holders == devices:
+    for (index, layer), of_layer in zip(layers, kept, strict=True):
+        corrected |= len(set(of_layer.kinds)) > 1
+        held = held_bytes(*layer, of_layer, devices, index, corrections if corrected else 0, rooms)
+        if of_layer.held_by_all(devices):
             everywhere += held
         else:
             rest += held
@@ -291,7 +331,8 @@ def _held(
 def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
     """The plan with its coarse weights and corrections."""
     network, devices, images, survive = table.network, table.devices, table.images, table.survive
-    wanted = {i: [Choice(of.representation)] for i, of in enumerate(kept) if of.representation != "float32"}
+    kinds = {i: [kind for kind in dict.fromkeys(of.kinds) if kind != "float32"] for i, of in enumerate(kept)}
+    wanted = {i: list(map(Choice, of_layer)) for i, of_layer in kinds.items() if of_layer}
     plan = Plan(
         devices=devices,
         layers=network.plan_layers,
@@ -307,9 +348,10 @@ def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
             "holders": [of.spread.holders for of in kept],
             "decisive": [of.spread.decisive for of in kept],
             "precision": [of.representation for of in kept],
+            "spare_precision": [of.kinds[1] for of in kept],
             "images": len(images),
         },
         coarse=round_network(network, wanted, images),
         wire=table.wire,
     )
-    return replace(plan, corrections=calibrate(network, plan, images, max_failed=survive))
+    return replace(plan, corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True))

@@ -130,5 +130,5 @@ def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) ->
             corrections={},
             settings={**plan.settings, "split": split},
         )
-        corrections = calibrate(network, divided, table.images, max_failed=table.survive)
+        corrections = calibrate(network, divided, table.images, max_failed=table.survive, lost_only=True)
         yield f"{family}, {split}", replace(divided, corrections=corrections)

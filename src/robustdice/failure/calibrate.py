@@ -18,6 +18,7 @@ from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, silent
+from robustdice.representation import LOST
 
 
 def calibrate(
@@ -26,13 +27,15 @@ def calibrate(
     images: NDArray[np.float32],
     *,
     max_failed: int | None = None,
+    lost_only: bool = False,
     passes: int = 0,
     seed: int = 0,
     on_progress: Progress = silent,
 ) -> dict[FailureSet, Corrections]:
     """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it
     computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height, width], a
-    few hundred). What the plan's own corrections are does not matter. Gradient descent goes over the images ``passes``
+    few hundred). With ``lost_only`` not for sets in which all neurons are there, if only from coarser spares. What the
+    plan's own corrections are does not matter. Gradient descent goes over the images ``passes``
     times for each of them, in an order drawn with ``seed``. PlanError when the plan is of another model.
     """
     check_plan_fits(network, plan)
@@ -43,7 +46,8 @@ def calibrate(
     states = {failed: replace(state_of(plan, failed), corrections=None) for failed in sets}
     wanted: dict[bytes, list[FailureSet]] = {}
     for failed, state in states.items():
-        if state.key != base.key:
+        lost = any((copies == LOST).any() for copies in state.copies)
+        if lost or (state.key != base.key and not lost_only):
             wanted.setdefault(state.key, []).append(failed)
     found: dict[FailureSet, Corrections] = {}
     copies, different = Copies.of(network, plan), [states[same[0]] for same in wanted.values()]

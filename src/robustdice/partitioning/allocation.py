@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -37,10 +38,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Kept:
-    """How one layer is kept: where, and in which representation."""
+    """How one layer is kept: where, and in which representation its primaries are, and its spares if these are not
+    alike."""
 
     spread: Spread
     representation: str
+    spare: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The representations of primaries and of spares."""
+        return self.representation, self.spare or self.representation
+
+    def held_by_all(self, devices: int) -> bool:
+        """Whether all of the ``devices`` hold the same copy, so that nothing is handed over."""
+        return self.spread.holders == devices and len(set(self.kinds)) == 1
 
 
 def deal(
@@ -134,22 +146,51 @@ def shards_of(
 ) -> tuple[Shard, ...]:
     """The shards of layer number ``index``; ``units`` says how important each of its units is, ``rooms`` how much room
     the devices have, as in :func:`deal`."""
-    if kept.spread.holders == devices:
+    if kept.held_by_all(devices):
         shards: tuple[Shard, ...] = whole(layer, devices)
     else:
         shards = to_shards(order_holders(deal(units, kept.spread, devices, index, rooms), devices, index), layer.group)
+    primary, spare = kept.kinds
     return tuple(
-        Shard(shard.neurons, tuple(Holder(device, kept.representation) for device in shard.devices)) for shard in shards
+        Shard(shard.neurons, tuple(Holder(device, spare if at else primary) for at, device in enumerate(shard.devices)))
+        for shard in shards
     )
 
 
 def held_bytes(
-    layer: Layer, kept: Kept, devices: int, index: int, per_neuron: int = 0, rooms: Sequence[float] | None = None
+    layer: Layer,
+    units: tuple[float, ...],
+    kept: Kept,
+    devices: int,
+    index: int,
+    per_neuron: int = 0,
+    rooms: tuple[float, ...] | None = None,
 ) -> NDArray[np.int64]:
-    """Bytes that each device holds of layer number ``index``, ``per_neuron`` bytes more for each neuron."""
-    dealt = deal([0.0] * (layer.neurons // layer.group), kept.spread, devices, index, rooms)
-    units = np.array([sum(device in holders for holders in dealt) for device in range(devices)], dtype=np.int64)
-    return units * layer.group * (neuron_bytes(layer, kept.representation) + per_neuron)
+    """Bytes that each device holds of what :func:`shards_of` deals out, ``per_neuron`` bytes more for each neuron."""
+    primary, spare = (neuron_bytes(layer, kind) + per_neuron for kind in kept.kinds)
+    held = _units_held(units, kept.spread, devices, index, rooms)
+    if primary == spare:
+        return held * layer.group * spare
+    first = _units_first(units, kept.spread, devices, index, rooms)
+    return (first * primary + (held - first) * spare) * layer.group
+
+
+@lru_cache(maxsize=4096)
+def _units_held(
+    units: tuple[float, ...], spread: Spread, devices: int, index: int, rooms: tuple[float, ...] | None
+) -> NDArray[np.int64]:
+    """How many units each device holds."""
+    dealt = deal(units, spread, devices, index, rooms)
+    return np.array([sum(device in holders for holders in dealt) for device in range(devices)], dtype=np.int64)
+
+
+@lru_cache(maxsize=4096)
+def _units_first(
+    units: tuple[float, ...], spread: Spread, devices: int, index: int, rooms: tuple[float, ...] | None
+) -> NDArray[np.int64]:
+    """Of how many units each device is the primary."""
+    orders = order_holders(deal(units, spread, devices, index, rooms), devices, index)
+    return np.bincount([order[0] for order in orders], minlength=devices)
 
 
 def allocate(costs: Sequence[NDArray[np.float64]], sizes: Sequence[NDArray[np.int64]], budget: int) -> list[int]:

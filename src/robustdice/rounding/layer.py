@@ -15,12 +15,13 @@ from robustdice.representation import (
     code_offset,
 )
 from robustdice.rounding.affine import Folded
-from robustdice.rounding.gptq import Curvature, gptq
+from robustdice.rounding.curvature import FEW, Curvature
+from robustdice.rounding.gptq import gptq
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
 
 MAX_BLOCK = 4608
 """A wider filter is rounded in blocks of this many weights, as if these saw nothing in common: second moments of all of
-them would not fit into memory."""
+them would not fit into memory. Where few inputs are seen they are not needed, and the filter stays whole."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def target(filters: torch.Tensor, seen: Seen | None) -> Target:
     parts = []
     for number, (own, intact) in enumerate(zip(seen.own, seen.intact, strict=True)):
         rows = slice(number * each, (number + 1) * each)
-        for start in range(0, weights, MAX_BLOCK):
-            block = slice(start, min(start + MAX_BLOCK, weights))
+        at_once = weights if FEW * len(own) <= weights else MAX_BLOCK
+        for start in range(0, weights, at_once):
+            block = slice(start, min(start + at_once, weights))
             parts.append(_part(filters[rows, block], rows, block, own[:, block], intact[:, block]))
     means = [side.mean(1).repeat_interleave(each, 0) for side in (seen.own, seen.intact)]
     return Target(filters, tuple(parts), *means)
@@ -83,11 +85,9 @@ def _part(filters: torch.Tensor, rows: slice, block: slice, own: torch.Tensor, i
     """``wanted`` are the filters that give on ``own`` inputs [columns, K] what ``filters`` give on the intact ones, as
     nearly as least squares can, drawn a little towards ``filters``: earlier layers' coarseness is made up for before
     rounding adds to it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
-    moments = own.T @ own / len(own)
-    curvature = Curvature.of(moments)
-    missing = intact @ filters.T - own @ filters.T
-    wanted = filters + curvature.solve((missing.T @ own / len(own)).to(torch.float64)).to(torch.float32)
-    return Part(rows, block, wanted, moments.diagonal().clone(), curvature)
+    curvature = Curvature.of(own)
+    wanted = filters + curvature.solve(intact @ filters.T - own @ filters.T)
+    return Part(rows, block, wanted, own.square().mean(0), curvature)
 
 
 def coarse_layer(
