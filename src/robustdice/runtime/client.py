@@ -8,7 +8,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildError
 from robustdice.runtime.answer import Answer, Model, probabilities_of
 from robustdice.runtime.choice import Choice, Pace
+from robustdice.runtime.pending import Pending
 from robustdice.runtime.turns import Turns
 from robustdice.runtime.wire import messages
 from robustdice.runtime.wire.codec import Codec
@@ -34,33 +34,6 @@ CONNECT_SECONDS = 0.5
 REMEMBERED_FRAMES = 64
 """So many decided frames may still get answers that teach something."""
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
-
-
-@dataclass
-class _Pending:
-    """A frame without a result yet."""
-
-    number: int
-    array: NDArray[np.float32]
-    sent_at: float
-    among: int
-    """Frames that were under way when it left, it included."""
-    asked: dict[int, float] = field(default_factory=dict)
-    """Devices that the frame was sent to, and when."""
-    answers: dict[int, tuple[messages.Answer, float]] = field(default_factory=dict)
-    refusals: dict[int, str] = field(default_factory=dict)
-    first_at: float | None = None
-    """When the first answer came."""
-
-    @property
-    def waiting(self) -> list[int]:
-        """Devices that were asked and have said nothing about it yet."""
-        return [d for d in self.asked if d not in self.answers and d not in self.refusals]
-
-    @property
-    def coverages(self) -> dict[int, float]:
-        """What the answers so far cover."""
-        return {device: answer.coverage for device, (answer, _) in self.answers.items()}
 
 
 class Client:
@@ -95,13 +68,13 @@ class Client:
         self._name = secrets.token_hex(8)
         self._next = 0
         self._model: Model | None = None
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._done: dict[int, Answer] = {}
         self._statuses: dict[int, Mapping[str, Any]] = {}
         self._turns = Turns(len(self.cluster.devices))
         self._choice = Choice(len(self.cluster.devices))
         self._pace = Pace(window, timeout_seconds, len(self.cluster.devices))
-        self._decided: OrderedDict[int, _Pending] = OrderedDict()
+        self._decided: OrderedDict[int, Pending] = OrderedDict()
         """The last frames that were decided before all devices had answered."""
         context: zmq.Context[Any] = zmq.Context()
         self._watch = Watch()
@@ -183,21 +156,21 @@ class Client:
         if array.shape != model.input_shape:
             raise DataError(f"a frame of shape {array.shape}, the model takes {model.input_shape}")
         now = time.monotonic()
-        pending = _Pending(self._next, np.array(array, np.float32)[None], now, 1 + len(self._pending))
+        pending = Pending(self._next, np.array(array, np.float32)[None], now, 1 + len(self._pending))
         self._next += 1
         self._connect(now + self.timeout_seconds)
         self._pending[pending.number] = pending
         self._dispatch(pending)
         return pending.number
 
-    def _dispatch(self, pending: _Pending) -> None:
+    def _dispatch(self, pending: Pending) -> None:
         if self.model.exchanges:
             for device in range(len(self._lines)):
                 self._send(pending, device)
         else:
             self._pass_on(pending)
 
-    def _send(self, pending: _Pending, device: int) -> bool:
+    def _send(self, pending: Pending, device: int) -> bool:
         line = self._lines[device]
         now = time.monotonic()
         remaining = pending.sent_at + self.timeout_seconds - now
@@ -210,7 +183,7 @@ class Client:
         pending.asked[device] = now
         return True
 
-    def _pass_on(self, pending: _Pending) -> None:
+    def _pass_on(self, pending: Pending) -> None:
         """Without exchanges: to one more device."""
         loads = {device: self._load(device) for device in self._lines}
         for device in self._turns.order(pending.number, loads, pending.asked):
@@ -333,7 +306,7 @@ class Client:
                     self._choice.expire(pending.coverages, waiting, pending.first_at, now)
                 self._resolve(pending)
 
-    def _overdue_at(self, pending: _Pending, device: int) -> float:
+    def _overdue_at(self, pending: Pending, device: int) -> float:
         return self._turns.overdue_at(device, pending.asked[device], self._load(device))
 
     def _next_due(self) -> float:
@@ -351,7 +324,7 @@ class Client:
                 times += [] if due is None else [due]
         return min(times)
 
-    def _resolve(self, pending: _Pending) -> None:
+    def _resolve(self, pending: Pending) -> None:
         del self._pending[pending.number]
         pending.array = pending.array[:0]
         self._decided[pending.number] = pending

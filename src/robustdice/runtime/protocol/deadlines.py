@@ -12,7 +12,8 @@ from typing import Any
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.early import Early
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight
+from robustdice.runtime.protocol.state import Phase
 
 RATE_SECONDS = 5.0
 

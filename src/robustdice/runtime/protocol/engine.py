@@ -29,11 +29,12 @@ from robustdice.runtime.protocol.events import (
     Tick,
 )
 from robustdice.runtime.protocol.frames import Frames
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight
 from robustdice.runtime.protocol.lineage import Ancestry
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.protocol.oneway import OneWay
 from robustdice.runtime.protocol.outbox import Outbox
+from robustdice.runtime.protocol.state import Phase
 from robustdice.runtime.protocol.waiting import Waiting
 from robustdice.runtime.protocol.workload import QUEUED_TASKS, Workload
 from robustdice.runtime.wire.messages import (

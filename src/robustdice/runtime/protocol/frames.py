@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from robustdice.runtime.protocol.deadlines import Deadlines
 from robustdice.runtime.protocol.early import Early
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight
+from robustdice.runtime.protocol.state import Phase
 from robustdice.runtime.wire.messages import FrameId
 
 

@@ -8,8 +8,9 @@ from itertools import groupby
 from robustdice.runtime.protocol import adding
 from robustdice.runtime.protocol.contact import Contacts
 from robustdice.runtime.protocol.events import Action, Send
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight
 from robustdice.runtime.protocol.membership import Membership
+from robustdice.runtime.protocol.state import Phase
 from robustdice.runtime.wire.messages import FrameId, Lineage, Message, Parcel, Pass, Refused, ShardId, Shards, Want
 
 

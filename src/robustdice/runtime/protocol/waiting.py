@@ -14,10 +14,11 @@ from robustdice.runtime.protocol.contact import Contacts
 from robustdice.runtime.protocol.deadlines import EXTENSION, Deadlines, Record
 from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.protocol.frames import Frames
-from robustdice.runtime.protocol.inflight import InFlight, Phase
+from robustdice.runtime.protocol.inflight import InFlight
 from robustdice.runtime.protocol.lateness import judge
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.protocol.outbox import Outbox
+from robustdice.runtime.protocol.state import Phase
 from robustdice.runtime.wire.messages import Message, Pass, Shards
 
 
