@@ -13,43 +13,24 @@ encryption not. Needs root; where namespaces are not permitted it says so and do
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from builds import SPLITS, Builds, name_of, try_build
-from netns import Switch, one_switch, permitted
 from paired import Results, spread
 
 from robustdice.cost.model import handed_over
+from robustdice.meter.apart import behind, running
+from robustdice.meter.netns import Switch, one_switch, permitted
+from robustdice.meter.throughput import BenchResult
 from robustdice.plan import Plan
-from robustdice.runtime.wire.config import CLUSTER_NAME
 from robustdice.wire_format import WIRES
 
 DEVICES = 4
-STREAM = """
-import json, sys, time
-from pathlib import Path
-from robustdice.meter.throughput import bench_running
-from robustdice.runtime.client import Client
-build, seconds, window, devices = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-with Client(Path(build) / "cluster.toml") as client:
-    end, found = time.monotonic() + 60, {}
-    while len(found) < devices or min(len(said["up"]) for said in found.values()) < devices:
-        if time.monotonic() > end:
-            sys.exit(f"not all devices see each other: {found}")
-        found = client.status(0.5)
-found = bench_running(build, seconds=seconds, rounds=1, window=window)
-print(json.dumps([found.frames_per_second, found.coverage, found.unanswered / found.images, found.latency_p50_ms]))
-"""
-"""The client, in a namespace of its own: frames per second, mean coverage, share of frames unanswered, latency."""
 
 
 def link_bytes(plan: Plan, input_shape: tuple[int, ...]) -> float:
@@ -63,60 +44,32 @@ def link_bytes(plan: Plan, input_shape: tuple[int, ...]) -> float:
     return max(sent, received)
 
 
-@contextlib.contextmanager
-def running(build: Path, where: Switch) -> Iterator[None]:
-    """The devices of a build, each in its namespace, on one core each."""
-    cores = sorted(os.sched_getaffinity(0))
-    processes = []
-    try:
-        for device in range(DEVICES):
-            command = [*where.prefix(device), sys.executable, "-m", "robustdice.runtime.device"]
-            command += [str(build / f"device-{device}"), "--cluster", str(build / CLUSTER_NAME), "--watch-stdin"]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)  # noqa: S603
-            os.sched_setaffinity(process.pid, {cores[device % len(cores)]})
-            processes.append(process)
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def stream(build: Path, where: Switch, seconds: float, window: int) -> tuple[float, float, float, float]:
-    """What :data:`STREAM` says."""
-    command = [*where.prefix(DEVICES), sys.executable, "-c", STREAM, str(build)]
-    command += [str(seconds), str(window), str(DEVICES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise SystemExit(f"the client has failed: {done.stderr.strip()[-500:]}")
-    fps, coverage, unanswered, latency = json.loads(done.stdout)
-    return fps, coverage, unanswered, latency
-
-
 def measure(build: Path, title: str, options: argparse.Namespace, where: Switch, results: Results) -> None:
     """Print a line for each link."""
     plan = Plan.load(build / "plan.json")
     manifest = json.loads((build / "device-0" / "manifest.json").read_text())
     needed = 8e-6 * link_bytes(plan, tuple(manifest["input_shape"]))
     links: list[float | None] = [None, *options.megabits]
-    found: dict[float | None, list[tuple[float, float, float, float]]] = {link: [] for link in links}
-    with running(build, where):
+    found: dict[float | None, list[BenchResult]] = {link: [] for link in links}
+    with running(build, behind(where, DEVICES)) as devices:
         for number in range(options.rounds):
             for link in links if number % 2 else reversed(links):
                 where.limit(range(DEVICES), link)
-                found[link].append(stream(build, where, options.seconds, options.window))
+                found[link].append(devices.measure(seconds=options.seconds, window=options.window))
     for link in options.megabits:
         shares, rates, bounds = [], [], []
-        for free, behind in zip(found[None], found[link], strict=True):
-            bound = min(free[0], link / needed)
-            rates.append(behind[0])
+        for free, limited in zip(found[None], found[link], strict=True):
+            bound = min(free.frames_per_second, link / needed)
+            rates.append(limited.frames_per_second)
             bounds.append(bound)
-            shares.append(behind[0] / bound)
-        computing = "link" if link / needed < min(free[0] for free in found[None]) else "computing"
+            shares.append(limited.frames_per_second / bound)
+        computing = "link" if link / needed < min(free.frames_per_second for free in found[None]) else "computing"
+        coverage = min(each.coverage for each in found[link])
+        unanswered = max(each.unanswered / each.images for each in found[link])
         results.say(
             f"{title}, {link:g} Mbit/s: {spread(rates)} frames/s of {spread(bounds)} ({computing}; "
-            f"{needed / 8:.2f} MB a frame), share {spread(shares)}, coverage {min(f[1] for f in found[link]):.3f}, "
-            f"unanswered {max(f[2] for f in found[link]):.3f}"
+            f"{needed / 8:.2f} MB a frame), share {spread(shares)}, coverage {coverage:.3f}, "
+            f"unanswered {unanswered:.3f}"
         )
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from netns import one_switch, permitted
 from soak import soak
 
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from robustdice.meter.netns import one_switch, permitted
 from robustdice.plan import Certificate, Plan, failure_sets
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import netns
 import pytest
-from netns import one_switch, permitted, shared_link
+
+from robustdice.meter.netns import one_switch, permitted, shared_link
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "alexnet_cifar10.pt2"
@@ -63,9 +62,8 @@ def namespaces() -> set[str]:
 def test_namespaces_that_a_killed_process_has_left_are_removed_by_the_next_one() -> None:
     if reason := permitted():
         pytest.skip(reason)
-    dies = "import os, netns\nwith netns.one_switch(2): os.kill(os.getpid(), 9)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(netns.__file__).parent)}
-    process = subprocess.Popen([sys.executable, "-c", dies], env=environment)
+    dies = "import os\nfrom robustdice.meter.netns import one_switch\nwith one_switch(2): os.kill(os.getpid(), 9)"
+    process = subprocess.Popen([sys.executable, "-c", dies])
     assert process.wait() == -signal.SIGKILL
     left = {name for name in namespaces() if f"-{process.pid}-" in name}
     assert len(left) == 3

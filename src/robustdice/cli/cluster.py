@@ -140,6 +140,9 @@ def status(
 def bench(
     directory: BuildDirectory,
     seconds: Annotated[float, number("--seconds", "length of each measurement", float, least=0.1)] = 3.0,
+    samples: Annotated[
+        int | None, number("--samples", "images that are streamed in each measurement, however long it takes", least=1)
+    ] = None,
     rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
     window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
     provider: Provider = "auto",
@@ -160,8 +163,8 @@ def bench(
     if running and (provider != "auto" or model is not None):
         raise RobustdiceError("--running measures devices as they run: leave out --provider and --model")
     with progress("measuring") as advance:
-        how: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "window": window, "seed": seed}
-        how |= {"idle_seconds": idle, "on_progress": advance}
+        how: dict[str, Any] = {"seconds": seconds, "samples": samples, "rounds": rounds, "window": window}
+        how |= {"seed": seed, "idle_seconds": idle, "on_progress": advance}
         if running:
             result = bench_running(directory, **how)
         else:

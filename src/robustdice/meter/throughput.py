@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from robustdice.errors import ClusterError, ModelError, workshop_missing
 from robustdice.progress import Progress, silent
+from robustdice.runtime.answer import Answer
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.sessions import AUTO
@@ -79,6 +81,7 @@ def bench_build(
     rounds: int,
     window: int,
     seed: int = 0,
+    samples: int | None = None,
     model: str | None = None,
     provider: str = AUTO,
     idle_seconds: float = 0.0,
@@ -87,7 +90,8 @@ def bench_build(
     """Measure the build in ``directory`` with random images, device k on core k (modulo the number of cores).
 
     In every round the single process and the devices are measured one after the other, so that
-    their ratio holds when the machine's speed drifts. ``model`` says where the plan's model is now, when it has moved.
+    their ratio holds when the machine's speed drifts. Devices are sent frames for ``seconds``, or, where that is said,
+    so many ``samples``. ``model`` says where the plan's model is now, when it has moved.
     What the devices take while they do nothing for ``idle_seconds`` (if any) is subtracted from their energy.
     ClusterError when frames stay unanswered, ModelError when ``model`` is not the plan's.
     """
@@ -102,14 +106,14 @@ def bench_build(
         alone_model.write_bytes(whole)
         with LocalCluster(root, 1, cores, 30.0, window, provider) as cluster:
             runs = _Runs(cluster.client, seed, idle_seconds, complete=True)
-            runs.stream(min(seconds, 1.0), counts=False)
+            runs.warm_up(min(seconds, 1.0))
             for done in range(rounds):
                 for who in ("alone", "together") if done % 2 == 0 else ("together", "alone"):
                     if who == "alone" and whole:
                         shape = cluster.client.model.input_shape
                         alone.extend(measure_whole(alone_model, shape, seconds, available[:1]))
                     elif who == "together":
-                        runs.stream(seconds)
+                        runs.measure(seconds, samples)
                 on_progress(done + 1, rounds)
             return runs.result(alone, not_compared)
 
@@ -121,18 +125,22 @@ def bench_running(
     rounds: int,
     window: int,
     seed: int = 0,
+    samples: int | None = None,
     idle_seconds: float = 0.0,
+    frames: NDArray[np.float32] | None = None,
     on_progress: Progress = silent,
 ) -> BenchResult:
     """Measure from here, as a client, the devices that run with the cluster file in ``directory``, wherever they are.
 
-    Frames that are not answered, or not in full, are counted; ClusterError when none is, or no device can be reached.
+    Each of ``rounds`` streams frames for ``seconds``, or, where that is said, so many ``samples``: those in ``frames``
+    [n, C, H, W] in turn, or a random one. Frames that are not answered, or not in full, are counted; ClusterError when
+    none is, or no device can be reached.
     """
     with Client(Path(directory) / CLUSTER_NAME, timeout_seconds=30.0, window=window) as client:
-        runs = _Runs(client, seed, idle_seconds, complete=False)
-        runs.stream(min(seconds, 1.0), counts=False)
+        runs = _Runs(client, seed, idle_seconds, complete=False, frames=frames)
+        runs.warm_up(min(seconds, 1.0))
         for done in range(rounds):
-            runs.stream(seconds)
+            runs.measure(seconds, samples)
             on_progress(done + 1, rounds)
         return runs.result([], "the devices run elsewhere, and were measured as they are")
 
@@ -171,12 +179,21 @@ def measure_processes(
 
 
 class _Runs:
-    """Streams of one random frame to running devices, and what devices say of themselves around them."""
+    """Streams of frames to running devices, and what devices say of themselves around them."""
 
-    def __init__(self, client: Client, seed: int, idle_seconds: float, complete: bool) -> None:
-        """``complete``: every frame must be answered in full, by all devices."""
+    def __init__(
+        self,
+        client: Client,
+        seed: int,
+        idle_seconds: float,
+        complete: bool,
+        frames: NDArray[np.float32] | None = None,
+    ) -> None:
+        """``complete``: every frame must be answered in full, by all devices. ``frames`` are streamed in turn; without
+        any, a random one is."""
         self._client, self._complete, self._idle_seconds = client, complete, idle_seconds
-        self._frame = np.random.default_rng(seed).standard_normal(client.model.input_shape, dtype=np.float32)
+        shape = (1, *client.model.input_shape)
+        self._frames = np.random.default_rng(seed).standard_normal(shape, np.float32) if frames is None else frames
         self._rates: list[float] = []
         self._latencies: list[float] = []
         self._images = self._unanswered = 0
@@ -191,24 +208,16 @@ class _Runs:
             taken = _taken(before, self._said())
             self._idle = {device: joules / seconds for device, (joules, seconds) in taken.items()}
 
-    def stream(self, seconds: float, counts: bool = True) -> None:
-        """Keep the window full for so long."""
-        before, start = self._said(), time.perf_counter()
+    def warm_up(self, seconds: float) -> None:
+        """Stream for so long, which does not count."""
+        self._stream(self._lasting(seconds))
 
-        def frames() -> Iterator[NDArray[np.float32]]:
-            while time.perf_counter() - start < seconds:
-                yield self._frame
-
-        answers = list(self._client.stream(frames()))
-        elapsed = time.perf_counter() - start
+    def measure(self, seconds: float, samples: int | None) -> None:
+        """Keep the window full for so long, or for so many frames."""
+        before = self._said()
+        frames = self._lasting(seconds) if samples is None else islice(cycle(self._frames), samples)
+        answers, elapsed = self._stream(frames)
         answered = [answer for answer in answers if answer.outputs is not None]
-        for answer in answers:
-            if answer.outputs is None and (self._complete or not answered):
-                raise ClusterError(f"frame {answer.number} was not answered: {answer.refused or 'time is up'}")
-            if self._complete and answer.coverage < 1:
-                raise ClusterError(f"frame {answer.number} was not answered in full: devices {answer.down} were down")
-        if not counts:
-            return
         self._rates.append(len(answered) / elapsed)
         self._latencies += [answer.latency_seconds for answer in answered]
         self._images += len(answers)
@@ -217,6 +226,26 @@ class _Runs:
         for device, (joules, of_seconds) in _taken(before, self._said()).items():
             so_far = self._energy.get(device, (0.0, 0.0))
             self._energy[device] = so_far[0] + joules, so_far[1] + of_seconds
+
+    def _lasting(self, seconds: float) -> Iterator[NDArray[np.float32]]:
+        end = time.perf_counter() + seconds
+        for frame in cycle(self._frames):
+            if time.perf_counter() > end:
+                return
+            yield frame
+
+    def _stream(self, frames: Iterable[NDArray[np.float32]]) -> tuple[list[Answer], float]:
+        """All answers, and the seconds from the first frame to the last answer."""
+        start = time.perf_counter()
+        answers = list(self._client.stream(frames))
+        elapsed = time.perf_counter() - start
+        answered = [answer for answer in answers if answer.outputs is not None]
+        for answer in answers:
+            if answer.outputs is None and (self._complete or not answered):
+                raise ClusterError(f"frame {answer.number} was not answered: {answer.refused or 'time is up'}")
+            if self._complete and answer.coverage < 1:
+                raise ClusterError(f"frame {answer.number} was not answered in full: devices {answer.down} were down")
+        return answers, elapsed
 
     def result(self, alone: Sequence[float], not_compared: str | None) -> BenchResult:
         """``alone``: frames per second of one process with the unpartitioned model, as many as there were streams."""
