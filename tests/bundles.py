@@ -168,12 +168,10 @@ def make_manifest(plan: Plan, device: int, spares: str = "standby") -> Manifest:
     )
 
 
-def make_whole_manifest(plan_digest: str, device: int, devices: int) -> Manifest:
+def make_whole_manifest(plan_digest: str, device: int, devices: int, spares: str = "standby") -> Manifest:
     """A manifest without any exchange: each device holds the whole network (frame-parallel)."""
     stage = Stage((Part("whole.onnx", ("x",), ("scores",)),), (), (), ())
-    return Manifest(
-        device, devices, plan_digest, "standby", "x", INPUT_SHAPE, "scores", 10, (), {}, (), (stage,), {}, 0
-    )
+    return Manifest(device, devices, plan_digest, spares, "x", INPUT_SHAPE, "scores", 10, (), {}, (), (stage,), {}, 0)
 
 
 def _pieces(shards: Sequence[Shard], device: int, spares: str, slices: int) -> list[list[int]]:
@@ -261,10 +259,10 @@ def write_bundles(directory: Path, plan: Plan, network: Network, spares: str = "
     return [load_bundle(directory / f"device-{device}") for device in range(plan.devices)]
 
 
-def write_whole_bundles(directory: Path, network: Network, devices: int) -> list[Bundle]:
+def write_whole_bundles(directory: Path, network: Network, devices: int, spares: str = "standby") -> list[Bundle]:
     """Bundles of a plan without any exchange."""
     for device in range(devices):
-        manifest = make_whole_manifest("f" * 64, device, devices)
+        manifest = make_whole_manifest("f" * 64, device, devices, spares)
         _write(directory / f"device-{device}", manifest, {"whole.onnx": network.whole()})
     return [load_bundle(directory / f"device-{device}") for device in range(devices)]
 

@@ -223,6 +223,20 @@ def test_without_exchange_frames_go_to_one_device_each(tmp_path: Path) -> None:
         assert {answer.device for answer in cluster.client.stream(FRAMES[:60])} == {0, 1, 2}
 
 
+def test_without_exchange_hot_spares_compute_every_frame_too(tmp_path: Path) -> None:
+    reference = InProcess(write_whole_bundles(tmp_path, Network(), 2, "hot"))
+    write_cluster(tmp_path, 2, "f" * 64)
+    whole = reference.run(FRAMES[:60])
+    with running(tmp_path, timeout_seconds=5.0) as cluster:
+        assert not cluster.client.model.in_turn
+        assert all(close(cluster.infer(FRAMES[k]), whole[k]) for k in range(20))
+        answered = [said["answered"] for said in cluster.client.status().values()]
+        assert sum(answered) > 20  # in turn each would have had half of them
+        cluster.freeze(0)
+        slowest = max(answer.latency_seconds for answer in cluster.client.stream(FRAMES[20:60]) if answer.device == 1)
+        assert slowest < 0.5  # the other one computes it anyway: nobody is waited for
+
+
 def test_devices_end_with_whoever_started_them_frozen_ones_too(tmp_path: Path) -> None:
     build(tmp_path, 2)
     script = (

@@ -41,7 +41,8 @@ class Answer:
 class Model:
     """What the devices serve: ``input_shape`` [C, H, W], class names (may be empty), how an image becomes an input, the
     ``activation`` that makes probabilities of the outputs (``softmax``, or ``sigmoid`` where each is a label of its
-    own), and the number of exchanges (0: frames are computed by one device each)."""
+    own), the number of exchanges, and whether frames go to the devices ``in_turn``: without exchanges each is computed
+    by one device, or, where spares are hot, by all of them."""
 
     input_shape: tuple[int, ...]
     outputs: int
@@ -49,6 +50,7 @@ class Model:
     preprocessing: Mapping[str, Any]
     activation: str
     exchanges: int
+    in_turn: bool
 
 
 def probabilities_of(outputs: NDArray[np.float32], activation: str) -> NDArray[np.float32] | None:

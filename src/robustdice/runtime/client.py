@@ -149,7 +149,7 @@ class Client:
     # -- sending
 
     def _has_room(self) -> bool:
-        return not self.model.exchanges or len(self._pending) < self._pace.allowed
+        return self.model.in_turn or len(self._pending) < self._pace.allowed
 
     def _submit(self, array: NDArray[np.float32]) -> int:
         model = self.model
@@ -164,11 +164,11 @@ class Client:
         return pending.number
 
     def _dispatch(self, pending: Pending) -> None:
-        if self.model.exchanges:
+        if self.model.in_turn:
+            self._pass_on(pending)
+        else:
             for device in range(len(self._lines)):
                 self._send(pending, device)
-        else:
-            self._pass_on(pending)
 
     def _send(self, pending: Pending, device: int) -> bool:
         line = self._lines[device]
@@ -184,7 +184,7 @@ class Client:
         return True
 
     def _pass_on(self, pending: Pending) -> None:
-        """Without exchanges: to one more device."""
+        """Where devices take turns: to one more of them."""
         loads = {device: self._load(device) for device in self._lines}
         for device in self._turns.order(pending.number, loads, pending.asked):
             if self._send(pending, device):
@@ -253,6 +253,7 @@ class Client:
                 dict(model["preprocessing"]),
                 str(model.get("activation", "softmax")),
                 int(model["exchanges"]),
+                not model["exchanges"] and message.document.get("spares") != "hot",
             )
         except (KeyError, TypeError, ValueError):
             self.dropped += 1
@@ -285,7 +286,7 @@ class Client:
 
     def _judge(self) -> None:
         now = time.monotonic()
-        parallel = self._model is not None and self._model.exchanges == 0
+        in_turn = self._model is not None and self._model.in_turn
         for pending in list(self._pending.values()):
             if not pending.asked:  # nobody was connected, or nobody of those who were is left
                 self._dispatch(pending)
@@ -294,7 +295,7 @@ class Client:
             full = 1.0 in pending.coverages.values()
             if full or now >= pending.sent_at + self.timeout_seconds:
                 self._resolve(pending)
-            elif parallel:
+            elif in_turn:
                 overdue = [d for d in waiting if now >= self._overdue_at(pending, d)]
                 self._turns.missed(overdue)
                 if len(overdue) == len(waiting):
@@ -311,12 +312,12 @@ class Client:
 
     def _next_due(self) -> float:
         times = []
-        parallel = self._model is not None and self._model.exchanges == 0
+        in_turn = self._model is not None and self._model.in_turn
         for pending in self._pending.values():
             times.append(pending.sent_at + self.timeout_seconds)
             if not pending.asked:
                 times.append(time.monotonic() + 0.02)
-            elif parallel:
+            elif in_turn:
                 overdue = [self._overdue_at(pending, device) for device in pending.asked]
                 times += [moment for moment in overdue if moment > time.monotonic()]
             else:
