@@ -24,8 +24,7 @@ from robustdice.model.digits import digits
 from robustdice.model.load import load_model
 from robustdice.plan import ModelReference, failure_sets
 from robustdice.plan.certificate import wilson
-from robustdice.report import paper
-from robustdice.report import reproduce as module
+from robustdice.report import kept, paper
 from robustdice.report.comparison import Choices, Subject
 from robustdice.report.paper import ACCURACY, MEMORY
 from robustdice.report.reproduce import reproduce
@@ -285,7 +284,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypat
     def again(*_arguments: object, **_keywords: object) -> None:
         raise AssertionError("the scores were kept")
 
-    monkeypatch.setattr(module, "score", again)
+    monkeypatch.setattr(kept, "score", again)
     parts = reproduce([subject()], tmp_path / "parts")
     assert all(path.read_bytes().startswith(content) for path, content in before.items())
     assert figure2_rows(parts) == figure2_rows(whole)

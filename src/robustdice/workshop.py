@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from robustdice.auto import Candidate, Table, best_first, candidates, tabulate
+from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.cost.model import Judge, parse_link
@@ -240,20 +241,21 @@ def build(
     base_port: int | None = None,
     new_keys: bool = False,
     transport: str | None = None,
+    graph: OnnxGraph | None = None,
 ) -> Path:
     """Write ``directory/device-0 ...`` and ``directory/cluster.toml``; returns the directory.
 
     Device K is to listen on ``host`` (one for all, or one for each) and port ``base_port`` + K. Where neither is given
     the devices keep the addresses of an earlier build in this directory, or are to run on this machine, on ports that
     are free now; key pairs are kept unless ``new_keys``, and so is the ``transport``, ``curve`` (encrypted) or
-    ``plain``: see :func:`robustdice.runtime.wire.founding.found_cluster`.
+    ``plain``: see :func:`robustdice.runtime.wire.founding.found_cluster`. ``graph`` as in :func:`write_bundles`.
     PlanError when the plan is not of this network; ClusterError when the addresses cannot be used; OutputError when the
     directory cannot be written or holds something else.
     """
     target = Path(directory)
     check_replaceable(target)
     founding = found_cluster(target, plan.devices, plan.digest, host, base_port, new_keys, transport)
-    write_bundles(network, plan, target, spares, add=founding.write_secrets)
+    write_bundles(network, plan, target, spares, graph, add=founding.write_secrets)
     founding.write(target)
     return target
 

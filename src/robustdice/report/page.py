@@ -42,9 +42,8 @@ def render(
         "<h1>RobustDiCE: the paper's evaluation</h1>",
         *(f"<p>{escape(line)}</p>" for line in intro),
         "" if ours_only else f"<p>{escape(_of_the_paper())}</p>",
-        "<h2>Made with</h2><dl>",
-        *(f"<dt>{escape(what)}</dt><dd>{escape(value)}</dd>" for what, value in about.items()),
-        "</dl><h2>Do the paper's trends hold?</h2>",
+        described_as(about),
+        "<h2>Do the paper's trends hold?</h2>",
         html_table(("Model", "Claim", "Holds"), [[*map(escape, claim)] for claim in claims])
         if claims
         else "<p>These weights are random, or what the claims are about was not compared: nothing to claim.</p>",
@@ -55,6 +54,17 @@ def render(
         "<h2>Table II: memory of the largest device over full replication</h2>",
         *(f"<h3>{escape(model.name)}</h3>{_table2(model)}" for model in results),
     ]
+    return as_page(parts)
+
+
+def described_as(about: Mapping[str, str]) -> str:
+    """What results were made with."""
+    entries = (f"<dt>{escape(what)}</dt><dd>{escape(value)}</dd>" for what, value in about.items())
+    return f"<h2>Made with</h2><dl>{''.join(entries)}</dl>"
+
+
+def as_page(parts: Sequence[str]) -> str:
+    """A file of these parts."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>RobustDiCE</title>'
     return (
         f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
@@ -64,7 +74,7 @@ def render(
 def _figure2(model: ModelResults) -> str:
     """A row per scenario, the methods side by side, and the paper's numbers behind them."""
     methods = list(dict.fromkeys(one.method for of_size in model.figure2.values() for one in of_size))
-    head = ["Scenario", *map(_heading, methods)]
+    head = ["Scenario", *map(heading, methods)]
     if model.as_in_paper:
         head += ["The paper's RobustDiCE, worst", "The paper's LOP, best"]
     rows = []
@@ -129,7 +139,7 @@ def _table1(results: Sequence[ModelResults]) -> str:
 
 def _table2(model: ModelResults) -> str:
     methods = list(dict.fromkeys(one.method for of_size in model.figure2.values() for one in of_size))
-    head = ["Devices", *map(_heading, methods)]
+    head = ["Devices", *map(heading, methods)]
     if model.as_in_paper:
         head.append("The paper's RobustDiCE, of a running process")
     rows = []
@@ -167,7 +177,8 @@ def _described(model: ModelResults) -> str:
     return f"{source}{weights}, alone {_percent(first.clean)}, scored with {images}: s3 {how['s3']}{classes}"
 
 
-def _heading(method: str) -> str:
+def heading(method: str) -> str:
+    """What a method is called at the head of its figures."""
     name, _, rest = method.partition(" ")
     return f"{HEADINGS.get(name, name)} {rest}".strip() + (" of the parameters" if rest else "")
 

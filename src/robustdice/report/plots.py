@@ -106,6 +106,29 @@ def scenarios(models: Mapping[str, Mapping[int, Sequence[Evaluation]]], names: M
     return figure
 
 
+def running(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Table II as bars over full replication's: a row per model, a panel for frames per second and one for memory."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "full"]
+    groups = list(dict.fromkeys((row["devices"], row["spares"]) for row in rows))
+    by_name = {(row["model"], row["devices"], row["spares"], row["method"]): row for row in rows}
+    shown = {"frames_per_second": "frames/s", "peak_rss_bytes": "memory"}
+    figure = _figure(10.0, 0.8 + 2.6 * len(models))
+    panels: Any = figure.subplots(len(models), len(shown), squeeze=False)
+    for of_model, model in zip(panels, models, strict=True):
+        for axes, (key, title) in zip(of_model, shown.items(), strict=True):
+            for number, method in enumerate(methods):
+                heights = [by_name.get((model, *group, method), {}).get(f"{key}_ratio") or 0 for group in groups]
+                places = np.arange(len(groups)) + (number + 0.5 - len(methods) / 2) * 0.8 / len(methods)
+                axes.bar(places, heights, 0.8 / len(methods), color=COLOURS[number % len(COLOURS)], label=method)
+            axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="full replication")
+            axes.set_xticks(range(len(groups)), [f"{devices}\n{spares}" for devices, spares in groups], fontsize=7)
+            axes.set_title(f"{model}: {title} over full replication's", fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
+
+
 def holders(plan: Plan) -> Figure:
     """For every layer, a bar: its neurons by how many devices hold them; hatched where a parity shard backs them."""
     figure = _figure(7.0, 1.6 + 0.17 * len(plan.layers))

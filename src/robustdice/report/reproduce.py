@@ -5,23 +5,18 @@ Everything that takes time is kept in ``OUT/work``, so that the same command goe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from robustdice.errors import ModelError, OutputError
 from robustdice.failure.chance import doubt_about
 from robustdice.failure.evaluate import Evaluation, evaluate_plans
 from robustdice.files import write_atomically, write_csv
-from robustdice.importance.score import score
-from robustdice.importance.values import Importance
 from robustdice.plan import Plan
 from robustdice.progress import Progress, silent
 from robustdice.report import page, plots
 from robustdice.report.comparison import Choices, Subject, check_memory, figure2_plans, table1_plans
+from robustdice.report.kept import check_names, claim, kept_scores, settings_of
 from robustdice.report.results import ModelResults, figure2_rows, scenario_name, table1_rows, table2_rows, trends
 
 
@@ -40,13 +35,11 @@ def reproduce(
     PlanError when the memory is too little; OutputError when ``out`` holds work of other settings.
     """
     choices = choices or Choices()
-    names = [subject.name for subject in subjects]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ModelError(f"two models are called {twice.pop()!r}; rename a file, or run them one after the other")
+    check_names(subjects)
     for subject in subjects:
         check_memory(subject, choices)
     for subject in subjects:
-        _claim(out / "work" / subject.name, _settings(subject, choices))
+        claim(out / "work" / subject.name, settings_of(subject, choices))
     results = []
     steps = len(choices.devices) + 2  # scores, the numbers of devices, Table I
     for number, subject in enumerate(subjects):
@@ -60,50 +53,11 @@ def reproduce(
     return results
 
 
-def _settings(subject: Subject, choices: Choices) -> dict[str, Any]:
-    """Everything that a model's results depend on, as JSON has it."""
-    memory = choices.memory_of(subject)
-    # What is evaluated is known image by image in the checkpoints, so that one of them can be repaired.
-    data = [subject.dataset.name, len(subject.dataset), subject.scoring.digest]
-    settings = {
-        "robustdice": version("robustdice"),
-        "model": subject.network.reference.digest,
-        "data": data,
-        "as_in_paper": subject.as_in_paper,
-        "methods": list(choices.methods),
-        "devices": list(choices.devices),
-        "memory": dict(memory) if isinstance(memory, Mapping) else memory,
-        "s3": choices.s3,
-        "seed": choices.seed,
-    }
-    return dict(json.loads(json.dumps(settings)))
-
-
-def _claim(work: Path, settings: Mapping[str, Any]) -> None:
-    """Make the directory of a model's finished work; OutputError when what it holds was made with other settings."""
-    file = work / "settings.json"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        begun = any(work.glob("scores*"))
-        found = json.loads(file.read_bytes()) if begun and file.exists() else settings
-    except OSError as error:
-        raise OutputError(f"cannot write {work}: {error.strerror}; choose another place with -o") from None
-    except ValueError:
-        found = None
-    if found != settings:
-        raise OutputError(
-            f"{work} holds results of other settings (model, data, --samples, --scoring-data, --methods, --devices, "
-            "--memory, --s3 or --seed); "
-            "choose another place with -o, or delete it to start again"
-        )
-    write_atomically(file, json.dumps(settings).encode())
-
-
 def _run(
     subject: Subject, work: Path, choices: Choices, scheduler: str | None, advance: Callable[[int], Progress]
 ) -> ModelResults:
     network = subject.network
-    scores = _scores(subject, work, choices.s3, scheduler, advance(0))
+    scores = kept_scores(subject, work, choices.s3, scheduler, advance(0))
 
     def evaluated(plans: Sequence[Plan], what: str, step: int, max_failed: int | None = None) -> list[Evaluation]:
         return evaluate_plans(
@@ -137,24 +91,6 @@ def _run(
         figure2=figure2,
         table1=dict(zip(table, found, strict=True)),
     )
-
-
-def _scores(subject: Subject, work: Path, s3: str, scheduler: str | None, on_progress: Progress) -> Importance:
-    kept, partial = work / "scores.npz", work / "scores.partial"
-    if kept.exists():
-        scores = Importance.load(kept)
-    else:
-        scores = score(
-            subject.network,
-            subject.scoring,
-            s3=s3,
-            scheduler=scheduler,
-            checkpoint=partial,
-            on_progress=on_progress,
-        )
-        scores.save(kept)
-    partial.unlink(missing_ok=True)
-    return scores
 
 
 def _write(results: Sequence[ModelResults], out: Path, about: Mapping[str, str]) -> None:
