@@ -270,7 +270,7 @@ class World:
         engine, window = node.engine, self.settings.window
         assert engine is not None
         node.events += 1
-        assert len(node.values) <= 2 * window + 1, f"device {node.device} keeps values of {len(node.values)} frames"
+        assert len(node.values) <= 3 * window + 1, f"device {node.device} keeps values of {len(node.values)} frames"
         assert node.queued <= QUEUED_TASKS, f"device {node.device} was given {node.queued} tasks at once"
         if node.events % 16:
             return  # what follows takes long to count, and what leaks stays
@@ -580,7 +580,7 @@ class World:
     def _send_to(self, device: int, frame: FrameId, oldest: int) -> None:
         incarnation = self.nodes[device].incarnation
         given = self.timeout_seconds if self.pace is None else self.pace.given(device, self.timeout_seconds)
-        received = Received(Frame(frame, oldest, given, ("input", frame.number)))
+        received = Received(Frame(frame, oldest, given, ("input", frame.number)), frame.client)
         arrive = partial(self._deliver, device, incarnation, received)
         self._carry(("in", device), received.message, arrive)
         if self.random.random() < self.network.duplication:

@@ -287,9 +287,46 @@ def test_frames_that_are_held_up_together_are_answered_in_time_one_after_the_oth
     world.check()
 
 
-def admitted(engine: Engine, number: int, oldest: int = 0, now: float = 1.0) -> list[Action]:
-    frame = Frame(FrameId("c0", number), oldest, 2.0, "input")
-    return engine.handle(Received(frame), now)
+def admitted(
+    engine: Engine, number: int, oldest: int = 0, now: float = 1.0, client: str = "c0", key: str = ""
+) -> list[Action]:
+    frame = Frame(FrameId(client, number), oldest, 2.0, "input")
+    return engine.handle(Received(frame, key), now)
+
+
+def taken(engine: Engine, frames: int, client: str, key: str, first: int = 0) -> int:
+    """How many of so many more frames are not refused."""
+    actions = [admitted(engine, first + number, client=client, key=key) for number in range(frames)]
+    refusals = [a.message for some in actions for a in some if isinstance(a, Send) and isinstance(a.message, Refused)]
+    assert all("its window" in each.reason for each in refusals)
+    return frames - len(refusals)
+
+
+def test_a_client_alone_has_the_whole_window_and_each_of_several_its_share() -> None:
+    engine = Engine(make_manifest(make_plan(3), 0))
+    window = engine.settings.window
+    assert taken(engine, 20, "aa", "greedy") == window
+    assert taken(engine, 20, "bb", "modest") == window // 2, "who comes to a full window need not wait"
+    assert taken(engine, 20, "cc", "third") == window // 3
+    assert taken(engine, 20, "dd", "fourth") == window // 4
+    admitted(engine, 20, oldest=window - 1, client="aa", key="greedy")  # all but one of its frames are over
+    assert engine.frames.in_flight == window // 2 + window // 3 + window // 4 + 2
+    assert taken(engine, 20, "aa", "greedy", first=21) == 0, "it has its share already"
+
+
+def test_a_key_has_no_more_for_the_names_that_it_makes_up() -> None:
+    engine = Engine(make_manifest(make_plan(3), 0))
+    window = engine.settings.window
+    assert sum(taken(engine, 1, f"{name:x}", "greedy") for name in range(100)) <= window + window // 2
+    assert taken(engine, 20, "bb", "modest") == window // 2
+    assert engine.frames.in_flight <= 2 * window
+
+
+def test_clients_of_one_key_share_what_it_has() -> None:
+    engine = Engine(make_manifest(make_plan(3), 0))
+    window = engine.settings.window
+    assert taken(engine, 20, "aa", "both") == window
+    assert taken(engine, 20, "bb", "both") == window // 2
 
 
 def test_frames_that_the_client_no_longer_waits_for_are_dropped() -> None:

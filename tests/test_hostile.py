@@ -6,7 +6,8 @@ import contextlib
 import json
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +17,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles import INPUT_SHAPE, Network, make_manifest, make_plan, write_bundles
-from fuzzing import case, parsers, problem
-from robustdice.bundle.manifest import Manifest
+from fuzzing import PARSERS, case, parser_of, problem
+from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
+from robustdice.bundle.read import load_bundle
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import BundleError, PlanError
 from robustdice.importance.values import LIMIT_BYTES, Importance
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.executor import Executor
 from robustdice.runtime.wire.codec import Codec
+from robustdice.runtime.wire.config import CLUSTER_NAME, ClientEntry
+from robustdice.runtime.wire.connections import HELD_BYTES, MOST_OF_A_KEY, MOST_SILENT
 from robustdice.runtime.wire.founding import write_cluster
-from robustdice.runtime.wire.keys import read_secret
-from robustdice.runtime.wire.line import set_options
-from robustdice.runtime.wire.messages import DOCUMENT_LIMIT, Frame, FrameId
+from robustdice.runtime.wire.keys import new_pair, read_secret, write_secret
+from robustdice.runtime.wire.line import Reach, set_options
+from robustdice.runtime.wire.messages import DOCUMENT_LIMIT, Answer, Frame, FrameId, Refused, StatusRequest
+from test_networks import until
 
+OTHER_KEY_NAME = "other.key"
 FRAME = np.random.default_rng(7).standard_normal(INPUT_SHAPE).astype(np.float32)
-MODELS = {"models"}
-"""Read by native code, which may end a process: ``python tests/fuzzing.py`` tries them in children of its own."""
-NAMES = (
-    *("messages", "parcels", "manifests", "plans", "clusters", "scores"),
-    *("sidecars", "profiles", "keys", "bundles", "images"),
-)
+IN_CHILDREN = {"models", "weights"}
+"""Native code may end the process, or PyTorch is needed: ``python tests/fuzzing.py`` tries them."""
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("room")
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    return tmp_path
 
 
-def test_all_parsers_are_here(room: Path) -> None:
-    assert {*parsers(room)} == {*NAMES} | MODELS
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in PARSERS if name not in IN_CHILDREN])
 def test_whatever_comes_in_a_parser_gives_something_or_says_what_is_wrong(name: str, room: Path) -> None:
-    parser = parsers(room)[name]
+    parser = parser_of(name, room)
 
     @settings(max_examples=20 if name == "bundles" else 200)
     @given(st.integers(0, 10**9))
@@ -74,6 +73,14 @@ def test_numbers_and_depths_that_python_cannot_are_damage(value: str, room: Path
             Profile.load(profile)
 
 
+def test_a_bundle_whose_manifest_and_models_contradict_each_other_is_refused_at_the_start(room: Path) -> None:
+    directory = write_bundles(room, make_plan(2), Network())[0].directory
+    text = (directory / MANIFEST_NAME).read_text()
+    (directory / MANIFEST_NAME).write_text(text.replace('"y0"', '"another"'))
+    with pytest.raises(BundleError, match=r"stage0-piece0.onnx cannot be computed: .*another"):
+        Executor(load_bundle(directory)).try_out()
+
+
 def test_scores_that_unpack_to_a_terabyte_or_have_no_header_are_refused(room: Path) -> None:
     header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f8', 'fortran_order': False, 'shape': (%s), }"
     for content in (bytes(LIMIT_BYTES + 1), header % b"100000000000,", header % b"1,(", b""):
@@ -88,27 +95,44 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     directory = tmp_path_factory.mktemp("cluster")
     plan = make_plan(2)
     write_bundles(directory, plan, Network())
-    write_cluster(directory, 2, plan.digest)
+    founded = write_cluster(directory, 2, plan.digest)
+    public, secret = new_pair()
+    write_secret(directory / OTHER_KEY_NAME, secret)
+    listed = (*founded.clients, ClientEntry("other", public.decode()))
+    replace(founded, clients=listed).write(directory / CLUSTER_NAME)
     with LocalCluster(directory, timeout_seconds=5.0) as running:
         yield running
 
 
+Dial = Callable[..., "zmq.Socket[bytes]"]
+
+
 @pytest.fixture
-def listed(cluster: LocalCluster) -> Iterator[zmq.Socket[bytes]]:
-    """A connection to device 0 by somebody whose key is listed, and who says whatever he likes and reads nothing."""
+def dial(cluster: LocalCluster) -> Iterator[Dial]:
+    """Connections to a device by somebody whose key is listed, and who says whatever he likes and reads nothing."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    keys, entry = read_secret(cluster.directory / "client.key"), cluster.cluster.devices[0]
-    set_options(socket, "curve", keys, entry.public_key.encode(), 2**30)
-    socket.sndtimeo = 200
-    socket.connect(entry.address)
-    yield socket
-    socket.close(0)
-    context.term()
+    keys, kept = read_secret(cluster.directory / OTHER_KEY_NAME), list[zmq.Socket[bytes]]()
+
+    def connect(device: int = 0, kind: int = zmq.DEALER, times: int = 1) -> zmq.Socket[bytes]:
+        socket, entry = context.socket(kind), cluster.cluster.devices[device]
+        set_options(socket, "curve", keys, entry.public_key.encode(), 2**30)
+        socket.sndtimeo, socket.reconnect_ivl = 200, -1
+        for _ in range(times):
+            socket.connect(entry.address)
+        kept.append(socket)
+        return socket
+
+    yield connect
+    context.destroy(0)
 
 
-def resident(client: Client) -> int:
-    return int(client.status()[0]["rss_bytes"])
+@pytest.fixture
+def listed(dial: Dial) -> zmq.Socket[bytes]:
+    return dial()
+
+
+def resident(client: Client, what: str = "rss_bytes") -> int:
+    return int(client.status(5.0)[0][what])
 
 
 def test_a_frame_beyond_the_largest_of_the_plan_ends_the_connection_before_it_is_read(
@@ -119,7 +143,6 @@ def test_a_frame_beyond_the_largest_of_the_plan_ends_the_connection_before_it_is
     listed.send(bytes(64 * DOCUMENT_LIMIT), copy=False)
     assert monitor.poll(5000)
     monitor.close(0)
-    listed.disable_monitor()
     assert resident(cluster.client) < before + 8 * DOCUMENT_LIMIT
     assert cluster.client.infer(FRAME).coverage == 1.0
 
@@ -141,3 +164,70 @@ def test_who_floods_a_device_and_reads_nothing_takes_no_more_than_his_queue(
     answers = list(cluster.client.stream([FRAME] * 20))
     assert all(answer.coverage == 1.0 for answer in answers)
     assert resident(cluster.client) < before + 64e6
+
+
+def refused(cluster: LocalCluster) -> str:
+    return " ".join(entry["reason"] for entry in cluster.client.status(5.0)[0]["refused"])
+
+
+def test_a_message_of_too_many_bytes_or_parts_ends_the_connection(cluster: LocalCluster, dial: Dial) -> None:
+    cluster.infer(FRAME)
+    megabyte = bytes(2**20)
+    before = resident(cluster.client)
+    for parts in ([megabyte] * 100, [b""] * 100_000, [b"x"] * 100):
+        socket = dial()
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.send_multipart(parts, copy=False)
+        assert monitor.poll(5000), "the connection stands"
+        assert cluster.infer(FRAME).coverage == 1.0
+    assert "parts" in refused(cluster)
+    assert "wait to be read" in refused(cluster)
+    most = HELD_BYTES + 25e6  # what is bounded, and what comes until somebody looks
+    assert resident(cluster.client, "peak_rss_bytes") < before + most
+
+
+def test_a_key_has_so_many_connections_and_no_more(cluster: LocalCluster, dial: Dial) -> None:
+    cluster.infer(FRAME)
+    files = Path("/proc") / str(cluster.client.status(5.0)[0]["process"]) / "fd"
+    before = len(list(files.iterdir()))
+    dial(0, zmq.ROUTER, 500)
+    until(lambda: "nothing was said" in refused(cluster))
+    asking = cluster.client._codec.encode(StatusRequest("ab"))
+    for _ in range(MOST_OF_A_KEY + 10):
+        dial().send_multipart(asking)
+    until(lambda: f"{MOST_OF_A_KEY} connections already" in refused(cluster))
+    assert cluster.infer(FRAME).coverage == 1.0
+    until(lambda: len(list(files.iterdir())) <= before + MOST_OF_A_KEY + MOST_SILENT + 4)
+    with Client(cluster.directory / CLUSTER_NAME, cluster.directory / OTHER_KEY_NAME) as late:
+        until(lambda: late.status(0.2) is not None and late.troubles().get(0) == Reach.FULL.value)
+        assert late.infer(FRAME).device == 1, "the other device has room"
+
+
+def test_a_greedy_client_and_a_modest_one_are_both_answered(cluster: LocalCluster, dial: Dial) -> None:
+    codec, sockets = Codec(cluster.cluster.plan_digest), [dial(0), dial(1)]
+    said = []
+    for number in range(10):
+        for frame in range(50 * number, 50 * number + 50):
+            for socket in sockets:  # under ever new names, and nothing is ever over for it
+                with contextlib.suppress(zmq.Again):
+                    socket.send_multipart(codec.encode(Frame(FrameId(f"{frame:x}", 0), 0, 60.0, FRAME[None])))
+        assert cluster.infer(FRAME).coverage == 1.0
+        with contextlib.suppress(zmq.Again):
+            while True:
+                said.append(type(codec.decode(sockets[0].recv_multipart(zmq.NOBLOCK), 0)))
+    assert said.count(Answer) > 10
+    assert {*said} <= {Answer, Refused}
+
+
+def test_a_client_cannot_speak_by_anothers_name_nor_push_it_out(cluster: LocalCluster, dial: Dial) -> None:
+    client, socket = cluster.client, dial()
+    assert client.status()
+    for name in (client._name, *(f"{number:x}" for number in range(200))):
+        socket.send_multipart(client._codec.encode(StatusRequest(name)))
+    assert socket.poll(2000)
+    assert cluster.infer(FRAME).coverage == 1.0
+    names = []
+    while socket.poll(300):
+        socket.recv_multipart()
+        names.append("reply")
+    assert len(names) == 200

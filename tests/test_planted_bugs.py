@@ -88,7 +88,7 @@ def publish_under_a_wrong_view(patch: pytest.MonkeyPatch) -> None:
 
 
 PLANTED: list[tuple[Patch, int, str]] = [
-    (drop_the_takeover, 0, "did not answer"),
+    (drop_the_takeover, 12, "nothing moved"),
     (accept_a_stale_frame, 6, "is admitted twice"),
     (wait_for_a_device, 63, "nothing moved"),
     (forget_a_spares_shard, 2, "did not return"),

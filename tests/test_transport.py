@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket as sockets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +17,9 @@ from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
 from robustdice.errors import ClusterError
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
+from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
+from robustdice.runtime.wire.connections import HELD_BYTES
 from robustdice.runtime.wire.founding import found_cluster, write_cluster
 from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, new_pair, read_secret, write_secret
 from robustdice.runtime.wire.line import Reach
@@ -108,6 +112,44 @@ def test_passwords_that_are_no_keys_are_refused_and_do_no_harm(cluster: LocalClu
         socket.send(b"{}")
         assert not socket.poll(100)
     assert cluster.client.infer(FRAMES[0]).coverage == 1.0
+
+
+def zmtp_client(cluster: Cluster, directory: Path) -> sockets.socket:
+    """A connection to device 0 that is let in, by ZeroMQ's protocol over TCP (RFC 23, 24): it can say what no library
+    says."""
+    address = Address.parse(cluster.devices[0].address)
+    connection = sockets.create_connection((address.host, address.port), 20.0)
+    public, secret = read_secret(directory / CLIENT_KEY_NAME)
+    with connection.makefile("rb") as stream:
+
+        def command(content: bytes) -> None:
+            connection.sendall(bytes([4, len(content)]) + content)
+            stream.read(stream.read(2)[1])
+
+        connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"PLAIN".ljust(20, b"\0") + bytes(32))
+        stream.read(64)
+        command(b"\x05HELLO" + bytes([len(public)]) + public + bytes([len(secret)]) + secret)
+        command(b"\x08INITIATE\x0bSocket-Type\0\0\0\x06DEALER")
+    return connection
+
+
+@pytest.mark.parametrize("length", [250, 0])
+def test_a_message_that_never_ends_takes_a_bounded_part_of_a_device(cluster: LocalCluster, length: int) -> None:
+    if cluster.cluster.transport != "plain":
+        return  # encrypted, nothing can be said by hand
+    cluster.infer(FRAMES[0])
+    before = int(cluster.client.status(5.0)[0]["rss_bytes"])
+    parts = 10_000 * (bytes([1, length]) + bytes(length))  # and more follow
+    with zmtp_client(cluster.cluster, cluster.directory) as connection:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10**9 // len(parts)):
+                connection.sendall(parts)
+            raise AssertionError("a gigabyte was read")
+        assert cluster.infer(FRAMES[0]).coverage == 1.0
+    found = cluster.client.status(5.0)[0]
+    assert "bytes wait" in found["refused"][0]["reason"]
+    most = 32 * HELD_BYTES if length == 0 else HELD_BYTES  # 2 bytes of an empty part take 64
+    assert found["peak_rss_bytes"] < before + most + 25e6
 
 
 def test_a_listed_public_key_is_no_password(cluster: LocalCluster) -> None:

@@ -381,6 +381,8 @@ class Client:
             remedy = "start them with " + ("'robustdice up DIR'" if self.cluster.here else on_each)
         elif Reach.REFUSED.value in troubles.values():
             remedy = "list this client's public key in the devices' cluster.toml and restart them"
+        elif Reach.FULL.value in troubles.values():
+            remedy = "close other clients that use this key, or list a key of this one's own"
         else:
             remedy = "copy all of one build to the devices and here, and restart them"
         return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"

@@ -16,7 +16,7 @@ from robustdice.bundle.manifest import WEIGHTS_NAME
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
-from robustdice.errors import BundleError
+from robustdice.errors import BundleError, RobustdiceError, first_line
 from robustdice.runtime.assembly import Assembly
 from robustdice.runtime.memory import give_back
 from robustdice.runtime.parcels import Layouts, Packed
@@ -140,11 +140,9 @@ class Executor:
         depth = max((depths.get(name, 0) for name in part.inputs), default=0) + sum(c.rounded for c in part.coarse)
         depths.update(dict.fromkeys(part.outputs, depth))
         allowed = ROUNDED_TOLERANCE * depth if depth else TOLERANCE
-        found = self._run(part, values, ())
-        wrong = _wrong(part, found, allowed)
+        found, wrong = self._judge(part, values, allowed)
         if wrong and self._sessions.move_to_cpu(part, f"a kernel of it is wrong: {wrong}"):
-            found = self._run(part, values, ())
-            wrong = _wrong(part, found, allowed)
+            found, wrong = self._judge(part, values, allowed)
         if wrong:
             raise BundleError(
                 f"{part.file} computes something else here than where it was built: {wrong}. ONNX Runtime "
@@ -154,6 +152,18 @@ class Executor:
         if self._stands_by(part):
             self._sessions.drop(part)
         return found
+
+    def _judge(self, part: Part, values: Values, allowed: float) -> tuple[Values, str | None]:
+        """What a part computes, and what is wrong with it; BundleError when it cannot be computed at all."""
+        try:
+            found = self._run(part, values, ())
+            return found, _wrong(part, found, allowed)
+        except RobustdiceError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
+            raise BundleError(
+                f"{part.file} cannot be computed: {first_line(error)}; build the bundle again, with this version"
+            ) from None
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that the stages after ``stage`` still need."""

@@ -21,6 +21,11 @@ class Early:
     told: bool = False
     """Peers have been told that this device does not know the frame."""
 
+    @property
+    def speakers(self) -> set[int]:
+        """The peers that work on the frame."""
+        return {message.sender for message in self.messages}.union(*self.wanted.values())
+
     def keep(self, message: Shards) -> None:
         """Keep what a peer publishes until the frame is here."""
         new = {(shard, message.sender) for shard in message.parcel.shards} - self.known

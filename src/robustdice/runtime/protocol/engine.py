@@ -46,6 +46,7 @@ from robustdice.runtime.wire.messages import (
     Hello,
     Pass,
     Pulse,
+    Refused,
     Shards,
     Want,
 )
@@ -83,9 +84,9 @@ class Engine:
             self._deadlines.awake_since = now  # a timer was due meanwhile
         self._handled_at = now
         match event:
-            case Received(message):
+            case Received(message, key):
                 if (frame := self._waiting.take_straight(message, now)) is None:
-                    self._on_message(message, now)
+                    self._on_message(message, key, now)
                 elif frame.phase is not Phase.READY:
                     return []  # as for most messages: the frame waits on, and nothing else has changed
             case Computed():
@@ -122,14 +123,14 @@ class Engine:
 
     # -- what others say
 
-    def _on_message(self, message: DeviceMessage | ClientMessage, now: float) -> None:
+    def _on_message(self, message: DeviceMessage | ClientMessage, key: str, now: float) -> None:
         if isinstance(message, _OF_PEERS) and self._contacts.of[message.sender].heard(now):
             self.membership.evidence(message.sender)
         match message:
             case Shards():
                 self._on_shards(message, now)
             case Frame():
-                self._on_frame(message, now)
+                self._on_frame(message, key, now)
             case Pulse():
                 self._on_pulse(message, now)
             case Want():
@@ -139,17 +140,19 @@ class Engine:
             case Hello():
                 self._on_hello(message, now)
 
-    def _on_frame(self, message: Frame, now: float) -> None:
+    def _on_frame(self, message: Frame, key: str, now: float) -> None:
         client = message.frame.client
         for frame in self.frames:
             if frame.id.client == client and frame.id.number < message.oldest:
                 self._drop(frame.id)  # the client has its answer, or has given up
         if not self.frames.is_new(message.frame) or message.frame.number < message.oldest:
             return
-        if self.frames.in_flight >= self.settings.window:
-            reason = f"device {self.me} already works on {self.frames.in_flight} frames, its window; send fewer at once"
-            self._out.refuse(message.frame, reason)
-            self.frames.forget(message.frame)
+        if (reason := self.frames.refusal(message.frame, key)) is not None:
+            # Peers are told only as far as they work on it: very many may be refused.
+            said = f"device {self.me} already {reason}; send fewer at once"
+            self._out.send(client, Refused(self.me, message.frame, said))
+            for device in sorted(self.frames.refuse(message.frame)):
+                self._out.send(device, Pass(self.me, message.frame))
             return
         live, entering = self.membership.admit(now)
         for device in entering:
@@ -157,7 +160,7 @@ class Engine:
         deadline = now + message.timeout_seconds
         known = message.frame, self.manifest, self._ancestry
         view = self._ancestry.views.of(tuple(sorted(live)))
-        frame = InFlight(*known, now, deadline, live, frozenset(live), message.array, view)
+        frame = InFlight(*known, now, deadline, live, frozenset(live), message.array, view, key)
         early = self.frames.admit(frame)
         if early:
             self._deadlines.observe(self._deadlines.introductions, early.since, now)
@@ -182,6 +185,8 @@ class Engine:
         if frame is None:
             if early := self.frames.early(message.frame, now):
                 early.keep(message)
+            elif self.frames.refused(message.frame):
+                self._out.send(message.sender, Pass(self.me, message.frame))
             return
         if frame.phase is Phase.DONE:
             adding.take_late(frame, message)

@@ -16,7 +16,8 @@ class Settings:
     """How a device behaves. Times are seconds.
 
     A stage's deadline follows the waits observed for it, between ``minimum_wait`` and ``maximum_wait``; it is
-    ``initial_wait`` before the first one. ``window`` is the number of frames that a device works on at once.
+    ``initial_wait`` before the first one. ``window`` is the number of frames that a device works on at once: a client
+    may use all of it while it is alone, and its share when there are others.
     """
 
     window: int = 8
@@ -45,9 +46,11 @@ class Settings:
 
 
 class Received(NamedTuple):
-    """A valid message, its sender authenticated. A StatusRequest means nothing to the engine."""
+    """A valid message, its sender authenticated: a client by the ``key`` that it has shown. A StatusRequest means
+    nothing to the engine."""
 
     message: DeviceMessage | ClientMessage
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Frames:
         """No frame is known."""
         self._settings = settings
         self._admitted: dict[FrameId, InFlight] = {}
-        """In the order of admission. At most ``window`` that are not DONE and ``window`` that are."""
+        """In the order of admission. At most ``window`` that are not DONE (twice that with several clients), and
+        ``window`` that are."""
         self.get = self._admitted.get
         """The frame with an id, if it is admitted."""
         self._pending: dict[FrameId, InFlight] = {}
@@ -29,8 +30,8 @@ class Frames:
         """The oldest of these."""
         self._early: OrderedDict[FrameId, Early] = OrderedDict()
         """At most 2 ``window``, never one that was admitted or is over."""
-        self._over: OrderedDict[FrameId, None] = OrderedDict()
-        """The last ``remembered_frames`` frames that were dropped or refused: late messages about them mean nothing."""
+        self._over: OrderedDict[FrameId, bool] = OrderedDict()
+        """The last ``remembered_frames`` frames that were dropped or refused (True): late messages mean nothing."""
 
     def __iter__(self) -> Iterator[InFlight]:
         """Those admitted, the oldest first; they may change meanwhile."""
@@ -43,6 +44,25 @@ class Frames:
     def is_new(self, frame_id: FrameId) -> bool:
         """Whether it was neither admitted nor is it over."""
         return frame_id not in self._admitted and frame_id not in self._over
+
+    def refusal(self, frame_id: FrameId, key: str) -> str | None:
+        """Why not one more frame of this client, whose key this is, is worked on now; None when it is.
+
+        A client that is alone may use the whole window. Who comes to a full one need not wait: keys have equal shares
+        of it, and the clients of a key of that. Whoever had more before gets nothing new until it has less. Two windows
+        are never exceeded, nor a key's share by more than half, whatever names it makes up.
+        """
+        pending, window = self._pending.values(), self._settings.window
+        of_key = [frame for frame in pending if frame.key == key]
+        names, keys = {frame.id.client for frame in of_key}, {frame.key for frame in pending}
+        share = max(1, window // len(keys | {key}))
+        part = max(1, share // len(names | {frame_id.client}))
+        own = sum(frame.id.client == frame_id.client for frame in of_key)
+        if own < part and len(of_key) < share + share // 2 and len(pending) < 2 * window:
+            return None
+        if len(pending) == own:
+            return f"works on {own} frames, its window"
+        return f"works on {len(pending)} frames, {own} of this client, whose share of its window of {window} is {part}"
 
     def admit(self, frame: InFlight) -> Early | None:
         """Work on a frame, with what peers have already said about it, which is returned."""
@@ -93,9 +113,20 @@ class Frames:
         self._admitted.pop(frame_id, None)
         self._remove(frame_id)
         self._early.pop(frame_id, None)
-        self._over[frame_id] = None
+        self._over[frame_id] = False
         while len(self._over) > self._settings.remembered_frames:
             self._over.popitem(last=False)
+
+    def refuse(self, frame_id: FrameId) -> set[int]:
+        """The frame is not worked on here; the peers that are known to work on it."""
+        early = self._early.get(frame_id)
+        self.forget(frame_id)
+        self._over[frame_id] = True
+        return early.speakers if early else set()
+
+    def refused(self, frame_id: FrameId) -> bool:
+        """Whether it was refused, as far as that is remembered."""
+        return self._over.get(frame_id, False)
 
     def surplus(self) -> list[FrameId]:
         """Those that are DONE, but for the last ``window``."""

@@ -38,6 +38,8 @@ class State:
     straight: View | None
     """As long as nothing irregular has happened to the frame: the view that it is computed in. Everything that was said
     of it is in ``parcels`` then; :meth:`unfold` turns that into what is kept of single shards."""
+    key: str = ""
+    """Whose it is: what its client has shown who it is with."""
     stage: int = 0
     """Only grows. All earlier stages have been entered; this one too, unless the phase is READY."""
     phase: Phase = Phase.READY

@@ -51,9 +51,10 @@ class Codec:
         # The largest is a parcel of all shards of an exchange.
         sizes = [sum(e.form(number).nbytes for number in range(len(e.shards))) for e in exchanges]
         if manifest:
-            sizes.append(4 * math.prod(manifest.input_shape))
             self._parcels = ParcelCodec(plan_digest, manifest)
-        self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, *sizes])
+        self.input_bytes = 4 * math.prod(manifest.input_shape) if manifest else 0
+        """Of a client's frame."""
+        self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, self.input_bytes, *sizes])
         """Bytes that no frame of a message of this plan exceeds."""
 
     def encode(self, message: Message) -> list[Any]:

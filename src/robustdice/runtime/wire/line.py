@@ -19,6 +19,9 @@ QUEUED_MESSAGES = 16
 """Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
 CURVE_OVERHEAD = 64
 """Bytes, rounded up, that encryption adds to a frame: command name, nonce, flags, authentication (RFC 26)."""
+NO_MORE = 500
+"""Why a connection was refused, in an authentication reply (RFC 27): its key has as many as it may have. To 300, which
+says that too, libzmq hangs up without a word."""
 HANDSHAKE_SECONDS = 2.0
 HEARTBEAT_MS = 500
 NEVER_MS = 2**31 - 1
@@ -90,6 +93,7 @@ class Reach(enum.Enum):
     NOBODY = "is down: nobody listens at its address"
     MUTE = "accepts the connection and says nothing"
     REFUSED = "refuses our key: it is not listed in its cluster.toml"
+    FULL = "has as many connections of our key as it takes"
     OTHER_KEY = "has another key than in our cluster.toml (it is of another build, or no device)"
     OTHER_TRANSPORT = "is encrypted where our cluster.toml says plain, or the reverse (it is of another build)"
     CONNECTED = "connected"
@@ -238,7 +242,8 @@ class Line:
         self._hang_up()
         told = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == ANOTHER_MECHANISM
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or told:
-            self.reach, self._failures = Reach.OTHER_TRANSPORT if told else Reach.REFUSED, 0
+            refused = Reach.FULL if value == NO_MORE else Reach.REFUSED
+            self.reach, self._failures = Reach.OTHER_TRANSPORT if told else refused, 0
             self._greeting = Greeting(self._dialled, self._options[0]) if told else None
             self.due = self._dialled_at + LONGEST_REDIAL_SECONDS
         elif now - self._dialled_at > HANDSHAKE_SECONDS / 2:

@@ -12,6 +12,8 @@ Socket = zmq.Socket[Any]
 READ, NOW, NOW_AND_MORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """Plain numbers: to combine the flags of an enumeration takes as long as to send a small message."""
 RECEIVED_AT_ONCE = 64
+KEPT_PARTS = 2**10
+"""Of a message: nothing has so many. What comes behind them must be read, and is not kept."""
 
 
 class Watch:
@@ -70,7 +72,10 @@ def received(socket: Socket) -> Iterator[list[zmq.Frame]]:
         for _ in range(RECEIVED_AT_ONCE):
             frames = [socket.recv(NOW, copy=False)]
             while frames[-1].more:
-                frames.append(socket.recv(NOW, copy=False))
+                frame = socket.recv(NOW, copy=False)
+                if len(frames) > KEPT_PARTS:
+                    frames.pop()
+                frames.append(frame)
             yield frames
             if not zmq.zmq_poll([(socket, READ)], 0):  # faster than to try
                 return

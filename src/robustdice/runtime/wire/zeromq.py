@@ -13,7 +13,6 @@ import logging
 import struct
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -23,33 +22,26 @@ from robustdice.errors import ClusterError, MessageError, OtherBuildError
 from robustdice.runtime.journal import say
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received
 from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.clients import ClientNames
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
-from robustdice.runtime.wire.line import send_parts, set_options
+from robustdice.runtime.wire.connections import LOOK_SECONDS, MOST_OF_A_KEY, Connections, Misuse
+from robustdice.runtime.wire.line import NO_MORE, send_parts, set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
-from robustdice.runtime.wire.messages import (
-    ClientMessage,
-    DeviceMessage,
-    Frame,
-    Hello,
-    Message,
-    Pass,
-    Pulse,
-    StatusRequest,
-    Want,
-)
+from robustdice.runtime.wire.messages import Frame, Hello, Message, Pass, Pulse, Want
 from robustdice.runtime.wire.refusals import Refusals, Reminders
 from robustdice.runtime.wire.security import ANOTHER_MECHANISM, proven_key
 from robustdice.runtime.wire.watch import NOW, Watch, received
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_CLIENTS = 64
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 NOT_LISTED = "its key is not listed"
+TOO_MANY = f"its key has {MOST_OF_A_KEY} connections already"
 EXPECTS_ANOTHER = "it expects this device to have another key: it has the cluster.toml of another build"
 OTHER_TRANSPORT = "it is encrypted where this device's cluster.toml says plain, or the reverse"
+COMINGS_AND_GOINGS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 ENCRYPTED_FOR_ANOTHER_KEY = zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
 AGAINST_THE_STREAM = (Pulse, Want, Pass)
 
@@ -72,12 +64,11 @@ class ZeroMQTransport:
         self._entry = entry
         self._device = device
         self._codec = codec
-        self._allowed: dict[bytes, str] = {d.public_key.encode(): str(k) for k, d in enumerate(cluster.devices)}
-        self._allowed |= {client.public_key.encode(): "client" for client in cluster.clients}
-        self._sources = {user: None if user == "client" else int(user) for user in self._allowed.values()}
-        """Who speaks, by what the ZeroMQ authentication protocol says of a message."""
-        self._clients: OrderedDict[str, bytes] = OrderedDict()
-        """A client's name -> where to send its replies; the least recently heard of is forgotten first."""
+        self._sources: dict[str, int | None] = {each.public_key: None for each in cluster.clients}
+        self._sources |= {each.public_key: number for number, each in enumerate(cluster.devices)}
+        """Who speaks, by the key that libzmq says a message is of: a device, or a client (None)."""
+        self._clients = ClientNames()
+        self._connections = Connections(codec.input_bytes)
         self._routes: dict[int, bytes] = {}
         """Where the ROUTER finds a peer: its last connection that something came from."""
         self._refusals = Refusals()
@@ -94,9 +85,9 @@ class ZeroMQTransport:
         self._router.router_mandatory = True
         self._bell = self._socket(zmq.PULL)
         self._bell.bind("inproc://bell")
-        self._strangers = self._router.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-        self._closers += [lambda: self._strangers.close(0), self._router.disable_monitor]
-        self._watch.register(self._strangers)
+        self._comings = self._router.get_monitor_socket(COMINGS_AND_GOINGS)
+        self._closers += [lambda: self._comings.close(0), self._router.disable_monitor]
+        self._watch.register(self._comings)
         peers = {number: peer for number, peer in enumerate(cluster.devices) if number != device}
         self._lines = Lines(self._context, self._watch, peers, cluster.transport, keys, codec.frame_limit, device)
         self._closers.append(self._lines.close)
@@ -116,7 +107,7 @@ class ZeroMQTransport:
         if isinstance(to, int):
             against_the_stream = isinstance(message, AGAINST_THE_STREAM) and to in self._routes
             return (against_the_stream and self._reply(self._routes[to], parts)) or self._lines[to].send(parts)
-        route = self._clients.get(to)
+        route = self._clients.route(to)
         return route is not None and self._reply(route, parts)
 
     def _reply(self, route: bytes, parts: list[Any]) -> bool:
@@ -134,16 +125,19 @@ class ZeroMQTransport:
         """Everything that can be read now, after waiting for something up to ``timeout_seconds``."""
         if self._lines.restless:
             self._lines.tend(time.monotonic())
+        if self._connections.any:
+            self._look_after_clients()
+            timeout_seconds = min(timeout_seconds, LOOK_SECONDS)
         ready = self._watch.wait(timeout_seconds)
         if ready == [self._router]:
             return self._read()
         events: list[Received | PeerUp | PeerDown] = []
         if self._bell in ready:
             self._bell.recv(NOW)
+        if self._comings in ready:
+            self._note_comings()
         if self._zap in ready:
             self._authenticate()
-        if self._strangers in ready:
-            self._note_strangers()
         for device, up in self._lines.changes(ready):
             events.append(PeerUp(device) if up else PeerDown(device))
         for device, line in self._lines.items():
@@ -156,8 +150,8 @@ class ZeroMQTransport:
 
     def _read(self) -> list[Received | PeerUp | PeerDown]:
         """What others have sent to the ROUTER."""
-        messages = [self._receive(frames) for frames in received(self._router)]
-        return [Received(message) for message in messages if message is not None]
+        found = [self._receive(frames) for frames in received(self._router)]
+        return [each for each in found if each is not None]
 
     def waker(self) -> Callable[[], None]:
         """A function for one other thread that ends a poll."""
@@ -189,24 +183,45 @@ class ZeroMQTransport:
         return socket
 
     def _authenticate(self) -> None:
-        """Answer one request of the ZeroMQ authentication protocol (RFC 27): is this key listed, and whose is it?"""
-        version, request, _, address, _, mechanism, *credentials = self._zap.recv_multipart()
-        key = proven_key(mechanism, credentials)
-        user = None if key is None else self._allowed.get(key)
-        if user is None:
-            self._refuse(address.decode("ascii", "replace"), key.decode() if key else None, NOT_LISTED)
-            self._zap.send_multipart([version, request, b"400", b"key not listed", b"", b""])
-        else:
-            self._zap.send_multipart([version, request, b"200", b"OK", user.encode(), b""])
+        """Answer requests of the ZeroMQ authentication protocol (RFC 27): is this key listed, and may it connect?"""
+        for frames in received(self._zap):
+            version, request, _, address, _, mechanism, *credentials = (frame.bytes for frame in frames)
+            proven = proven_key(mechanism, credentials)
+            key = None if proven is None else proven.decode()
+            listed = key in self._sources
+            if key is not None and listed and (self._sources[key] is not None or not self._connections.full(key)):
+                self._zap.send_multipart([version, request, b"200", b"OK", key.encode(), b""])
+                continue
+            self._refuse(address.decode("ascii", "replace"), key, TOO_MANY if listed else NOT_LISTED)
+            code = NO_MORE if listed else 400  # all that the other side is told
+            self._zap.send_multipart([version, request, str(code).encode(), b"refused", b"", b""])
 
-    def _note_strangers(self) -> None:
-        """Somebody's handshake was not readable: encrypted for a key that this device does not have?"""
-        while self._strangers.poll(0):
-            _, value = struct.unpack_from("=HI", self._strangers.recv_multipart()[0])
-            if value == ENCRYPTED_FOR_ANOTHER_KEY:
+    def _note_comings(self) -> None:
+        """Somebody has come or gone. If his handshake was not readable: was it encrypted for another device's key?"""
+        while self._comings.poll(0):
+            event, value = struct.unpack_from("=HI", self._comings.recv_multipart()[0])
+            if event == zmq.EVENT_ACCEPTED:
+                self._note_cut(self._connections.opened(value, time.monotonic()))
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._connections.closed(value)
+            elif value == ENCRYPTED_FOR_ANOTHER_KEY:
                 self._refuse(None, None, EXPECTS_ANOTHER)
             elif value == ANOTHER_MECHANISM:
                 self._refuse(None, None, OTHER_TRANSPORT)
+        self._watch.used(self._comings)
+
+    def _look_after_clients(self) -> None:
+        """From time to time: does anybody take more than he may?"""
+        now = time.monotonic()
+        if now >= self._connections.due:
+            for misuse in self._connections.look(now):
+                self._note_cut(misuse)
+
+    def _note_cut(self, misuse: Misuse | None) -> bool:
+        """Whether a connection was cut off."""
+        if misuse is not None:
+            self._refuse(*misuse)
+        return misuse is not None
 
     def _refuse(self, address: str | None, public_key: str | None, reason: str) -> None:
         now = time.monotonic()
@@ -219,19 +234,21 @@ class ZeroMQTransport:
     def _meet_other_build(self, frames: list[zmq.Frame], difference: str) -> None:
         """A message of another plan, from a key that is listed. A client is told which plan runs here."""
         self.dropped += 1
-        user, now = str(frames[-1].get("User-Id")), time.monotonic()
-        if user != "client":
-            self._lines.meet_other_build(int(user), difference, now)
+        source = self._sources[str(frames[-1].get("User-Id"))]
+        if source is not None:
+            self._lines.meet_other_build(source, difference, time.monotonic())
             return
         self._refuse(str(frames[-1].get("Peer-Address")), None, f"a client of another build: {difference}")
         hello = self._codec.encode(Hello(self._device, "", reply=False))
         with contextlib.suppress(zmq.ZMQError):  # it has gone, or does not read
             self._router.send_multipart([frames[0].bytes, *hello], zmq.NOBLOCK)
 
-    def _receive(self, frames: list[zmq.Frame]) -> DeviceMessage | ClientMessage | None:
+    def _receive(self, frames: list[zmq.Frame]) -> Received | None:
         """What has come in to the ROUTER, if it is a message."""
-        user = str(frames[-1].get("User-Id"))
-        source = self._sources[user]
+        key = str(frames[-1].get("User-Id"))
+        source = self._sources[key]
+        if source is None and not self._may_say(frames, key):
+            return None
         try:
             message: Any = self._codec.decode(frames[1:], source)
         except OtherBuildError as error:
@@ -241,15 +258,32 @@ class ZeroMQTransport:
             self._drop(error)
             return None
         self._lines.meet_same_build(source)
-        if source is not None:
-            self._routes[source] = frames[0].bytes
-        elif isinstance(message, Frame | StatusRequest):
-            name = message.frame.client if isinstance(message, Frame) else message.client
-            self._clients[name] = frames[0].bytes
-            self._clients.move_to_end(name)
-            while len(self._clients) > REMEMBERED_CLIENTS:
-                self._clients.popitem(last=False)
-        return message  # type: ignore[no-any-return]
+        if source is None:
+            return self._of_client(message, key, frames[0].bytes)
+        route = frames[0].bytes
+        if self._routes.get(source) != route:
+            self._routes[source] = route
+            self._note_comings()
+            self._connections.closed(frames[-1].get(zmq.SRCFD))  # a device's: not looked after
+        return Received(message)
+
+    def _may_say(self, frames: list[zmq.Frame], key: str) -> bool:
+        """Whether a client with this key may say this, here; else his connection is cut off."""
+        descriptor = frames[-1].get(zmq.SRCFD)
+        if not self._connections.knows(descriptor):
+            self._note_comings()
+        if not self._connections.knows(descriptor):
+            return False  # it has gone, or was cut off before
+        parts, size = len(frames) - 1, sum(map(len, frames))
+        return not self._note_cut(self._connections.heard(descriptor, key, parts, size, time.monotonic()))
+
+    def _of_client(self, message: Any, key: str, route: bytes) -> Received | None:
+        """A client's message, unless it is in another client's name."""
+        name = message.frame.client if isinstance(message, Frame) else message.client
+        if self._clients.heard(name, key, route):
+            return Received(message, key)
+        self._drop(MessageError(f"a client spoke by the name {name}, which is another's"))
+        return None
 
     def _hear(self, frames: list[zmq.Frame], device: int) -> list[Received]:
         """What a peer says against the stream, if it is a message."""
