@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -56,6 +57,20 @@ def test_whatever_comes_in_a_parser_gives_something_or_says_what_is_wrong(name: 
         assert problem(parser, case(parser, name, 1, number)) is None
 
     check()
+
+
+def test_texts_with_halves_of_characters_and_values_of_any_size_are_refused(room: Path) -> None:
+    manifest = make_manifest(make_plan(3), 0).to_json().decode()
+    name, shape = json.loads(manifest)["input"], json.loads(manifest)["input_shape"]
+    for before, after in ((f'"{name}"', '"\\ud800"'), (json.dumps(shape, indent=2), json.dumps([2**20, 2**20]))):
+        hostile = re.sub(r"\s+", " ", manifest).replace(re.sub(r"\s+", " ", before), after)
+        with pytest.raises(BundleError, match=r"not JSON|the size of a value"):
+            Manifest.from_json(hostile.encode())
+    TYPICAL.save(room / "profile.json")
+    text = (room / "profile.json").read_text()
+    (room / "profile.json").write_text(text.replace("{", '{"\\udfff": 1,', 1))
+    with pytest.raises(PlanError, match="not JSON"):
+        Profile.load(room / "profile.json")
 
 
 @pytest.mark.parametrize("value", ["1e999", "[" * 30_000, "[99]"])

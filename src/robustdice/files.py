@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_json(content: bytes) -> Any:
+    """The document of a JSON file in UTF-8; ValueError for anything else, such as what nests too deep, or texts with
+    halves of characters, which nothing can be written to."""
+    try:
+        text = content.decode("utf-8-sig")
+        document = json.loads(text)
+        if "\\u" in text:
+            json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    return document
 
 
 def read_array(content: bytes) -> NDArray[Any]:

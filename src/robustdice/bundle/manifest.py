@@ -15,6 +15,7 @@ The last stage has no exchange; after its local part the network's output is amo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import Any
 
 from robustdice.bundle.parts import Part, Piece, extent, parse_part, parse_piece
 from robustdice.errors import BundleError
+from robustdice.files import read_json
 from robustdice.plan import (
     Certificate,
     Shard,
@@ -37,6 +39,8 @@ FORMAT_VERSION = 6
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.bin"
 """What is not in the ONNX files: packed filters, and what layers are scaled and shifted by."""
+LARGEST_VALUE = 2**26
+"""Numbers: 256 MiB of them. A device makes up values of such sizes when it starts."""
 APART_PATTERN = "*-*.bin"
 """Files of weights that ONNX files read where they lie."""
 """Files of weights that models of strips share."""
@@ -201,8 +205,8 @@ class Manifest:
         """Parse a manifest; BundleError with the reason when it is none, or of another version."""
         remedy = "build the bundle again with 'robustdice build'"
         try:
-            document = json.loads(content)
-        except (ValueError, RecursionError):
+            document = read_json(content)
+        except ValueError:
             raise BundleError(f"{MANIFEST_NAME} is not JSON; {remedy}") from None
         if not isinstance(document, dict) or document.get("format") != "robustdice-bundle":
             raise BundleError(f"{MANIFEST_NAME} has no robustdice-bundle header; {remedy}")
@@ -303,6 +307,8 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST_NAME} contradicts itself: {what}; build the bundle again")
 
     require(0 <= manifest.device < manifest.devices, "the device number")
+    shapes = [manifest.input_shape, *(exchange.shape for exchange in manifest.exchanges)]
+    require(all(min(s, default=1) > 0 and math.prod(s) <= LARGEST_VALUE for s in shapes), "the size of a value")
     require(manifest.activation in ("softmax", "sigmoid"), "what its outputs mean")
     seen: list[int] = []
     for stage in manifest.stages:
@@ -344,4 +350,7 @@ def _check(manifest: Manifest) -> None:
         require(all(len(affine.corrections) == len(manifest.calibrated) for affine in part.affine), "its corrections")
         end = extent(part)
         require(not end or end <= manifest.files[WEIGHTS_NAME].size, "weights beyond the end of their file")
-    require(all("/" not in name and not name.startswith(".") for name in named), "a file name with a path")
+    require(
+        all(name.isprintable() and "/" not in name and name[:1] not in (".", "") for name in named),
+        "a file name with a path",
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robustdice.errors import PlanError
-from robustdice.files import write_atomically
+from robustdice.files import read_json, write_atomically
 from robustdice.plan import Layer, ModelReference
 from robustdice.representation import REPRESENTATIONS
 from robustdice.wire_format import WIRES
@@ -99,10 +99,10 @@ class Profile:
         remedy = "make one with 'robustdice profile'"
         try:
             with Path(path).open("rb") as file:
-                document = json.loads(file.read(LIMIT_BYTES))
+                document = read_json(file.read(LIMIT_BYTES))
         except OSError as error:
             raise PlanError(f"cannot read the profile {path}: {error.strerror}") from None
-        except (ValueError, RecursionError):
+        except ValueError:
             raise PlanError(f"{path} is not a profile (it is not JSON); {remedy}") from None
         if not isinstance(document, dict) or document.pop("format", None) != "robustdice-profile":
             raise PlanError(f"{path} is not a profile (no robustdice-profile header); {remedy}")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
-from robustdice.files import read_array, write_atomically
+from robustdice.files import read_array, read_json, write_atomically
 from robustdice.markup import html_table
 from robustdice.plan import ModelReference
 
@@ -208,7 +208,7 @@ def _load(path: Path) -> Importance:
             if (size := sum(member.file_size for member in archive.infolist())) > LIMIT_BYTES:
                 raise ValueError(f"{size} bytes when they are unpacked, at most {LIMIT_BYTES} are read")
             arrays = {name.removesuffix(".npy"): read_array(archive.read(name)) for name in archive.namelist()}
-        header = json.loads(arrays["header"].tobytes())
+        header = read_json(arrays["header"].tobytes())
         if header.get("format") != "robustdice-importance":
             raise PlanError(f"{path} is not a file of scores (no robustdice-importance header); {remedy}")
         if header.get("version") != FORMAT_VERSION:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from robustdice.errors import ModelError, first_line
+from robustdice.files import read_json
 from robustdice.images import check_preprocessing
 from robustdice.model.foreign import ONNX, PROGRAM, recognise
 from robustdice.model.tracing import export_module, is_float32, module_in_float32, quiet
@@ -60,10 +60,10 @@ def _sidecar(path: Path) -> dict[str, Any]:
     if not sidecar.is_file():
         return {}
     try:
-        document = json.loads(sidecar.read_bytes())
+        document = read_json(sidecar.read_bytes())
     except OSError as error:
         raise ModelError(f"cannot read the sidecar {sidecar}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"the sidecar {sidecar} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ModelError(f"the sidecar {sidecar} is not a JSON object; see docs/formats.md")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
-from robustdice.files import read_array
+from robustdice.files import read_array, read_json
 from robustdice.plan.shards import FailureSet, Holder, Shard
 from robustdice.representation import (
     TAIL_REPRESENTATION,
@@ -214,10 +214,10 @@ def read_document(path: Path) -> tuple[dict[str, Any], Arrays]:
         arrays: dict[str, NDArray[Any]] = {}
         if content[:2] == b"PK":
             content, arrays = _read_zip(io.BytesIO(content))
-        document = json.loads(content)
+        document = read_json(content)
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
-    except (ValueError, RecursionError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
+    except (ValueError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
         raise PlanError(f"{path} is not a plan (it is not JSON, nor a zip file of JSON and arrays); {REMEDY}") from None
     if not isinstance(document, dict) or document.get("format") != "robustdice-plan":
         raise PlanError(f"{path} is not a plan (no robustdice-plan header); {REMEDY}")

@@ -118,7 +118,16 @@ class Executor:
 
     def try_out(self) -> None:
         """Run every part on made-up values. What another provider computes wrongly is computed on the CPU from then on;
-        BundleError when that does not compute what the workshop said it would, either."""
+        BundleError when that does not compute what the workshop said it would, either, or cannot."""
+        try:
+            self._try_parts()
+        except MemoryError:
+            raise BundleError(
+                "what the bundle's manifest says of its values takes more memory than there is; build the bundle again"
+            ) from None
+        self._sessions.say_what_moved()
+
+    def _try_parts(self) -> None:
         manifest = self.manifest
         values: Values = {manifest.input: stand_in(manifest.input, manifest.input_shape)}
         depths: dict[str, int] = {}
@@ -133,7 +142,6 @@ class Executor:
                 depths.pop(exchange.value, None)
                 if exchange.mask is not None:
                     values[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
-        self._sessions.say_what_moved()
 
     def _try_part(self, part: Part, values: Values, depths: dict[str, int]) -> Values:
         """``depths`` says of values how many layers in a row read rounded inputs before them, where any did."""
