@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import robustdice as rd
 from robustdice.errors import PlanError
 from robustdice.meter.whole import whole_model
 from robustdice.model.network import Network
+from robustdice.plan import Certificate
 
 SPLITS = ("neurons", "hidden", "rows", "auto", "latency", "replicas")
 """How a model is dealt out: ``auto`` and ``latency`` as the cost model says is best for throughput and for one frame
@@ -41,14 +43,20 @@ class Builds:
         wire: str = "float32",
         memory: float | None = None,
         hosts: tuple[str, ...] | None = None,
+        certified: bool = False,
     ) -> Path:
         """A build's directory. Plain slices, or with copies where there is room for them, up to ``memory``, a share of
-        the model. PlanError where a model cannot be split so."""
+        the model. What is ``certified`` was not evaluated: the certificate is there so that answers say whether they
+        were computed in one view from first to last. PlanError where a model cannot be split so."""
         words = [name_of(model), str(devices), split, wire, *([] if memory is None else [f"{memory:g}"])]
-        place = self.root / "-".join([*words, *(["apart"] if hosts else [])])
+        words += [*(["apart"] if hosts else []), *(["certified"] if certified else [])]
+        place = self.root / "-".join(words)
         if not (place / "plan.json").exists():
             network = network_of(model)
             plan = self._plan(network, split, devices, wire, memory)
+            if certified:
+                down = [each for size in range(devices) for each in rd.failure_sets(devices, size)]
+                plan = replace(plan, certificate=Certificate("none", "0", 1, 1.0, dict.fromkeys(down, 1.0)))
             rd.build(network, plan, place, host=hosts, base_port=None if hosts is None else 27200)
         return place
 
@@ -73,13 +81,15 @@ class Builds:
 
 @cache
 def network_of(model: str) -> Network:
-    """A file, or a model of torchvision with random weights."""
-    return rd.load_model(model) if Path(model).exists() else rd.load_model(f"torchvision:{model}", random_weights=True)
+    """A file, ``module:factory``, or a model of torchvision with random weights."""
+    if Path(model).exists() or ":" in model:
+        return rd.load_model(model)
+    return rd.load_model(f"torchvision:{model}", random_weights=True)
 
 
 def name_of(model: str) -> str:
     """Of a model, for people."""
-    return Path(model).stem
+    return Path(model).stem.partition(":")[0]
 
 
 def try_build(builds: Builds, model: str, split: str, devices: int, **options: object) -> Path | None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from processes import device
 from robustdice.runtime.client import Client
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
@@ -26,19 +24,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-@contextlib.contextmanager
-def device(directory: Path, number: int, cluster: Path) -> Iterator[None]:
-    command = [sys.executable, "-m", "robustdice.runtime.device", str(directory / f"device-{number}")]
-    command += ["--cluster", str(cluster), "--watch-stdin"]
-    with (directory / f"log-{number}").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.communicate(timeout=10)
 
 
 def test_answers_claim_only_what_they_were_computed_from_when_a_device_can_send_and_hears_nothing(
@@ -54,7 +39,7 @@ def test_answers_claim_only_what_they_were_computed_from_when_a_device_can_send_
     new.write_text(old.read_text("utf-8").replace(cluster.devices[3].address, moved.address), "utf-8")
     with contextlib.ExitStack() as running:
         for number in range(4):
-            running.enter_context(device(tmp_path, number, new if number == 3 else old))
+            running.enter_context(device(tmp_path, number, cluster=new if number == 3 else old, log=f"log-{number}"))
         client = running.enter_context(Client(new, timeout_seconds=5.0))
         end = time.monotonic() + 20.0
         while len(client.status(0.5)) < 4:

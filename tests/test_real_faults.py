@@ -4,24 +4,26 @@ cut links."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from soak import soak
+from expected import expect, load_expected
+from soak import Tally, _growth, _problems, soak
 
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from processes import client_elsewhere, device, until_up, whole_and_right
 from robustdice.meter.netns import one_switch, permitted
 from robustdice.plan import Certificate, Plan, failure_sets
+from robustdice.runtime.answer import Answer
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.inprocess import InProcess
@@ -39,37 +41,6 @@ def build(directory: Path, devices: int) -> InProcess:
     bundles = write_bundles(directory, plan, Network())
     write_cluster(directory, devices, plan.digest)
     return InProcess(bundles)
-
-
-@contextlib.contextmanager
-def device(directory: Path, number: int, *prefix: str, cluster: Path | None = None, log: str = "log") -> Iterator[None]:
-    """A device process, started by the words of ``prefix``."""
-    command = [*prefix, sys.executable, "-m", "robustdice.runtime.device", str(directory / f"device-{number}")]
-    command += ["--cluster", str(cluster or directory / CLUSTER_NAME), "--watch-stdin"]
-    with (directory / log).open("ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=output)
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.communicate(timeout=10)
-
-
-def until_up(client: Client, devices: list[int], by: int = 0) -> None:
-    """Until device ``by`` sees these."""
-    end = time.monotonic() + 60.0
-    while client.status(0.5).get(by, {}).get("up") != devices:
-        assert time.monotonic() < end, f"devices {devices} do not see each other"
-
-
-def whole_and_right(client: Client, reference: InProcess, frames: int = 60) -> bool:
-    """Every answer has full coverage, and is what the bundles give."""
-    expected = reference.run(FRAMES[:frames])
-    answers = list(client.stream(FRAMES[:frames]))
-    return all(
-        answer.outputs is not None and answer.coverage == 1.0 and np.allclose(answer.outputs, value, 1e-4, 1e-5)
-        for answer, value in zip(answers, expected, strict=True)
-    )
 
 
 def test_a_flood_of_bytes_and_a_client_that_does_not_read_harm_nobody(tmp_path: Path) -> None:
@@ -92,7 +63,7 @@ def test_a_flood_of_bytes_and_a_client_that_does_not_read_harm_nobody(tmp_path: 
             for _ in range(5):
                 for k in range(4):  # with the other's four as many as devices work on at once: they share that window
                     deaf._submit(FRAMES[k])  # and nothing that comes back is read
-                assert whole_and_right(cluster.client, reference, 12)
+                assert whole_and_right(cluster.client, reference, FRAMES[:12])
         finally:
             over.set()
             for thread in threads:
@@ -122,48 +93,95 @@ def test_a_device_with_another_key_takes_no_part_and_the_others_answer(tmp_path:
         assert all(np.allclose(a.outputs, e, 1e-4, 1e-5) for a, e in zip(answers, expected, strict=True))  # type: ignore[arg-type]
 
 
-def test_a_device_whose_log_is_on_a_full_disk_serves(tmp_path: Path) -> None:
+def test_a_device_that_starts_on_a_full_disk_serves(tmp_path: Path) -> None:
     reference = build(tmp_path, 2)
     (tmp_path / "full").symlink_to("/dev/full")
-    with device(tmp_path, 0, log="full"), device(tmp_path, 1), Client(tmp_path / CLUSTER_NAME) as client:
+    nothing = ["prlimit", "--fsize=0"]  # no file can be written, wherever it is
+    with device(tmp_path, 0, *nothing, log="full"), device(tmp_path, 1), Client(tmp_path / CLUSTER_NAME) as client:
         until_up(client, [0, 1])
-        assert whole_and_right(client, reference)
+        assert whole_and_right(client, reference, FRAMES[:60])
 
 
-def test_devices_whose_clocks_are_a_year_apart_work_together(tmp_path: Path) -> None:
-    prefix = ["unshare", "--time", "--monotonic", A_YEAR, "--boottime", A_YEAR]
-    found = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+JUMPING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+static long jump(void) { struct stat found; return stat(WHERE, &found) ? 0 : (2 - found.st_size) * 31536000L; }
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += jump();
+    return result;
+}
+time_t time(time_t *to) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return to ? *to = now.tv_sec : now.tv_sec;
+}
+int gettimeofday(struct timeval *to, void *zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    to->tv_sec = now.tv_sec, to->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+"""
+"""The wall clock as a library that is loaded before the C library's: ahead by a year, or behind, by a file's size."""
+
+
+def test_devices_whose_clocks_jump_or_are_a_year_apart_work_together(tmp_path: Path) -> None:
+    apart = ["unshare", "--time", "--monotonic", A_YEAR, "--boottime", A_YEAR]
+    found = subprocess.run([*apart, "true"], capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(f"clocks of their own are not permitted: {found.stderr.strip()}")
-    reference = build(tmp_path, 2)
+    if not shutil.which("gcc"):
+        pytest.skip("gcc, which makes a clock that jumps, is not installed")
+    (tmp_path / "clock.c").write_text(JUMPING, "utf-8")
+    jump, library = tmp_path / "jump", tmp_path / "clock.so"
+    command = ["gcc", "-shared", "-fPIC", f'-DWHERE="{jump}"', "-o", str(library), str(tmp_path / "clock.c"), "-ldl"]
+    subprocess.run(command, check=True)
+    jumping = ["env", f"LD_PRELOAD={library}"]
+    reference, year = build(tmp_path, 2), time.gmtime().tm_year
+    with Client(tmp_path / CLUSTER_NAME, timeout_seconds=5.0) as client:
+        with device(tmp_path, 0, *jumping), device(tmp_path, 1, *apart):
+            until_up(client, [0, 1])
+            jumps = {20: lambda: jump.write_bytes(b"1"), 40: lambda: jump.write_bytes(b"123")}  # a year on, two back
+            assert whole_and_right(client, reference, FRAMES[:60], jumps)
+            jump.write_bytes(b"1")
+        lines = (tmp_path / "log").read_text("utf-8").splitlines()
+        assert [line for line in lines if line.startswith(f"{year + 1}-")], "its clock has jumped"
+        assert not [line for line in lines if "is suspect" in line and "its connection is gone" not in line]
+
+
+@pytest.mark.slow
+def test_a_device_on_a_core_that_others_take_costs_no_answer_and_is_back_when_they_have_gone(tmp_path: Path) -> None:
+    reference, cores = build(tmp_path, 3), os.sched_getaffinity(0)
+    others = ["taskset", "-c", str(min(cores)), sys.executable, "-c", "while True: pass"]
     with (
         device(tmp_path, 0),
-        device(tmp_path, 1, *prefix),
+        device(tmp_path, 1),
+        device(tmp_path, 2) as starved,
         Client(tmp_path / CLUSTER_NAME, timeout_seconds=5.0) as client,
     ):
-        until_up(client, [0, 1])
-        assert whole_and_right(client, reference)
-        assert not [line for line in (tmp_path / "log").read_text("utf-8").splitlines() if "is suspect" in line]
-
-
-CUT_STREAM = """
-import json, sys, time
-import numpy as np
-from robustdice.runtime.client import Client
-client = Client(sys.argv[1], timeout_seconds=3.0)
-frame = np.zeros((1, 8, 8), np.float32)
-def settled(up, seconds=30):
-    end = time.monotonic() + seconds
-    while [s["up"] for _, s in sorted(client.status(0.5).items())] != up:
-        if time.monotonic() > end: return False
-    return True
-for line in sys.stdin:
-    answers = [client.infer(frame) for _ in range(30)]
-    print(json.dumps({
-        "coverage": min(a.coverage for a in answers), "down": sorted({d for a in answers[-5:] for d in a.down}),
-        "most_ms": max(a.latency_seconds for a in answers) * 1e3, "settled": settled(json.loads(line)),
-    }), flush=True)
-"""
+        until_up(client, [0, 1, 2], [0, 1, 2])
+        threads = [int(path.name) for path in Path(f"/proc/{starved}/task").iterdir()]
+        for thread in threads:
+            os.sched_setaffinity(thread, {min(cores)})
+            os.setpriority(os.PRIO_PROCESS, thread, 19)
+        busy = [subprocess.Popen(others) for _ in range(3)]
+        try:
+            for _ in range(5):  # the others have every neuron, too
+                assert whole_and_right(client, reference, FRAMES)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        assert "device 2 is suspect" in (tmp_path / "log").read_text("utf-8")
+        for thread in threads:
+            os.sched_setaffinity(thread, cores)
+        until_up(client, [0, 1, 2], [0, 1, 2])
+        assert whole_and_right(client, reference, FRAMES)
 
 
 @pytest.mark.slow
@@ -179,18 +197,7 @@ def test_a_cut_link_costs_no_answer_and_the_device_is_back_when_it_is_whole(tmp_
         (tmp_path / CLUSTER_NAME).write_text(text, "utf-8")
         for number in range(3):
             running.enter_context(device(tmp_path, number, *switch.prefix(number), log=f"log-{number}"))
-        command = [*switch.prefix(3), sys.executable, "-c", CUT_STREAM, str(tmp_path / CLUSTER_NAME)]
-        environment = {**os.environ}
-        client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        running.callback(client.communicate)
-
-        def stream(up: list[list[int]]) -> dict[str, object]:
-            assert client.stdin is not None
-            assert client.stdout is not None
-            client.stdin.write(json.dumps(up) + "\n")
-            client.stdin.flush()
-            found: dict[str, object] = json.loads(client.stdout.readline())
-            return found
+        stream = running.enter_context(client_elsewhere(switch.prefix(3), tmp_path / CLUSTER_NAME))
 
         assert stream([[0, 1, 2]] * 3)["settled"]
         assert stream([[0, 1, 2]] * 3)["coverage"] == 1.0
@@ -213,8 +220,32 @@ def test_a_cut_link_costs_no_answer_and_the_device_is_back_when_it_is_whole(tmp_
 @pytest.mark.slow
 def test_under_kills_freezes_and_restarts_every_frame_is_answered_and_right(tmp_path: Path) -> None:
     build(tmp_path, 4)
-    result = soak(tmp_path, seconds=20.0, seed=3)
-    assert result.holds, result
-    assert sum(result.faults.values()) >= 5
-    assert result.compared > result.frames / 2
-    assert result.device_rss_bytes[1] < 1.2 * result.device_rss_bytes[0]
+    result = soak(tmp_path, expect(tmp_path, FRAMES), seconds=20.0, seed=3)
+    assert not result.problems
+    assert result.under_faults["answered"] == result.under_faults["sent"] > 500
+    assert result.under_faults["compared"] > result.under_faults["sent"] / 2
+    assert result.faults["kill"] + result.faults["freeze"] >= 5
+    assert result.back_frames is not None
+
+
+def test_what_a_soak_finds_wrong_is_said(tmp_path: Path) -> None:
+    build(tmp_path, 2)
+    expected = expect(tmp_path, FRAMES[:4])
+    given = Answer(7, expected.outputs[1,][2], None, 0, expected.coverage[1,], 1.0, (1,), 0.01, 0, (), None, 0.5)
+    partial = replace(given, coverage=expected.coverage[1,] - 0.25)
+    unknown = replace(partial, expected_accuracy=None)
+    verdicts = [expected.judge(answer, image) for answer, image in ((given, 2), (given, 3), (partial, 2), (unknown, 2))]
+    assert verdicts == [True, False, False, None]
+    tally = Tally(expected)
+    for answer in (given, replace(given, outputs=None, refused="time is up")):
+        tally.add(answer, 3, 1.0, 0.02)
+    assert (tally.sent, tally.answered, tally.wrong) == (2, 1, 1)
+    problems = _problems(tally, "under faults")
+    assert problems[0] == "1 frames were lost under faults: time is up"
+    assert problems[1].startswith("1 answers were wrong under faults: frame 7 by device 0, down (1,)")
+    assert not _growth("client", [100_000_000, 0, 104_000_000])
+    assert _growth("client", [100_000_000, 0, 106_000_000]) == ["client has grown from 100.0 to 106.0 MB"]
+    expected.save(tmp_path / "expected.npz")
+    again = load_expected(tmp_path / "expected.npz")
+    assert again.coverage == expected.coverage
+    assert all(np.array_equal(again.outputs[view], expected.outputs[view]) for view in expected.outputs)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from builds import Builds
 
+from processes import client_elsewhere, device
 from robustdice.meter.netns import one_switch, permitted, shared_link
+from robustdice.runtime.wire.config import CLUSTER_NAME
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "alexnet_cifar10.pt2"
@@ -52,6 +58,36 @@ def test_behind_a_shared_link_of_20_megabits_every_frame_is_answered(build: Path
     assert min(found["coverage"]) > 0.0, "a frame was not answered in time"
     assert sum(found["coverage"]) / FRAMES > 0.9  # 0.4 when devices suspect each other in turn
     assert found["suspicions"] <= 2  # of the first moments, before anything was learnt
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_behind_a_switch_of_100_megabits_neither_a_crash_nor_a_freeze_costs_a_frame(tmp_path: Path) -> None:
+    if reason := permitted():
+        pytest.skip(reason)
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL} is not here")
+    with one_switch(5) as switch, contextlib.ExitStack() as running:
+        hosts = tuple(switch.address(number) for number in range(4))
+        build = Builds(tmp_path).build(str(MODEL), "neurons", 4, memory=0.5, hosts=hosts)
+        switch.limit(range(5), 100)
+        processes = [running.enter_context(device(build, k, *switch.prefix(k), log=f"log-{k}")) for k in range(4)]
+        stream = running.enter_context(client_elsewhere(switch.prefix(4), build / CLUSTER_NAME))
+        everyone = [[0, 1, 2, 3]] * 4
+        assert stream(everyone)["settled"]
+        assert stream(everyone) | {"most_ms": 0} == {"coverage": 1.0, "down": [], "most_ms": 0, "settled": True}
+        for number, fault in ((3, signal.SIGSTOP), (2, signal.SIGKILL)):
+            timer = threading.Timer(0.3, os.kill, [processes[number], fault])
+            timer.start()
+            left = [device for device in range(4) if device != number]
+            failing = stream([left] * 3)
+            timer.join()
+            assert failing["settled"], failing
+            assert failing["coverage"] > 0.5, "what the others have of a plan with half of the model on each"
+            assert stream([left] * 3)["down"] == [number]
+            if fault == signal.SIGSTOP:
+                os.kill(processes[number], signal.SIGCONT)
+                assert stream(everyone)["settled"]
 
 
 def namespaces() -> set[str]:

@@ -31,6 +31,8 @@ from robustdice.runtime.wire.watch import Watch, received
 
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
+NEWCOMERS_AFTER = 0.25
+"""After this share of its time, a frame that nobody has answered is given to devices that have come since."""
 REMEMBERED_FRAMES = 64
 """So many decided frames may still get answers that teach something."""
 REPLY_LIMIT = 4 * messages.OUTPUTS_LIMIT
@@ -164,10 +166,11 @@ class Client:
         return pending.number
 
     def _dispatch(self, pending: Pending) -> None:
+        """To all devices that can be reached and do not have it; where they take turns, to one more."""
         if self.model.in_turn:
             self._pass_on(pending)
         else:
-            for device in range(len(self._lines)):
+            for device in sorted(self._lines.keys() - pending.asked.keys()):
                 self._send(pending, device)
 
     def _send(self, pending: Pending, device: int) -> bool:
@@ -288,7 +291,8 @@ class Client:
         now = time.monotonic()
         in_turn = self._model is not None and self._model.in_turn
         for pending in list(self._pending.values()):
-            if not pending.asked:  # nobody was connected, or nobody of those who were is left
+            alone = not pending.asked  # nobody was connected, or nobody of those who were is left
+            if alone or (not in_turn and not pending.answers and now >= self._newcomers_at(pending)):
                 self._dispatch(pending)
             waiting = pending.waiting
             due = self._choice.due(pending.coverages, waiting, pending.first_at)
@@ -307,6 +311,9 @@ class Client:
                     self._choice.expire(pending.coverages, waiting, pending.first_at, now)
                 self._resolve(pending)
 
+    def _newcomers_at(self, pending: Pending) -> float:
+        return pending.sent_at + NEWCOMERS_AFTER * self.timeout_seconds
+
     def _overdue_at(self, pending: Pending, device: int) -> float:
         return self._turns.overdue_at(device, pending.asked[device], self._load(device))
 
@@ -323,6 +330,8 @@ class Client:
             else:
                 due = self._choice.due(pending.coverages, pending.waiting, pending.first_at)
                 times += [] if due is None else [due]
+                newcomers = self._newcomers_at(pending)
+                times += [newcomers] if newcomers > time.monotonic() else []
         return min(times)
 
     def _resolve(self, pending: Pending) -> None:

@@ -95,10 +95,14 @@ class LocalCluster:
         process = self._processes.get(device)
         return process.pid if process is not None and process.poll() is None else None
 
-    def log(self, device: int) -> str:
-        """What a device has written to its log so far."""
+    def log(self, device: int, start: int = 0) -> str:
+        """What a device has written to its log so far, from byte ``start`` on."""
         path = self._logs.get(device)
-        return path.read_text("utf-8", "replace") if path is not None and path.exists() else ""
+        if path is None or not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read().decode("utf-8", "replace")
 
     def kill(self, device: int) -> None:
         """End a device at once, as a power cut would (SIGKILL)."""

@@ -1,0 +1,159 @@
+"""What one fault costs on real processes: of four devices one is killed or frozen and comes back; a frame at a time.
+
+    python benchmarks/detect.py [--trials 12] [--model FILE] [--split neurons] [--memory 0.5] [--builds DIR]
+
+A fault costs the frames that are under way: what the slowest of them takes beyond the median of frames that are
+computed while the device is known to be down, which have the spare's compute in them too. Beside it stands the same at
+moments when nothing happens: processes that share cores are never equally fast. ``later`` counts frames that left 0.5 s
+after the fault or later, and were a tenth of a second slower than the median: a fault is to cost once. Full coverage is
+back after the last answer that is not from primaries alone, in seconds and frames since a frozen device went on, or a
+killed one listened again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from faults import Log
+from numpy.typing import NDArray
+from soak import SHARED, keep_bytecode, prepare
+
+from robustdice.runtime.cluster import LocalCluster
+
+BEFORE, DOWN, AFTER = 1.0, 2.0, 1.5
+"""Seconds of a trial before the fault, between it and the return, and with full coverage after it."""
+PATIENCE = 20.0
+SETTLED = 0.5
+SLOW_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A frame: when it left, when its answer came, and whether that is from primaries alone."""
+
+    left: float
+    came: float
+    whole: bool
+
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        return self.came - self.left
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds (and frames). ``idle`` is what ``cost`` is at a moment when nothing happens; ``start`` is what a process
+    takes until it listens."""
+
+    cost: float
+    idle: float
+    later: int
+    back: float
+    back_frames: int
+    start: float | None
+
+
+def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind: str) -> Trial:
+    """One device fails and returns. ClusterError when it does not."""
+    seen: list[Seen] = []
+    moments: dict[str, float] = {}
+    log = Log(cluster, device).read()
+    again = log.starts + 1
+
+    def act(what: str) -> None:
+        moments[what] = time.monotonic()
+        getattr(cluster, what)(device)
+
+    back = "restart" if kind == "kill" else "thaw"
+    timers = [threading.Timer(BEFORE, act, [kind]), threading.Timer(BEFORE + DOWN, act, [back])]
+    for timer in timers:
+        timer.start()
+    whole_since: float | None = None
+    started = time.monotonic()
+
+    def frames() -> Iterator[NDArray[np.float32]]:
+        while time.monotonic() < started + PATIENCE:
+            if whole_since is not None and time.monotonic() > whole_since + AFTER:
+                return
+            yield images[len(seen) % len(images)]
+
+    for answer in cluster.client.stream(frames()):
+        now = time.monotonic()
+        whole = answer.coverage == 1.0 and answer.from_spares == 0.0 and not answer.down
+        seen.append(Seen(now - answer.latency_seconds, now, whole))
+        if kind == "kill" and back in moments and "listens" not in moments and log.read().starts == again:
+            moments["listens"] = now
+        if not whole or back not in moments:
+            whole_since = None
+        elif whole_since is None:
+            whole_since = now
+    for timer in timers:
+        timer.join()
+    cluster.wait()
+    fault, returned = moments[kind], moments[back]
+    usual = statistics.median(each.seconds for each in seen if fault + SETTLED < each.left < returned - SETTLED)
+    calm = statistics.median(each.seconds for each in seen if started + SETTLED < each.left < fault - SETTLED / 5)
+    last = max((each.came for each in seen if not each.whole and each.came > fault), default=fault)
+    ready = moments.get("listens", returned)
+    return Trial(
+        cost=_slowest(seen, fault) - usual,
+        idle=_slowest(seen, started + BEFORE - SETTLED / 5) - calm,
+        later=sum(
+            each.seconds > usual + SLOW_SECONDS for each in seen if fault + SETTLED < each.left < returned - SETTLED
+        ),
+        back=last - ready,
+        back_frames=sum(ready < each.came <= last for each in seen),
+        start=None if kind == "freeze" else ready - returned,
+    )
+
+
+def _slowest(seen: Sequence[Seen], moment: float) -> float:
+    """Of the frames that were under way."""
+    return max((each.seconds for each in seen if each.left < moment < each.came), default=0.0)
+
+
+def spread(values: Sequence[float], unit: str = "ms", factor: float = 1e3) -> str:
+    """The median and the worst."""
+    return f"{factor * statistics.median(values):.0f} {unit}, worst {factor * max(values):.0f}"
+
+
+def main() -> None:
+    """Print a line for each kind of fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=12, help="of each kind (default: %(default)s)")
+    parser.add_argument("--model", default=str(SHARED / "models" / "resnet20_cifar10.pt2"))
+    parser.add_argument("--split", default="neurons")
+    parser.add_argument("--memory", type=float, default=0.5)
+    parser.add_argument("--builds", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.builds or Path(temporary)
+        keep_bytecode(root)
+        place, expected = prepare(root, options.model, options.split, options.memory, 20)
+        images = expected.images
+        for kind in ("kill", "freeze"):
+            with LocalCluster(place, timeout_seconds=2.0, window=1) as cluster:
+                trials = [trial(cluster, images, number % cluster.devices, kind) for number in range(options.trials)]
+            starts = [each.start for each in trials if each.start is not None]
+            print(
+                f"{kind}, {len(trials)} trials: costs frames under way {spread([each.cost for each in trials])} beyond "
+                f"the spare's compute (when nothing happens {spread([each.idle for each in trials])}), later "
+                f"{sum(each.later for each in trials)} frames; full coverage is back after "
+                f"{spread([each.back for each in trials])}, "
+                f"{spread([each.back_frames for each in trials], 'frames', 1)}"
+                + (f"; a process listens {spread(starts)} after its start" if starts else ""),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
