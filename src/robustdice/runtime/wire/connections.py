@@ -85,9 +85,10 @@ class Connections:
         """libzmq has accepted a connection. When too many are silent, the one that has been for longest is cut off."""
         self._open.pop(descriptor, None)
         with _borrowed(descriptor) as connection:
-            if connection is None:
-                return None  # it is gone already
-            self._open[descriptor] = _Connection(connection.getpeername(), now)
+            peer = None if connection is None else _peer_of(connection)
+        if peer is None:
+            return None  # it is gone already
+        self._open[descriptor] = _Connection(peer, now)
         silent = [each for each, known in self._open.items() if known.key is None]
         if len(silent) <= MOST_SILENT:
             return None
@@ -164,11 +165,15 @@ def _borrowed(descriptor: int, peer: Any = None) -> Iterator[sockets.socket | No
         yield None
         return
     with connection:
-        try:
-            same = peer is None or connection.getpeername() == peer
-        except OSError:
-            same = False
-        yield connection if same else None
+        yield connection if peer is None or _peer_of(connection) == peer else None
+
+
+def _peer_of(connection: sockets.socket) -> Any:
+    """Who is at the other end; None when that has gone."""
+    try:
+        return connection.getpeername()
+    except OSError:
+        return None
 
 
 def _handed_over(descriptor: int, peer: Any) -> int | None:
