@@ -81,13 +81,14 @@ class Connections:
         """Whether there is anybody to look at."""
         return bool(self._open)
 
-    def opened(self, descriptor: int, now: float) -> Misuse | None:
-        """libzmq has accepted a connection. When too many are silent, the one that has been for longest is cut off."""
+    def opened(self, descriptor: int, port: int, now: float) -> Misuse | None:
+        """libzmq has accepted a connection at this port. When too many are silent, the one that has been for longest is
+        cut off."""
         self._open.pop(descriptor, None)
         with _borrowed(descriptor) as connection:
-            peer = None if connection is None else _peer_of(connection)
+            peer = None if connection is None or connection.getsockname()[1] != port else _peer_of(connection)
         if peer is None:
-            return None  # it is gone already
+            return None  # it is gone already; the number may be that of a connection to a peer by now
         self._open[descriptor] = _Connection(peer, now)
         silent = [each for each, known in self._open.items() if known.key is None]
         if len(silent) <= MOST_SILENT:

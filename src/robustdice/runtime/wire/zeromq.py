@@ -199,9 +199,11 @@ class ZeroMQTransport:
     def _note_comings(self) -> None:
         """Somebody has come or gone. If his handshake was not readable: was it encrypted for another device's key?"""
         while self._comings.poll(0):
-            event, value = struct.unpack_from("=HI", self._comings.recv_multipart()[0])
+            told, endpoint = self._comings.recv_multipart()
+            event, value = struct.unpack_from("=HI", told)
             if event == zmq.EVENT_ACCEPTED:
-                self._note_cut(self._connections.opened(value, time.monotonic()))
+                port = int(endpoint.rpartition(b":")[2])
+                self._note_cut(self._connections.opened(value, port, time.monotonic()))
             elif event == zmq.EVENT_DISCONNECTED:
                 self._connections.closed(value)
             elif value == ENCRYPTED_FOR_ANOTHER_KEY:
