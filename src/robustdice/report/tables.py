@@ -99,8 +99,9 @@ def importance_table(importance: Importance) -> Sheet:
     return table
 
 
-PROCESS_BYTES = 78_000_000
-"""Resident memory of a device's process without weights: Python, NumPy, ONNX Runtime, ZeroMQ (measured, x86-64)."""
+PROCESS_BYTES = 72_000_000
+"""Resident memory of a device's process that computes, without weights: Python, NumPy, ONNX Runtime, ZeroMQ (measured,
+x86-64: docs/results/memory.md)."""
 COPIES_WHILE_LOADING = 1, 3
 """So many times the weights are resident at the peak, while ONNX Runtime packs them: few where they are coarse or in
 linear layers, many where they are float32 and in convolutions (measured, docs/formats.md)."""
