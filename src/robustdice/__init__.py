@@ -8,9 +8,14 @@ is used: a device has no room for what it does not need.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from robustdice.errors import RobustdiceError, workshop_missing
+
+# Newer versions of ONNX Runtime report on their use to their maker, from a thread of their own and through a database
+# in the home directory, as soon as they are imported. A device tells nobody anything, unless somebody says so with 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from robustdice.failure.availability import Expectation as Expectation

@@ -99,7 +99,7 @@ def importance_table(importance: Importance) -> Sheet:
     return table
 
 
-PROCESS_BYTES = 72_000_000
+PROCESS_BYTES = 70_000_000
 """Resident memory of a device's process that computes, without weights: Python, NumPy, ONNX Runtime, ZeroMQ (measured,
 x86-64: docs/results/memory.md)."""
 COPIES_WHILE_LOADING = 1, 3
