@@ -21,6 +21,7 @@ from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, code_offset, code_range
 from robustdice.rounding import curvature as curvature_module
+from robustdice.rounding import scales as scales_module
 from robustdice.rounding.affine import fold
 from robustdice.rounding.curvature import Curvature, damped
 from robustdice.rounding.gptq import gptq
@@ -95,6 +96,18 @@ def test_gptq_comes_near_the_best_of_all_codes() -> None:
         found += by_gptq
         nearest += loss(filters, to_levels(filters, steps, "int3") * steps, inputs)
     assert found < best + 0.5 * (nearest - best)
+
+
+def test_of_a_wide_filter_some_weights_say_what_scale_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    filters = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    of_all = best_scales(filters, "int3", 5000)
+    monkeypatch.setattr(scales_module, "ENOUGH", 1000)
+    of_some = best_scales(filters, "int3", 5000)
+
+    def error(scales: torch.Tensor) -> float:
+        return float((to_levels(filters, scales, "int3") * scales - filters).abs().pow(2.4).sum())
+
+    assert error(of_all) <= error(of_some) < 1.05 * error(of_all)
 
 
 @settings(max_examples=25)
