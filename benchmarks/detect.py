@@ -130,7 +130,7 @@ def main() -> None:
     """Print a line for each kind of fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="of each kind (default: %(default)s)")
-    parser.add_argument("--model", default=str(SHARED / "models" / "resnet20_cifar10.pt2"))
+    parser.add_argument("--model", default=str(SHARED / "models" / "alexnet_cifar10.pt2"))
     parser.add_argument("--split", default="neurons")
     parser.add_argument("--memory", type=float, default=0.5)
     parser.add_argument("--builds", type=Path)

@@ -282,7 +282,7 @@ def keep_bytecode(root: Path) -> None:
     os.environ["PYTHONPYCACHEPREFIX"] = str(root.resolve() / "bytecode")
 
 
-def prepare(root: Path, model: str, split: str, memory: float, images: int | None) -> tuple[Path, Expected]:
+def prepare(root: Path, model: str, split: str, memory: float, images: int) -> tuple[Path, Expected]:
     """A build, and what is expected of it, worked out in processes that end with this: PyTorch is in the way of whoever
     wants to see what a client's memory does. It takes minutes."""
     with multiprocessing.get_context("spawn").Pool() as pool:
@@ -295,7 +295,7 @@ def prepare(root: Path, model: str, split: str, memory: float, images: int | Non
     return place, load_expected(known)
 
 
-def _prepare(root: Path, model: str, split: str, memory: float, images: int | None) -> tuple[Path, NDArray[np.float32]]:
+def _prepare(root: Path, model: str, split: str, memory: float, images: int) -> tuple[Path, NDArray[np.float32]]:
     from builds import Builds, network_of  # noqa: PLC0415
 
     import robustdice as rd  # noqa: PLC0415
@@ -310,10 +310,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the faults (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="under faults (default: %(default)s)")
-    parser.add_argument("--model", default=str(SHARED / "models" / "resnet20_cifar10.pt2"))
+    parser.add_argument("--model", default=str(SHARED / "models" / "alexnet_cifar10.pt2"))
     parser.add_argument("--split", default="neurons", help="as of bench_devices.py (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=0.5, help="share that a device holds (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="different ones (default: all there are)")
+    parser.add_argument("--images", type=int, default=1000, help="different ones (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=10_000, help="under faults (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds for a frame (default: %(default)s)")
     parser.add_argument("--builds", type=Path, help="where builds are kept from run to run")
