@@ -249,9 +249,11 @@ class Engine:
     def _schedule(self, now: float) -> None:
         """Give the executor its next task: what others wait for first, then the oldest frame's next stage."""
         queued = self._workload.frames
-        for frame in self.frames.with_work() if len(queued) < QUEUED_TASKS else ():
+        for frame in self.frames.admitted:
             if len(queued) == QUEUED_TASKS:
                 return
+            if frame.phase is not Phase.READY and not frame.owes and not frame.hurried:
+                continue
             if frame.id in queued:
                 if frame.hurried:
                     return  # its next stage must find the executor free

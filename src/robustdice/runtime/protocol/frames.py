@@ -22,6 +22,8 @@ class Frames:
         self._admitted: dict[FrameId, InFlight] = {}
         """In the order of admission. At most ``window`` that are not DONE (twice that with several clients), and
         ``window`` that are."""
+        self.admitted = self._admitted.values()
+        """The oldest first; only to be looked through as long as they do not change."""
         self.get = self._admitted.get
         """The frame with an id, if it is admitted."""
         self._pending: dict[FrameId, InFlight] = {}
@@ -136,10 +138,6 @@ class Frames:
     def _remove(self, frame_id: FrameId) -> None:
         self._pending.pop(frame_id, None)
         self.head = next(iter(self._pending.values()), None)
-
-    def with_work(self) -> list[InFlight]:
-        """Those that may have something to be computed, the oldest first."""
-        return [f for f in self._admitted.values() if f.phase is Phase.READY or f.owes or f.hurried]
 
     def owing(self) -> list[FrameId]:
         """Those that wait for nothing but this device's own work."""
