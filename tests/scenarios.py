@@ -11,7 +11,8 @@ from typing import Any
 from bundles import make_plan
 from robustdice.plan import Plan
 from robustdice.runtime.wire.messages import Answer
-from simulation import Network, World
+from simulated_network import Network
+from simulation import PAUSE_SECONDS, World
 from tokens import Truth, held_by
 
 SPLITS = ("neurons", "interleaved", "parity", "hidden", "rows", "whole", "rows and whole")
@@ -27,11 +28,15 @@ KINDS = (
     *("one way", "deaf", "mute", "two ways", "client cut", "delay", "loss", "corruption"),
 )
 """Of faults that begin and end. What a scenario has from first to last: messages sent twice and out of order, several
-clients, clocks that disagree."""
+clients, clocks that disagree, processes that pause."""
 FIRST_FAULT = 0.45
 RECOVERY_SECONDS = 6.0
 """After the last fault every device answers with everything, from primaries, within this time: the longest back-off
 (5 s), and what a device needs to show that it keeps up."""
+RECONNECTION_SECONDS = 0.1
+RECOVERY_FRAMES = 2
+"""So many frames of each client at most may still lack something when devices have connected again after the last fault
+and no back-off is left: 0.05 s after a first fault, twice as long after each that follows within 10 s, at most 5 s."""
 STANDSTILL_SECONDS = 0.02
 """So long may nothing at all move for a frame whose devices are told of every fault."""
 TWO_YEARS = 6e7
@@ -76,6 +81,8 @@ class Scenario:
     reordering: bool = False
     clocks: float = 0.0
     """Devices' clocks differ by up to so many seconds."""
+    pauses: bool = False
+    """Devices and clients stand still for a moment now and then."""
     faults: tuple[Fault, ...] = field(default=())
 
     @property
@@ -118,6 +125,7 @@ def draw(seed: int) -> Scenario:
         reordering=always[2],
         clocks=1e6 if always[3] else 0.0,
         faults=tuple(faults),
+        pauses=random_.random() < 0.3,
     )
 
 
@@ -152,6 +160,8 @@ def play(scenario: Scenario, log: list[str] | None = None) -> World:
     world.at(s.calm, world.end_faults)
     for k in range(s.clients):
         world.start_client(0.2, s.calm + RECOVERY_SECONDS + 1.0, f"c{k}")
+    if s.pauses:
+        world.let_pause()
     world.run(s.calm)
     world.interval, world.window = 0.1, max(8, s.window)
     _recover(world, s)
@@ -166,19 +176,34 @@ def _recover(world: World, scenario: Scenario) -> None:
     while not _whole(world, max(scenario.calm, world.now - 0.6), scenario):
         assert world.now < end, f"full coverage from primaries did not return within {RECOVERY_SECONDS:g} s"
         world.run(world.now + 0.2)
+    let_in = [
+        peer.not_before - node.offset
+        for node in world.nodes
+        if node.engine
+        for peer in node.engine.membership.peers.values()
+    ]
+    ready = max(scenario.calm + RECONNECTION_SECONDS, *let_in)
+    lacking = [whole for whole in _wholes(world, ready, scenario) if not whole]
+    assert len(lacking) <= RECOVERY_FRAMES * scenario.clients, (
+        f"{len(lacking)} frames lacked something after all faults"
+    )
     world.drain()
 
 
 def _whole(world: World, since: float, scenario: Scenario) -> bool:
-    """Whether frames that were sent since then, and have had the time, were all answered by all devices with
-    everything."""
-    sent = [number for number, at in world.sent.items() if since <= at < world.now - 0.1]
+    wholes = _wholes(world, since, scenario)
+    return bool(wholes) and all(wholes)
+
+
+def _wholes(world: World, since: float, scenario: Scenario) -> list[bool]:
+    """Of frames that were sent since then, and have had the time: whether all devices have answered with everything."""
+    time = 0.1 + 4 * PAUSE_SECONDS * scenario.pauses
     every = 1 if scenario.prune else scenario.devices
-    each = [world.answers.get(number, []) for number in sent]
-    return bool(sent) and all(
+    each = [world.answers.get(number, []) for number, at in world.sent.items() if since <= at < world.now - time]
+    return [
         len(given) >= every and all(a.coverage == 1.0 and a.from_spares == 0.0 and not a.down for _, a in given)
         for given in each
-    )
+    ]
 
 
 class Judge:
@@ -198,18 +223,20 @@ class Judge:
 
     def __call__(self, device: int, answer: Answer, truth: Truth) -> None:
         world, number, coverage = self._world, answer.frame.number, min(truth.present, default=1)
-        if world.now < self._first:
+        # What a device refuses, because it has too much to do, others do without it.
+        if world.now < self._first and number not in world.refused:
             as_usual = coverage == 1 and not any(truth.spares) and not answer.down and answer.expected == 1.0
             assert as_usual, f"nothing has happened yet, and frame {number} of device {device} is not as usual"
         if world.now < self._clear:
             well = [d for d in range(self._scenario.devices) if self._hit[d] > world.now]
-            if device in well and number not in world.refused:  # else it had too much to do, and others did less
+            if device in well and number not in world.refused:
                 least = self._least(tuple(well))
                 wrong = f"frame {number} of device {device} has {float(coverage):.3f}, devices {well} had {least:.3f}"
                 assert coverage >= least - 1e-9, wrong
                 stood = world.standstill - world.stood[number]
                 wrong = f"for frame {number} of device {device} nothing moved for {stood:.3f} s"
-                assert world.now >= self._told or stood <= STANDSTILL_SECONDS, wrong
+                pauses = self._scenario.pauses
+                assert pauses or world.now >= self._told or stood <= STANDSTILL_SECONDS, wrong
 
 
 def _schedule(fault: Fault, world: World) -> None:
@@ -303,7 +330,14 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
     faults = scenario.faults
     for k in range(len(faults)):
         yield replace(scenario, faults=(*faults[:k], *faults[k + 1 :]))
-    plain: dict[str, Any] = {"clients": 1, "duplication": 0.0, "reordering": False, "clocks": 0.0, "prune": False}
+    plain: dict[str, Any] = {
+        "clients": 1,
+        "duplication": 0.0,
+        "reordering": False,
+        "clocks": 0.0,
+        "prune": False,
+        "pauses": False,
+    }
     for name, value in (plain | {"window": 1, "wire": "float32"}).items():
         if getattr(scenario, name) != value:
             yield replace(scenario, **{name: value})

@@ -20,14 +20,14 @@ SECOND = {(1, s): s for s in range(4)}
 def test_while_all_is_computed_in_one_view_the_view_is_all_that_is_said(crash: bool) -> None:
     world = World(make_plan(4), 1)
     said: list[Lineage] = []
-    transmit = world._transmit
+    transmit = world.transmit
 
     def listen(source: int, target: int, event: Received) -> None:
         if isinstance(event.message, Shards) and event.message.stage and world.now > 1.0:
             said.append(event.message.lineage)
         transmit(source, target, event)
 
-    world._transmit = listen  # type: ignore[method-assign]
+    world.transmit = listen  # type: ignore[method-assign]
     if crash:
         world.at(0.5, world.crash, 3)
     world.start_client(0.2, 2.0)

@@ -6,7 +6,8 @@ import pytest
 
 from bundles import make_plan
 from robustdice.runtime.choice import Pace
-from simulation import Network, World
+from simulated_network import Network
+from simulation import World
 
 
 def behind_a_link(seconds_per_frame: float, seed: int, delay: float, until: float = 6.0) -> World:
