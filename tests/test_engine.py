@@ -25,7 +25,8 @@ from robustdice.runtime.protocol.events import (
 )
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.wire.messages import Frame, FrameId, Hello, Parcel, Pass, Pulse, Refused, Shards, Want
-from simulation import Network, World
+from simulated_network import Network
+from simulation import World
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -146,6 +147,21 @@ def test_a_frozen_device_blames_nobody_and_is_back_soon(spares: str) -> None:
     assert all(answer.from_spares == 0.0 for answer in tail)
 
 
+def test_a_device_that_comes_and_goes_is_let_in_ever_more_rarely_and_holds_up_few_frames() -> None:
+    world = World(make_plan(3), 6, window=1)
+    world.interval = 0.03
+    for k in range(20):
+        world.at(1.0 + 0.5 * k, world.freeze, 2)
+        world.at(1.36 + 0.5 * k, world.thaw, 2)
+    world.start_client(0.2, 11.0)
+    world.run(14.0)
+    world.check()
+    assert set(world.coverage()) == {1.0}
+    held_up = [sent for number, sent in world.sent.items() if world.answers[number][0][0] - sent > 0.06]
+    assert len(held_up) <= 8, "one frame at the end of each back-off, and these double"
+    assert len([sent for sent in held_up if sent > 5.0]) <= 2
+
+
 def test_without_a_spare_the_answer_says_what_is_missing() -> None:
     world = World(make_plan(4, holders=1), 1)
     world.at(1.0, world.crash, 3)
@@ -221,14 +237,14 @@ def test_what_nobody_else_has_is_taken_from_a_device_that_built_on_less_and_coun
     """One shard of the first stage does not reach one device in time: the shards that it goes on to compute have one
     holder, and contain three quarters of that exchange."""
     world = World(make_plan(4, holders=1), 1, spares, window=1)
-    transmit = world._transmit
+    transmit = world.transmit
 
     def lose(source: int, target: int, event: Received) -> None:
         message = event.message
         if not (isinstance(message, Shards) and message.stage == 0 and (source, target) == (0, 3)):
             transmit(source, target, event)
 
-    world._transmit = lose  # type: ignore[method-assign]
+    world.transmit = lose  # type: ignore[method-assign]
     world.start_client(0.2, 0.3)
     world.run(5.0)
     world.check()
@@ -245,7 +261,7 @@ def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, se
     """Also when what is sent again gets lost again, and nothing else is under way that would tell."""
     world = World(make_plan(3), 3, window=1)
     lost: list[Shards] = []
-    transmit = world._transmit
+    transmit = world.transmit
 
     def lose_some(source: int, target: int, event: Received) -> None:
         message = event.message
@@ -256,7 +272,7 @@ def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, se
         else:
             transmit(source, target, event)
 
-    world._transmit = lose_some  # type: ignore[method-assign]
+    world.transmit = lose_some  # type: ignore[method-assign]
     world.start_client(0.2, 2.0)
     world.run(5.0)
     world.check()
@@ -275,13 +291,13 @@ def test_frames_that_are_held_up_together_are_answered_in_time_one_after_the_oth
     world = World(make_plan(3), seed, window=6)
     world.interval = interval
     world.slow_down(0, slowness)
-    transmit = world._transmit
+    transmit = world.transmit
 
     def lose(source: int, target: int, event: Received) -> None:
         if not (isinstance(event.message, Shards) and target == 0 and world.now > 1.5):
             transmit(source, target, event)
 
-    world._transmit = lose  # type: ignore[method-assign]
+    world.transmit = lose  # type: ignore[method-assign]
     world.start_client(0.2, 4.0)
     world.run(7.0)
     world.check()

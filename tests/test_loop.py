@@ -12,10 +12,10 @@ import pytest
 
 from bundles import INPUT_SHAPE, make_manifest, make_plan
 from robustdice.bundle.manifest import Manifest
-from robustdice.runtime.device import AT_A_TIME_SECONDS, Loop
+from robustdice.runtime.device import AT_A_TIME_SECONDS, DRAIN_SECONDS, Loop
 from robustdice.runtime.protocol.engine import Engine
-from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received, RunPieces, RunStage
-from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Message, Parcel
+from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received, RunPieces, RunStage, Settings
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Message, Parcel, Pulse
 from robustdice.runtime.worker import Worker
 
 STAGE_SECONDS = 0.003
@@ -116,3 +116,69 @@ def test_a_stage_is_not_brief_because_standing_in_for_others_in_it_is() -> None:
     finally:
         worker.stop()
     assert set(arithmetic.threads) == {worker.ident}
+
+
+class Chatter:
+    """A transport whose every poll brings a word and takes ``poll_seconds``, by a clock that nothing else moves."""
+
+    dropped = 0
+
+    def __init__(self, poll_seconds: float, polls: int, stop: threading.Event) -> None:
+        self._poll_seconds, self._polls, self._stop = poll_seconds, polls, stop
+        self.now, self.polled = 1000.0, 0
+        self.pulses: list[tuple[float, int]] = []
+        """When pulses were sent, and after how many polls."""
+        self.standstill: tuple[int, float] | None = None
+        """After which poll this device stands still, and for how long."""
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def send(self, _: int | str, message: Message) -> bool:
+        if isinstance(message, Pulse):
+            self.pulses.append((self.now, self.polled))
+        return True
+
+    def poll(self, _: float) -> list[Received | PeerUp | PeerDown]:
+        self.now += self._poll_seconds
+        self.polled += 1
+        if self.polled == self._polls:
+            self._stop.set()
+        if self.standstill is not None and self.polled == self.standstill[0]:
+            self.now += self.standstill[1]
+        return [PeerUp(1)] if self.polled == 1 else [Received(Hello(1, "1", reply=False))]
+
+    def waker(self) -> Callable[[], None]:
+        return lambda: None
+
+    def status(self, _: float) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def listened_to(chatter: Chatter, stop: threading.Event, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("robustdice.runtime.device.time", chatter)
+    manifest = make_manifest(make_plan(2), 0)
+    worker = Worker(Arithmetic(manifest), chatter.waker())  # type: ignore[arg-type]
+    Loop(Engine(manifest), chatter, worker, "device-0").run(stop)
+
+
+@pytest.mark.parametrize("poll_seconds", [0.0003, 0.005])
+def test_however_much_arrives_timers_go_off_within_the_stated_time(
+    poll_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    chatter = Chatter(poll_seconds, int(2.0 / poll_seconds), stop)
+    listened_to(chatter, stop, monkeypatch)
+    late = np.diff([at for at, _ in chatter.pulses]) - Settings().pulse
+    assert len(late) > 15
+    assert max(late) <= DRAIN_SECONDS + 2 * poll_seconds + 1e-9
+
+
+def test_what_was_said_while_a_device_stood_still_is_read_before_its_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    chatter = Chatter(0.001, 200, stop)
+    chatter.standstill = 50, 1.0
+    listened_to(chatter, stop, monkeypatch)
+    assert min(polled for at, polled in chatter.pulses if at > 1001.0) >= 55

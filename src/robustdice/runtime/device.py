@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import secrets
 import signal
@@ -46,7 +47,10 @@ LONGEST_POLL_SECONDS = 0.2
 """So often a device looks whether it was asked to stop."""
 LOOK_SECONDS = 0.005
 """While there is something to do, a device looks so often what its timers say."""
-DRAIN_ROUNDS = 16
+DRAIN_SECONDS = 0.01
+"""So long does what has arrived come before a timer that is found to be due: after a device has stood still, what was
+said meanwhile is read before anybody is blamed for silence. But not without end, so under any inflow a timer goes off
+within this time and what it takes to deal with what two polls give."""
 AT_A_TIME_SECONDS = 0.002
 """After computing for so long, a device looks whether anything has arrived."""
 
@@ -145,8 +149,8 @@ class Loop:
         self._look_at = 0.0
         """When to ask it again, if something has happened since."""
         self._stale = False
-        self._overdue = 0
-        """So often something has happened while a timer was due."""
+        self._overdue_since = math.inf
+        """When a timer was found to be due that has not gone off yet."""
 
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set."""
@@ -164,10 +168,11 @@ class Loop:
         self._stale |= happened
         now = time.monotonic()
         if now < self._due:
-            self._overdue = 0
-        elif happened and self._overdue < DRAIN_ROUNDS:
-            self._overdue += 1  # what has arrived comes before any timer, but not without end
-        else:
+            self._overdue_since = math.inf
+            return
+        self._overdue_since = min(self._overdue_since, now)
+        if not happened or now - self._overdue_since >= DRAIN_SECONDS:
+            self._overdue_since = math.inf
             self._look(now)
             if now >= self._due:
                 self._act(self._engine.handle(Tick(self._due), now))
@@ -183,8 +188,7 @@ class Loop:
         for event in events:
             if isinstance(event, Received) and isinstance(event.message, StatusRequest):
                 self._transport.send(event.message.client, self._status())
-            else:
-                self._act(self._engine.handle(event, time.monotonic()))
+            self._act(self._engine.handle(event, time.monotonic()))
         happened = bool(events)
         started = now = time.monotonic()
         while now - started < AT_A_TIME_SECONDS and (result := self._worker.result()) is not None:

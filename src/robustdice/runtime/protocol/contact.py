@@ -49,13 +49,14 @@ class Contact:
     round_trip: Estimate = field(default_factory=Estimate)
     """Of a word to it and back; what it does in between is not part of it."""
     _told: Pulse | None = None
-    _told_at: float = float("-inf")
+    _clock: tuple[float, float] | None = None
+    """The peer's clock in a pulse that was read as soon as it came, and this device's then."""
     got: int = 0
     """The highest serial number of the shards that came from it."""
 
     def connected(self, now: float) -> None:
         """A new connection stands: it has time to say something."""
-        self.heard_at, self._told, self._told_at, self.got = now, None, float("-inf"), 0
+        self.heard_at, self._told, self._clock, self.got = now, None, None, 0
         self._underway.clear()
 
     def heard(self, now: float) -> bool:
@@ -69,17 +70,20 @@ class Contact:
         self.heard_of = True
         self.got = max(self.got, serial)
 
-    def take_pulse(self, pulse: Pulse, now: float, awake_since: float) -> None:
-        """Its pulse has come; this device has not stood still since then."""
-        self._told, self._told_at = pulse, now
+    def take_pulse(self, pulse: Pulse, now: float, awake_since: float, waking: bool = False) -> None:
+        """Its pulse has come; this device has not stood still since then. If it is ``waking`` up, nobody knows when the
+        pulse came: taken for new, it would show the peer a round trip as long as this device has stood still."""
+        self._told = pulse
+        if not waking:
+            self._clock = pulse.clock, now
         while self._underway and self._underway[0][0] <= pulse.got:
             self._underway.popleft()
         if pulse.echo is not None and awake_since <= pulse.echo <= now:
             self.round_trip.observe(now - pulse.echo)
 
     def echo(self, now: float) -> float | None:
-        """The peer's clock, by its last pulse and the time that has passed since."""
-        return None if self._told is None else self._told.clock + (now - self._told_at)
+        """The peer's clock, by a pulse and the time that has passed since."""
+        return None if self._clock is None else self._clock[0] + (now - self._clock[1])
 
     def hand_over(self, serial: int, now: float) -> None:
         """Shards are sent to it."""

@@ -95,13 +95,13 @@ class Deadlines:
         usual = min(left, GENEROSITY * self._waiting_after[frame.stage])
         frame.patient_until = now + max(share * left, left - usual)
 
-    def pass_after(self) -> float:
-        """How long a client's frame may be on its way after a peer has spoken of it."""
-        return min(max(self._settings.pass_after, self.introductions.bound), self._settings.maximum_wait)
-
     def early_until(self, early: Early) -> float:
         """How long a frame that only peers speak of may be on its way; how long it is remembered afterwards."""
-        return early.since + (self._settings.maximum_wait if early.told else self.pass_after())
+        settings = self._settings
+        if early.told:
+            return early.since + settings.maximum_wait
+        least = settings.minimum_wait if early.expected else settings.pass_after
+        return early.since + min(max(least, self.introductions.bound), settings.maximum_wait)
 
     def hurry_at(self, frame: InFlight) -> float:
         """From when on a frame waits for nothing, so that its answer leaves in time."""

@@ -12,6 +12,8 @@ class Early:
     """What peers said about a frame before its client did."""
 
     since: float
+    expected: bool = False
+    """Its client can reach this device: it is only late."""
     messages: list[Shards] = field(default_factory=list)
     """Each has a shard that those before it do not have of the same sender."""
     known: set[tuple[ShardId, int]] = field(default_factory=set)

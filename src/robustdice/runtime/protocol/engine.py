@@ -48,6 +48,7 @@ from robustdice.runtime.wire.messages import (
     Pulse,
     Refused,
     Shards,
+    StatusRequest,
     Want,
 )
 
@@ -71,6 +72,8 @@ class Engine:
         self._ancestry = Ancestry(manifest)
         self._record = Record()
         self._one_way = OneWay(self.settings)
+        self._waking = False
+        """It has stood still, and there may be something from then that is not read yet."""
         self._handled_at = -math.inf
         """When the last event was dealt with."""
         self._out = Outbox(self.me, self.membership, self._contacts)
@@ -81,7 +84,7 @@ class Engine:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""
         if now - self._handled_at > self.settings.pulse + self.settings.late_timer:
-            self._deadlines.awake_since = now  # a timer was due meanwhile
+            self._deadlines.awake_since, self._waking = now, True  # a timer was due meanwhile
         self._handled_at = now
         match event:
             case Received(message, key):
@@ -139,9 +142,12 @@ class Engine:
                 self._on_pass(sender, frame, now)
             case Hello():
                 self._on_hello(message, now)
+            case StatusRequest(client):
+                self.frames.meet(client)
 
     def _on_frame(self, message: Frame, key: str, now: float) -> None:
         client = message.frame.client
+        self.frames.meet(client)
         for frame in self.frames:
             if frame.id.client == client and frame.id.number < message.oldest:
                 self._drop(frame.id)  # the client has its answer, or has given up
@@ -169,7 +175,7 @@ class Engine:
 
     def _on_pulse(self, message: Pulse, now: float) -> None:
         contact, sender = self._contacts.of[message.sender], message.sender
-        contact.take_pulse(message, now, self._deadlines.awake_since)
+        contact.take_pulse(message, now, self._deadlines.awake_since, self._waking)
         if self.membership.told(sender, message.hears):
             self._waiting.blame([sender], now, "it hears nothing of this device")
         if message.reply:
@@ -311,7 +317,7 @@ class Engine:
             self._waiting.hurry(frame, now)
 
     def _on_tick(self, due: float, now: float) -> None:
-        frozen = now - due > self.settings.late_timer
+        frozen, self._waking = now - due > self.settings.late_timer, False
         if frozen:
             self._contacts.stood_still(now - due, now)
         if now >= self._contacts.pulse_at:
@@ -332,6 +338,7 @@ class Engine:
                     self.frames.forget(frame_id)
                 else:
                     self._out.tell_all(Pass(self.me, frame_id))
+                    self.frames.miss(frame_id.client)
                     early.told = True
 
     def _keep_contact(self, now: float) -> None:

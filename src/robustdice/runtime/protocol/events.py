@@ -18,16 +18,21 @@ class Settings:
     A stage's deadline follows the waits observed for it, between ``minimum_wait`` and ``maximum_wait``; it is
     ``initial_wait`` before the first one. ``window`` is the number of frames that a device works on at once: a client
     may use all of it while it is alone, and its share when there are others.
+
+    Any process stands still for a moment now and then because an operating system lets others run. That is no fault,
+    and costs no frame anything but time: a peer is asked how it is after half of ``minimum_wait``, and is only
+    suspected when it has said nothing for the other half, which is longer than such a pause (0.1 s) takes.
     """
 
     window: int = 8
     initial_wait: float = 0.5
-    minimum_wait: float = 0.1
+    minimum_wait: float = 0.25
     maximum_wait: float = 1.0
     answer_margin: float = 0.02
     """Kept free before a frame's deadline, beside the time that the remaining stages are known to take."""
     pass_after: float = 0.05
-    """A frame that only peers speak of is passed after this time, or what was seen to be usual."""
+    """A frame that only peers speak of is passed after this time, or what was seen to be usual; one whose client can
+    reach this device, not before ``minimum_wait``."""
     pulse: float = 0.1
     """So often a device says that it is there."""
     silence: float = 0.3
@@ -46,8 +51,8 @@ class Settings:
 
 
 class Received(NamedTuple):
-    """A valid message, its sender authenticated: a client by the ``key`` that it has shown. A StatusRequest means
-    nothing to the engine."""
+    """A valid message, its sender authenticated: a client by the ``key`` that it has shown. A StatusRequest only shows
+    that its client can reach this device."""
 
     message: DeviceMessage | ClientMessage
     key: str = ""

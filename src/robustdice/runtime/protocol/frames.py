@@ -34,6 +34,8 @@ class Frames:
         """At most 2 ``window``, never one that was admitted or is over."""
         self._over: OrderedDict[FrameId, bool] = OrderedDict()
         """The last ``remembered_frames`` frames that were dropped or refused (True): late messages mean nothing."""
+        self._met: OrderedDict[str, None] = OrderedDict()
+        """Clients that can reach this device, by what was seen last; at most ``remembered_frames``."""
 
     def __iter__(self) -> Iterator[InFlight]:
         """Those admitted, the oldest first; they may change meanwhile."""
@@ -66,6 +68,16 @@ class Frames:
             return f"works on {own} frames, its window"
         return f"works on {len(pending)} frames, {own} of this client, whose share of its window of {window} is {part}"
 
+    def meet(self, client: str) -> None:
+        """Something has come from a client."""
+        self._met[client] = None
+        if len(self._met) > self._settings.remembered_frames:
+            self._met.popitem(last=False)
+
+    def miss(self, client: str) -> None:
+        """A frame of a client has not come."""
+        self._met.pop(client, None)
+
     def admit(self, frame: InFlight) -> Early | None:
         """Work on a frame, with what peers have already said about it, which is returned."""
         self._admitted[frame.id] = self._pending[frame.id] = frame
@@ -85,7 +97,7 @@ class Frames:
         """What peers say about a frame that was not admitted yet; None when it is over."""
         if frame_id in self._over:
             return None
-        early = self._early.setdefault(frame_id, Early(now))
+        early = self._early.setdefault(frame_id, Early(now, frame_id.client in self._met))
         while len(self._early) > 2 * self._settings.window:
             self._early.popitem(last=False)
         return early

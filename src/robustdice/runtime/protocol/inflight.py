@@ -37,13 +37,14 @@ class InFlight(State):
 
     def publisher(self, shard: ShardId) -> int | None:
         """The first holder in this frame's view, of those that have not built on less if there is one; of a parity
-        shard, only while one of its members has none."""
+        shard, only while one of its members has none, or one that has none has not come all the same."""
         number, position = shard
-        shards = self.manifest.exchanges[number].shards
-        alone = [m for m in shards[position].parity_of if self.whole_holder((number, m)) is None]
-        if shards[position].parity_of:
-            return self.whole_holder(shard) if len(alone) == 1 else None
-        return self.holder(shard)
+        members = self.manifest.exchanges[number].shards[position].parity_of
+        if not members:
+            return self.holder(shard)
+        alone = [m for m in members if self.whole_holder((number, m)) is None]
+        of_use = len(alone) == 1 or [(number, m) in self.sources for m in alone].count(False) == 1
+        return self.whole_holder(shard) if of_use else None
 
     def holder(self, shard: ShardId) -> int | None:
         """The first live one of most worth."""
@@ -61,7 +62,10 @@ class InFlight(State):
         return next((device for device in spec.devices if device in among), None)
 
     def replaceable(self, device: int) -> bool:
-        """Whether this stage can have everything that it misses from ``device`` without it, in this frame's view."""
+        """Whether this frame can have everything without ``device``, in its view: what this stage misses of it, and
+        what later stages would."""
+        if self.ancestry.needs(device, self.live, self.stage + 1):
+            return False
         view = replace(self, live=self.live - {device})
         lost = [shard for shard, publisher in self.missing().items() if publisher == device]
         return all(view.holder(shard) is not None or view._made_up_for(shard) for shard in lost)
@@ -290,7 +294,7 @@ class InFlight(State):
         poor &= held.keys()
         taken = {shard: source for shard, source in held.items() if shard not in poor}
         built = self.ancestry.after(stage, mine, self.live, taken, self.lineages, shards)
-        for device in sorted({held[shard] for shard in poor}):
+        for device in sorted({held[shard] for shard in poor}, key=lambda d: self._worst(stage, poor, held, d)):
             more = taken | {shard: device for shard in poor if held[shard] == device}
             other = self.ancestry.after(stage, mine, self.live, more, self.lineages, shards)
             if self.ancestry.worth(other, stage + 1) > self.ancestry.worth(built, stage + 1) - TOLERANCE:
@@ -298,6 +302,11 @@ class InFlight(State):
         for shard in every.keys() - taken.keys():
             del self.sources[shard], self.got[shard]
         return Parcel(tuple(taken), [self.got.pop(shard) for shard in taken]), built
+
+    def _worst(self, stage: int, poor: set[ShardId], held: dict[ShardId, int], device: int) -> tuple[float, int]:
+        """For an order of devices by what their poor shards are worth, the best first."""
+        worths = [self.ancestry.worth(self.lineages[shard], stage) for shard in poor if held[shard] == device]
+        return -min(worths), device
 
     def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
         """Pieces of a stage that hold a shard which is neither computed nor anybody else's task. Hot spares are always

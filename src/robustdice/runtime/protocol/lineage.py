@@ -67,6 +67,14 @@ class Ancestry:
         """Whether of two lineages of things computed in ``stage`` the first is worth less."""
         return one != other and self.worth(one, stage) < self.worth(other, stage) - TOLERANCE
 
+    def needs(self, device: int, live: Iterable[int], stage: int) -> bool:
+        """Whether an exchange of ``stage`` or a later one has fewer neurons of the devices ``live`` without that."""
+        everyone = tuple(sorted(live))
+        views = everyone, tuple(d for d in everyone if d != device)
+        earlier, last = len(self._before[stage]), len(self._manifest.stages) - 1
+        held, left = (self.shares(Lineage(view), last).present[earlier:] for view in views)
+        return any(few < many - TOLERANCE for few, many in zip(left, held, strict=True))
+
     def row(self, exchange: int, sources: Mapping[ShardId, int]) -> Row:
         """Where an exchange's shards came from, as :func:`source_row` says."""
         return source_row(self._manifest, exchange, sources)

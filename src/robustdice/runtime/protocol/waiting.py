@@ -73,6 +73,9 @@ class Waiting:
 
     def complete(self, frame: InFlight, now: float) -> None:
         """Go on to the next stage when everything that has a live holder is there."""
+        if frame.phase is Phase.WAITING and frame.straight is None and self._me in frame.missing().values():
+            frame.owes = True  # what has come may have made it this device's task
+            self._out.publish_due(frame, frame.stage, now)
         if frame.phase is Phase.WAITING and frame.complete:
             self.go_on(frame, now)
 
