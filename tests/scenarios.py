@@ -183,7 +183,7 @@ def _recover(world: World, scenario: Scenario) -> None:
         for peer in node.engine.membership.peers.values()
     ]
     ready = max(scenario.calm + RECONNECTION_SECONDS, *let_in)
-    lacking = [whole for whole in _wholes(world, ready, scenario) if not whole]
+    lacking = [n for n, whole in _wholes(world, ready, scenario).items() if not whole and n not in world.refused]
     assert len(lacking) <= RECOVERY_FRAMES * scenario.clients, (
         f"{len(lacking)} frames lacked something after all faults"
     )
@@ -192,18 +192,18 @@ def _recover(world: World, scenario: Scenario) -> None:
 
 def _whole(world: World, since: float, scenario: Scenario) -> bool:
     wholes = _wholes(world, since, scenario)
-    return bool(wholes) and all(wholes)
+    return bool(wholes) and all(wholes.values())
 
 
-def _wholes(world: World, since: float, scenario: Scenario) -> list[bool]:
+def _wholes(world: World, since: float, scenario: Scenario) -> dict[int, bool]:
     """Of frames that were sent since then, and have had the time: whether all devices have answered with everything."""
     time = 0.1 + 4 * PAUSE_SECONDS * scenario.pauses
     every = 1 if scenario.prune else scenario.devices
-    each = [world.answers.get(number, []) for number, at in world.sent.items() if since <= at < world.now - time]
-    return [
-        len(given) >= every and all(a.coverage == 1.0 and a.from_spares == 0.0 and not a.down for _, a in given)
-        for given in each
-    ]
+    each = {n: world.answers.get(n, []) for n, at in world.sent.items() if since <= at < world.now - time}
+    return {
+        number: len(given) >= every and all(a.coverage == 1.0 and a.from_spares == 0.0 and not a.down for _, a in given)
+        for number, given in each.items()
+    }
 
 
 class Judge:

@@ -24,8 +24,7 @@ def assert_nobody_was_missed(world: World) -> None:
     assert not [text for _, _, text in world.notes if "suspect" in text or "goes on" in text]
 
 
-@pytest.mark.parametrize("holders", [1, 2])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("split", "holders"), [*((split, 1) for split in SPLITS), ("neurons", 2), ("hidden", 2)])
 def test_while_everybody_pauses_now_and_then_frames_have_full_coverage_from_primaries(split: str, holders: int) -> None:
     world = World(plan_of(3, holders, split, "float32"), holders, window=4)
     world.interval = 0.04
