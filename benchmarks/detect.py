@@ -33,6 +33,7 @@ BEFORE, DOWN, AFTER = 1.0, 2.0, 1.5
 PATIENCE = 20.0
 SETTLED = 0.5
 SLOW_SECONDS = 0.1
+MOMENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
 
 
 def _slowest(seen: Sequence[Seen], moment: float) -> float:
-    """Of the frames that were under way."""
-    return max((each.seconds for each in seen if each.left < moment < each.came), default=0.0)
+    """Of the frames that were under way, then or a moment later: a signal takes its time, too."""
+    return max((each.seconds for each in seen if each.left < moment + MOMENT and each.came > moment), default=0.0)
 
 
 def spread(values: Sequence[float], unit: str = "ms", factor: float = 1e3) -> str:
