@@ -2,10 +2,11 @@
 
     python benchmarks/detect.py [--trials 12] [--model FILE] [--split neurons] [--memory 0.5] [--builds DIR]
 
-A fault costs the frames that are under way: what the slowest of them takes beyond the median of frames that are
-computed while the device is known to be down, which have the spare's compute in them too. Beside it stands the same at
-moments when nothing happens: processes that share cores are never equally fast. ``later`` counts frames that left 0.5 s
-after the fault or later, and were a tenth of a second slower than the median: a fault is to cost once. Full coverage is
+What a fault costs is what the slowest frame takes, of those that are under way or leave in the half second after it,
+beyond the median of frames that are computed while the device is known to be down, which have the spare's compute in
+them too. Beside it stands the same for a half second in which nothing happens: processes that share cores are never
+equally fast. ``later`` counts frames that left after that half second, and were a tenth of a second slower than the
+median: a fault is to cost once. Full coverage is
 back after the last answer that is not from primaries alone, in seconds and frames since a frozen device went on, or a
 killed one listened again.
 """
@@ -28,12 +29,12 @@ from soak import SHARED, keep_bytecode, prepare
 
 from robustdice.runtime.cluster import LocalCluster
 
-BEFORE, DOWN, AFTER = 1.0, 2.0, 1.5
+BEFORE, DOWN, AFTER = 2.0, 2.0, 1.5
 """Seconds of a trial before the fault, between it and the return, and with full coverage after it."""
 PATIENCE = 20.0
 SETTLED = 0.5
+"""After a fault: until then it may cost something."""
 SLOW_SECONDS = 0.1
-MOMENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
     cluster.wait()
     fault, returned = moments[kind], moments[back]
     usual = statistics.median(each.seconds for each in seen if fault + SETTLED < each.left < returned - SETTLED)
-    calm = statistics.median(each.seconds for each in seen if started + SETTLED < each.left < fault - SETTLED / 5)
+    calm = statistics.median(each.seconds for each in seen if started + SETTLED < each.left < fault - SETTLED)
     last = max((each.came for each in seen if not each.whole and each.came > fault), default=fault)
     ready = moments.get("listens", returned)
     return Trial(
         cost=_slowest(seen, fault) - usual,
-        idle=_slowest(seen, started + BEFORE - SETTLED / 5) - calm,
+        idle=_slowest(seen, fault - 2.5 * SETTLED) - calm,
         later=sum(
             each.seconds > usual + SLOW_SECONDS for each in seen if fault + SETTLED < each.left < returned - SETTLED
         ),
@@ -118,8 +119,8 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
 
 
 def _slowest(seen: Sequence[Seen], moment: float) -> float:
-    """Of the frames that were under way, then or a moment later: a signal takes its time, too."""
-    return max((each.seconds for each in seen if each.left < moment + MOMENT and each.came > moment), default=0.0)
+    """Of the frames that were under way at a moment, or left soon after it."""
+    return max((each.seconds for each in seen if each.left < moment + SETTLED and each.came > moment), default=0.0)
 
 
 def spread(values: Sequence[float], unit: str = "ms", factor: float = 1e3) -> str:
