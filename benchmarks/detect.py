@@ -147,8 +147,8 @@ def main() -> None:
                 trials = [trial(cluster, images, number % cluster.devices, kind) for number in range(options.trials)]
             starts = [each.start for each in trials if each.start is not None]
             print(
-                f"{kind}, {len(trials)} trials: costs frames under way {spread([each.cost for each in trials])} beyond "
-                f"the spare's compute (when nothing happens {spread([each.idle for each in trials])}), later "
+                f"{kind}, {len(trials)} trials: costs a frame {spread([each.cost for each in trials])} beyond "
+                f"the spare's compute (while nothing happens {spread([each.idle for each in trials])}), later "
                 f"{sum(each.later for each in trials)} frames; full coverage is back after "
                 f"{spread([each.back for each in trials])}, "
                 f"{spread([each.back_frames for each in trials], 'frames', 1)}"
