@@ -99,7 +99,7 @@ def test_the_page_says_what_is_not_known_not_measured_and_not_as_wished() -> Non
         "No energy: this machine measures no energy.",
         "other programs kept 0.2 to 0.2 processors busy",
         "Measured at 0123456789ab",
-        "<td>48.2 % of full</td>",
+        "<td>48.2 % of full</td><td>0.2</td>",
         "124.0<small>40.0 % of full</small>",
     ):
         assert text in page

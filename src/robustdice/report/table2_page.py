@@ -59,14 +59,14 @@ def _table(rows: Sequence[Row]) -> str:
     measures_energy = any(row["joules_per_image"] is not None for row in rows)
     head = ["Devices", "Spares", "Method", "Frames/s", "Median latency, ms", "Peak memory, MB", "Weights, MB"]
     head += ["J/image"] if measures_energy else []
-    head += ["The paper's memory"]
+    head += ["The paper's memory", "Processors busy elsewhere"]
     cells = []
     for row in rows:
         line = [str(row["devices"]), row["spares"], escape(heading(row["method"]))]
         line += [_with_ratio(row, "frames_per_second", 1, ".2f"), f"{row['latency_p50_ms']:.0f}"]
         line += [_with_ratio(row, key, 1e-6, ".1f") for key in ("peak_rss_bytes", "weights_bytes")]
         line += [_with_ratio(row, "joules_per_image", 1, ".3g")] if measures_energy else []
-        line.append(_of_paper(row))
+        line += [_of_paper(row), f"{row['processors_busy_elsewhere']:.1f}"]
         cells.append(line)
     return html_table(head, cells)
 
