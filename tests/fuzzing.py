@@ -38,6 +38,7 @@ from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
 from robustdice.bundle.read import load_bundle
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import RobustdiceError
+from robustdice.files import read_json
 from robustdice.images import check_image, read_image
 from robustdice.importance.values import Importance
 from robustdice.plan import ModelReference, Plan
@@ -145,8 +146,8 @@ def _sidecars(_: Path) -> Parser:
     def read(content: bytes) -> object:
         """As whoever reads a sidecar does."""
         try:
-            document = json.loads(content)
-        except (ValueError, RecursionError):
+            document = read_json(content)
+        except ValueError:
             document = None
         if not isinstance(document, dict):
             raise RobustdiceError("not a JSON object")

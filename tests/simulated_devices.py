@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustdice.bundle.manifest import Manifest
+from robustdice.runtime.device import LOOK_SECONDS
 from robustdice.runtime.protocol.contact import REMEMBERED_SHARDS
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import (
@@ -28,9 +29,6 @@ from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Parcel, Pulse, Refused, Shards, Want
 from tokens import Token, Truth, assembled
 from virtual_time import VirtualTime
-
-LOOK_SECONDS = 0.001
-"""A device asks its engine for timers at most so often (:data:`robustdice.runtime.device.LOOK_SECONDS`)."""
 
 
 @dataclass

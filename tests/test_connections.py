@@ -38,6 +38,9 @@ def test_what_is_gone_and_what_is_another_connection_by_now_is_left_alone(
 ) -> None:
     port, connections = listener.getsockname()[1], Connections(0)
     accepted, other = pairs[0]
+    for local in sockets.socketpair():
+        with local:
+            assert connections.opened(local.fileno(), port, 0.0) is None
     for descriptor in (other.fileno(), listener.fileno(), 10**6, 0):
         assert connections.opened(descriptor, port, 0.0) is None
     assert not connections.any, "an outgoing connection, and none at all, are not those of clients"

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustdice.errors import ClusterError
+
 BURST_BYTES = 8_000
 BURST_SECONDS = 0.001
 """A faster link sends what it may within this time at once: timers are no finer."""
@@ -25,10 +27,11 @@ def permitted() -> str | None:
     if not shutil.which("ip") or not shutil.which("tc"):
         return "iproute2 (ip, tc) is not installed"
     try:
-        with _namespaces("probe"):
-            return None
-    except subprocess.CalledProcessError as error:
-        return f"network namespaces are not permitted: {error.stderr.strip()}"
+        with one_switch(1) as switch:
+            switch.limit([0], 100.0)
+    except ClusterError as error:
+        return f"network namespaces, bridges and limits are not permitted: {error}"
+    return None
 
 
 @contextlib.contextmanager
@@ -64,14 +67,14 @@ class Switch:
 
     def heal(self, source: int, target: int) -> None:
         """It arrives again."""
-        with contextlib.suppress(subprocess.CalledProcessError):
+        with contextlib.suppress(ClusterError):
             _within(self.members[source], "ip", "route", "delete", "blackhole", f"{self.address(target)}/32")
 
     def limit(self, numbers: Sequence[int], megabits: float | None, queue_ms: float = 50.0) -> None:
         """From now on the ports of these carry so much, either way (None: as much as the machine does)."""
         for number in numbers:
             for name, device in ((self.members[number], "eth0"), (self.hub, f"port{number}")):
-                with contextlib.suppress(subprocess.CalledProcessError):  # there was no limit
+                with contextlib.suppress(ClusterError):  # there was no limit
                     _within(name, "tc", "qdisc", "del", "dev", device, "root")
                 if megabits is not None:
                     _limit(name, device, megabits, queue_ms)
@@ -99,7 +102,7 @@ def one_switch(count: int) -> Iterator[Switch]:
 def _namespaces(*words: str) -> Iterator[list[str]]:
     """One for each word, until the end; first, what processes that have ended left is cleared away."""
     for left in _left_behind():
-        with contextlib.suppress(subprocess.CalledProcessError):  # another process has cleared it away
+        with contextlib.suppress(ClusterError):  # another process has cleared it away
             _ip("netns", "delete", left)
     names = [f"{PREFIX}-{os.getpid()}-{word}" for word in words]
     with contextlib.ExitStack() as made:
@@ -133,4 +136,7 @@ def _ip(*words: str) -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise ClusterError(f"'{' '.join(command)}' failed: {done.stderr.strip()}")
+    return done.stdout

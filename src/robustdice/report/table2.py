@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
 from robustdice.bundle.write import SPARES
@@ -128,7 +129,6 @@ def _measure_all(
     """A model's rows, each kept as soon as it is measured; why one cannot be goes into ``failed``."""
     kept = _kept(work / MEASURED)
     frames = work / "frames.npy"
-    np.save(frames, subject.scoring.images())
     graph = cache(lambda: export_onnx(subject.network))
     cells = [
         (devices, method, plan, spares)
@@ -142,6 +142,8 @@ def _measure_all(
         row |= {"method": method, "spares": spares, "trained": subject.network.reference.random_weights_seed is None}
         name = name_of(row)
         if name not in kept:
+            if not frames.exists():
+                _write_frames(frames, subject.scoring.images())
             try:
                 with _built(work / "build", network, subject, plan, spares, graph()) as (directory, where):
                     kept[name] = {**row, **_measured(directory, where, samples, frames)}
@@ -151,6 +153,16 @@ def _measure_all(
             write_atomically(work / MEASURED, json.dumps(kept).encode())
         yield kept[name]
     on_progress(len(cells), len(cells))
+
+
+def _write_frames(file: Path, images: NDArray[np.float32]) -> None:
+    written = file.with_name(f"part.{file.name}")
+    try:
+        np.save(written, images)
+        written.replace(file)
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {file}: {error.strerror}; free some room, or choose another place") from None
 
 
 def _kept(file: Path) -> dict[str, Row]:

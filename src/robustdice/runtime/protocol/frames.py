@@ -71,6 +71,7 @@ class Frames:
     def meet(self, client: str) -> None:
         """Something has come from a client."""
         self._met[client] = None
+        self._met.move_to_end(client)
         if len(self._met) > self._settings.remembered_frames:
             self._met.popitem(last=False)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.errors import MessageError, OtherBuildError
+from robustdice.files import read_json
 from robustdice.runtime.wire.arrays import array_of, client_name, integers, raw, raw_shards, shards_of
 from robustdice.runtime.wire.messages import (
     DOCUMENT_LIMIT,
@@ -265,8 +266,8 @@ def _json_object(raw: Any, limit: int) -> dict[str, Any]:
     if len(raw) > limit:
         raise MessageError(f"{len(raw)} bytes of JSON, at most {limit} are accepted")
     try:
-        document = json.loads(bytes(raw))
-    except (ValueError, RecursionError):
+        document = read_json(bytes(raw))
+    except ValueError:
         raise MessageError("a header that is not JSON") from None
     if not isinstance(document, dict):
         raise MessageError("a header that is not a JSON object")

@@ -35,8 +35,9 @@ HELD_FRAMES = 8
 BESIDE_BYTES = 1024
 """What may have come with a message that is not in it: its encryption, and heartbeats since the one before."""
 LOOK_SECONDS = 0.02
-QUIET_SECONDS = 3600.0
-"""Heartbeats alone reach the bound after hours; a connection that ends then is nobody's misuse, and comes back."""
+QUIET_SECONDS = 600.0
+"""Heartbeats alone reach the bound, of one connection after hours, of a key's most in no less than this; a connection
+that ends then is nobody's misuse, and comes back."""
 _AT_ONCE = struct.pack("ii", 1, 0)
 """Of SO_LINGER: libzmq closes what was shut down, and the other side is told to stop sending, not just that nobody will
 answer."""
@@ -166,7 +167,8 @@ def _borrowed(descriptor: int, peer: Any = None) -> Iterator[sockets.socket | No
         yield None
         return
     with connection:
-        yield connection if peer is None or _peer_of(connection) == peer else None
+        other = connection.family not in (sockets.AF_INET, sockets.AF_INET6)
+        yield None if other or peer not in (None, _peer_of(connection)) else connection
 
 
 def _peer_of(connection: sockets.socket) -> Any:

@@ -22,7 +22,8 @@ class Watch:
     libzmq's own poll asks the system about every socket, and twice if it waits. Here the system is asked once, by the
     sockets' descriptors, and libzmq only about those that something has happened to. A descriptor says so only until
     libzmq has taken notice, which it also does while a socket is used otherwise: so whatever was used, or had something
-    to be read when it was asked last, is asked again before anything is waited for.
+    to be read when it was asked last, is asked again before anything is waited for. A socket that always has more to be
+    read keeps nobody waiting: at every second wait the system is asked about all.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,8 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._used: dict[Socket, int] = {}
         """Those that may have something to be read without their descriptors saying so, and what to ask about them."""
+        self._only_used = False
+        """At the last wait nobody else was asked about."""
 
     def register(self, socket: Socket) -> None:
         """Watch a socket, until it is unregistered; before it is closed."""
@@ -47,11 +50,13 @@ class Watch:
 
     def wait(self, seconds: float) -> list[Socket]:
         """Those that something can be received from, after waiting up to so long for one."""
-        if self._used and (found := self._asked()):
+        found = self._asked() if self._used else []
+        self._only_used = bool(found) and not self._only_used
+        if self._only_used:
             return found
-        woken = self._selector.select(max(seconds, 0.0))
+        woken = self._selector.select(0.0 if found else max(seconds, 0.0))
         if not woken:
-            return []
+            return found
         for key, _ in woken:
             self._used[key.data] = READ
         return self._asked()
