@@ -102,8 +102,8 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
         timer.join()
     cluster.wait()
     fault, returned = moments[kind], moments[back]
-    usual = statistics.median(each.seconds for each in seen if fault + SETTLED < each.left < returned - SETTLED)
-    calm = statistics.median(each.seconds for each in seen if started + SETTLED < each.left < fault - SETTLED)
+    usual = _median(seen, fault + SETTLED, returned - SETTLED)
+    calm = _median(seen, started + SETTLED, fault - SETTLED)
     last = max((each.came for each in seen if not each.whole and each.came > fault), default=fault)
     ready = moments.get("listens", returned)
     return Trial(
@@ -116,6 +116,14 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
         back_frames=sum(ready < each.came <= last for each in seen),
         start=None if kind == "freeze" else ready - returned,
     )
+
+
+def _median(seen: Sequence[Seen], since: float, until: float) -> float:
+    """Of the frames that left in between."""
+    found = [each.seconds for each in seen if since < each.left < until]
+    if not found:
+        raise SystemExit(f"no frame is answered within {until - since:g} s: take a smaller model")
+    return statistics.median(found)
 
 
 def _slowest(seen: Sequence[Seen], moment: float) -> float:

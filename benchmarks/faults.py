@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import threading
 import time
 from collections import Counter
@@ -122,4 +123,4 @@ def resident_bytes(process: int | str | None) -> int | None:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     except (OSError, IndexError):
         return None
-    return pages * 4096
+    return pages * resource.getpagesize()

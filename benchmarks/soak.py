@@ -222,6 +222,7 @@ def soak(
     ClusterError when a device has ended by itself."""
     with LocalCluster(directory, timeout_seconds=timeout_seconds) as cluster:
         run, never_killed = _Run(cluster, expected), seed % cluster.devices
+        healthy = under = after = Tally(expected)
         for tally, _ in run.stream(min(HEALTHY_SECONDS, seconds / 4)):
             healthy = tally
         faults = Faults(cluster, seed, never_killed)
