@@ -1,8 +1,7 @@
-"""What a device takes before it has read its bundle stays what README says: on disk, of time and of memory."""
+"""What a device takes before it has read its bundle stays what README says: on disk and of memory."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -10,8 +9,6 @@ from importlib.metadata import distribution
 from packaging.requirements import Requirement
 
 INSTALLED_BYTES = 230e6
-START_SECONDS = 1.5
-"""Of processor time, half of it what other work on the machine may add."""
 RESIDENT_BYTES = 75e6
 
 
@@ -35,14 +32,11 @@ def test_what_a_device_installs_is_small_and_without_the_workshop() -> None:
     assert sum(file.stat().st_size for file in files if file.is_file()) < INSTALLED_BYTES  # type: ignore[attr-defined]
 
 
-def test_a_device_starts_at_once_and_takes_little_before_it_reads_its_bundle() -> None:
+def test_a_device_takes_little_memory_before_it_reads_its_bundle() -> None:
     code = """
-import json, time
 import robustdice.runtime.device
 from robustdice.runtime.memory import peak_rss_bytes
-print(json.dumps([time.process_time(), peak_rss_bytes()]))
+print(peak_rss_bytes())
 """
     command = [sys.executable, "-c", code]
-    seconds, resident = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert seconds < START_SECONDS
-    assert resident < RESIDENT_BYTES
+    assert int(subprocess.run(command, capture_output=True, check=True).stdout) < RESIDENT_BYTES
