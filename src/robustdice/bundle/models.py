@@ -6,11 +6,10 @@ when its bundle is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import helper
 
 from robustdice.bundle.expected import Expected
@@ -21,6 +20,7 @@ from robustdice.bundle.integer_graph import (
     with_product,
     with_rounded_input,
 )
+from robustdice.bundle.model import Model, Neurons, Taken, neurons_of
 from robustdice.bundle.neuron_inputs import (
     filter_name,
     scale_name,
@@ -57,7 +57,7 @@ from robustdice.model.canonical import arguments, attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, region_of
-from robustdice.plan import Plan, Shard, column_weights
+from robustdice.plan import Plan, column_weights
 from robustdice.rounding.affine import fold
 
 UNPACKED_WEIGHTS = 2**18
@@ -68,41 +68,6 @@ APART_BYTES = 2**20
 """What multiplies single vectors reads each weight once: in the file, where it lies, if these are as many. ONNX Runtime
 holds what is in a model several times while it loads it, and packs it for matrices, which takes vectors a fifth more
 time."""
-
-Neurons = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a model takes for some neurons of one layer (its position): scales and shifts, and unless their ``kind`` is
-    float32 filters, unpacked for ``at_once`` neurons at a time; ``inside``: it has the codes of the layer's own ones
-    itself. ``factor`` is a :class:`Coarse`'s.
-
-    Of a pair, the ``first`` layer comes with the second one's filters for its neurons; the ``second`` has shifts and
-    the tail's filters alone, and the ``scales`` of its sums are by themselves."""
-
-    layer: int
-    neurons: Neurons
-    kind: str = "float32"
-    at_once: int = 0
-    inside: bool = False
-    factor: float = 1.0
-    pair: str = ""
-
-
-@dataclass(frozen=True)
-class Model:
-    """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
-    more than that. ``trial`` is a :class:`Part`'s. ``apart`` has its weights, where they are not in it: the name of
-    their file, and its content."""
-
-    content: bytes
-    weight_bytes: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    layers: tuple[Taken, ...] = ()
-    trial: tuple[tuple[float, ...], ...] = ()
-    apart: tuple[str, bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -443,18 +408,3 @@ def _handed_over(network: Network, last: NetworkLayer, region: Region) -> Networ
     """A region as one layer whose neurons are rows; ``last`` is its last one."""
     shape = network.shapes[region.end][1:]
     return replace(last, node=region.nodes[0], value=region.end, shape=shape, axis=ROWS, features=1, fill=0.0)
-
-
-def neurons_of(shards: Sequence[Shard]) -> Neurons:
-    """The shards' neurons, one shard after the other."""
-    return np.array([neuron for shard in shards for neuron in shard.neurons])
-
-
-def merged(stages: Sequence[StageGraph], exchanged: Mapping[int, NetworkLayer]) -> list[list[StageGraph]]:
-    """Stages that follow each other without an exchange, together."""
-    groups: list[list[StageGraph]] = [[]]
-    for stage in stages:
-        groups[-1].append(stage)
-        if any(index in exchanged for index in stage.layers):
-            groups.append([])
-    return groups if groups[-1] else groups[:-1]

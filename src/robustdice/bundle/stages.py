@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -122,3 +122,13 @@ def _stage(
         if (stage <= number or value in exchanged_here) and needed.get(value, -1) > number
     )
     return StageGraph(tuple(inputs), outputs, members, keep)
+
+
+def merged(stages: Sequence[StageGraph], exchanged: Mapping[int, NetworkLayer]) -> list[list[StageGraph]]:
+    """Stages that follow each other without an exchange, together."""
+    groups: list[list[StageGraph]] = [[]]
+    for stage in stages:
+        groups[-1].append(stage)
+        if any(index in exchanged for index in stage.layers):
+            groups.append([])
+    return groups if groups[-1] else groups[:-1]

@@ -24,11 +24,12 @@ from robustdice.bundle.manifest import (
     Needs,
     Stage,
 )
-from robustdice.bundle.models import Model, Models, Taken, merged, neurons_of
+from robustdice.bundle.model import Model, Taken, neurons_of
+from robustdice.bundle.models import Models
 from robustdice.bundle.neuron_inputs import filter_name, scale_name, shift_name
 from robustdice.bundle.onnx_graph import IR_VERSION, OnnxGraph, export_onnx
 from robustdice.bundle.parts import Affine, Coarse, Corrected, Filter, Part, Piece
-from robustdice.bundle.stages import StageGraph, split_into_stages
+from robustdice.bundle.stages import StageGraph, merged, split_into_stages
 from robustdice.errors import OutputError, PlanError
 from robustdice.model.canonical import attribute
 from robustdice.model.fits import check_plan_fits

@@ -95,7 +95,7 @@ def reproduce(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """The paper's Table I, Figure 2 and Table II (memory): with its models on ImageNet, or with others.
+    """The paper's Table I, Figure 2 and Table II: with its models on ImageNet, or with others.
 
     Writes figure2.csv, table1.csv, table2.csv, figure2.png and .svg, and report.html with the paper's numbers beside
     ours. With --table2: frames per second, memory and energy of processes that run, 1,000 images (or --samples) through
