@@ -12,7 +12,7 @@ from torch import fx
 
 from robustdice.bundle.trial import stand_in
 from robustdice.failure.copies import Copies
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, Rows

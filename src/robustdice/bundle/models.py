@@ -12,22 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import helper
 
+from robustdice.bundle.copies import Copies
 from robustdice.bundle.expected import Expected
-from robustdice.bundle.integer_graph import (
-    can_multiply,
-    can_multiply_four_bits,
-    with_four_bits,
-    with_product,
-    with_rounded_input,
-)
 from robustdice.bundle.model import Model, Neurons, Taken, neurons_of
-from robustdice.bundle.neuron_inputs import (
-    filter_name,
-    scale_name,
-    shift_name,
-    with_coarse_filters,
-    with_scale_and_shift,
-)
+from robustdice.bundle.neuron_inputs import scale_name, with_scale_and_shift
 from robustdice.bundle.onnx_graph import (
     Array,
     Cut,
@@ -53,7 +41,7 @@ from robustdice.bundle.stages import StageGraph, tensors_used
 from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
 from robustdice.errors import PlanError
-from robustdice.model.canonical import arguments, attribute
+from robustdice.model.canonical import arguments
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.strips import ROWS, Region, region_of
@@ -86,7 +74,7 @@ class Models:
 
     def __init__(self, network: Network, plan: Plan, graph: OnnxGraph) -> None:
         """``graph`` is the network's export. PlanError for what cannot be built."""
-        self.network, self.plan = network, plan
+        self.network, self.plan, self._copies = network, plan, Copies(network, plan)
         self.exchanged: dict[int, NetworkLayer] = {}
         """The layers that are exchanged, each up to the value that is handed over; of a run, the last one."""
         self.regions = {run.layers[-1]: region_of(network, run.layers) for run in plan.strips}
@@ -169,7 +157,7 @@ class Models:
                 weights = layer.layer.neurons * (layer.layer.filter_weights + layer.layer.tail_filter_weights)
                 if len(kinds) > 1:
                     weights = UNPACKED_WEIGHTS + 1  # several models
-                elif self._multiplies(index, min(kinds)) or self._multiplies_four_bits(index, min(kinds)):
+                elif self._copies.stay_packed(index, min(kinds)):
                     weights = 0  # they stay packed
                 found.append(_Local((arguments(layer.node)[0].name,), (layer.value.name,), index, weights))
         return found
@@ -185,13 +173,13 @@ class Models:
         graph, taken = self._plain, {}
         for index in (part.layer for part in parts if part.layer is not None):
             kind = self.plan.shards[index][0].holders[0].representation
-            graph, taken[index] = self._with_copies(graph, index, np.arange(self.plan.layers[index].neurons), kind)
+            graph, taken[index] = self._copies.put_into(graph, index, np.arange(self.plan.layers[index].neurons), kind)
         for index in self.corrected - taken.keys() - self._added.keys():
             graph = with_scale_and_shift(graph, self.network.layers[index])
         outputs = [name for part in parts for name in part.outputs if name in needed]
         made = {name for part in parts for name in part.outputs}
         sources = list(dict.fromkeys(name for part in parts for name in part.inputs if name not in made))
-        filters = [name for index, each in taken.items() for name in self._filters(each)]
+        filters = [name for index, each in taken.items() for name in self._copies.filters(each)]
         part = self._cut([*sources, *filters], outputs, graph, taken)
         read = {name for node in part.nodes for name in node.input}
         masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
@@ -208,8 +196,10 @@ class Models:
         self, sources: Sequence[str], outputs: Sequence[str], graph: OnnxGraph | None = None, more: Iterable[int] = ()
     ) -> Cut:
         masks = [mask_name(self.network.layers[index]) for index in self.exchanged if self.mask(index)]
-        given = [name for index in {*self.corrected, *self._added, *more} for name in self._scale_and_shift(index)]
-        given += [name for taken in self._added.values() for name in self._filters(taken)]
+        given = [
+            name for index in {*self.corrected, *self._added, *more} for name in self._copies.scale_and_shift(index)
+        ]
+        given += [name for taken in self._added.values() for name in self._copies.filters(taken)]
         return cut(graph or self._graph, [*sources, *masks, *given], outputs)
 
     def _whole(self, index: int) -> list[Model]:
@@ -242,7 +232,7 @@ class Models:
             part = self._cut_layer(index, neurons, prefix)
             taken = [Taken(index, neurons)] if index in self.corrected else []
             return self._model([part], [source], [prefix + layer.value.name], [result], taken)
-        graph, whole = self._with_copies(self._plain, index, neurons, kind)
+        graph, whole = self._copies.put_into(self._plain, index, neurons, kind)
         part, whole = self._in_blocks(graph, whole, prefix, layer.layer.filter_weights)
         return self._model([part], [source], [prefix + layer.value.name], [result], [whole])
 
@@ -250,7 +240,7 @@ class Models:
         """The model of what coarse copies of some neurons of a pair's first layer add to the second one."""
         which = self.plan.pairs[index]
         first, second = self.network.layers[index], self.network.layers[which]
-        graph, whole = self._with_copies(self._plain, index, neurons, kind, packed=False)
+        graph, whole = self._copies.put_into(self._plain, index, neurons, kind, packed=False)
         per_neuron = first.layer.filter_weights + column_weights(first.layer, second.layer)
         part, whole = self._in_blocks(graph, replace(whole, pair="first"), prefix, per_neuron)
         behind = cut_coarse_second(self._exported, first, second, prefix)
@@ -262,7 +252,9 @@ class Models:
         """The part of a graph with coarse copies of a layer, computed as few neurons at a time as ``per_neuron``
         weights of each allow, where that is possible."""
         layer, neurons = self.network.layers[whole.layer], whole.neurons
-        part = cut_layer(graph, layer, neurons, prefix, [*self._scale_and_shift(whole.layer), *self._filters(whole)])
+        part = cut_layer(
+            graph, layer, neurons, prefix, [*self._copies.scale_and_shift(whole.layer), *self._copies.filters(whole)]
+        )
         grouped = any(a.name == "group" and a.i > 1 for node in part.nodes for a in node.attribute)
         sliced = {prefix + array_name(parameter.name) for parameter in layer.parameters} & part.arrays.keys()
         just_these = grouped or sliced or layer.input_channels  # the model has something of each of its neurons
@@ -270,49 +262,6 @@ class Models:
             return part, whole
         blocks = -(-len(neurons) * per_neuron // UNPACKED_WEIGHTS)
         return part, replace(whole, at_once=max(1, -(-len(neurons) // blocks)))
-
-    def _with_copies(
-        self, graph: OnnxGraph, index: int, neurons: Neurons, kind: str, packed: bool = True
-    ) -> tuple[OnnxGraph, Taken]:
-        """The graph in which a layer computes with copies of these neurons, and what it takes for that; ``packed``:
-        codes may be multiplied as they are."""
-        layer, steps = self.network.layers[index], self.plan.activations.get(index)
-        taken = Taken(index, neurons, kind, at_once=len(neurons))
-        multiplies = packed and self._multiplies(index, kind)
-        if steps is not None and multiplies:
-            shape = tuple(attribute(self.network.module, layer.own_filter).shape[1:])
-            graph = with_product(graph, layer, steps, self.plan.coarse[index, kind].filter.codes[neurons], shape)
-            taken = replace(taken, inside=True, factor=steps.scale)
-        elif packed and self._multiplies_four_bits(index, kind):
-            graph = with_four_bits(graph, layer, self.plan.coarse[index, kind].filter.codes[neurons])
-            taken = replace(taken, inside=True)
-        if steps is not None and not multiplies:
-            graph = with_rounded_input(graph, layer, steps)
-        graph = with_coarse_filters(graph, layer, own=not taken.inside)
-        return with_scale_and_shift(graph, layer), taken
-
-    def _multiplies(self, index: int, kind: str) -> bool:
-        """Whether a layer's copies are multiplied in whole numbers."""
-        if kind != "int8" or index not in self.plan.activations:
-            return False
-        return self.plan.coarse[index, kind].filter.scales.shape[1] == 1 and can_multiply(self.network.layers[index])
-
-    def _multiplies_four_bits(self, index: int, kind: str) -> bool:
-        """Whether a layer's copies are multiplied as they are packed."""
-        if kind != "int4" or not can_multiply_four_bits(self.network.layers[index]):
-            return False
-        groups: int = self.plan.coarse[index, kind].filter.scales.shape[1]
-        return groups == 1
-
-    def _filters(self, taken: Taken) -> list[str]:
-        """The names of the filters that a model takes for coarse copies."""
-        if taken.kind == "float32" or taken.pair == "scales":
-            return []
-        layer = self.network.layers[taken.layer]
-        nodes = [*(() if taken.inside or taken.pair == "second" else (layer.node,)), *layer.tail_filter_nodes]
-        if taken.pair == "first":
-            nodes.append(self.network.layers[self.plan.pairs[taken.layer]].node)
-        return [filter_name(node) for node in nodes]
 
     def piece(self, shards: Sequence[tuple[int, int]], apart: str) -> Model:
         """The model of (layer, shard) pairs that are kept in float32: an output for each layer. ``apart`` is where its
@@ -353,7 +302,7 @@ class Models:
         layer, neurons = self.network.layers[index], np.arange(self.plan.layers[index].neurons)
         prefix = f"{layer.layer.name}/"
         taken = [self._added.get(index, Taken(index, neurons))] if index in self.corrected | self._added.keys() else []
-        given = [name for each in taken for name in (*self._scale_and_shift(index), *self._filters(each))]
+        given = [name for each in taken for name in (*self._copies.scale_and_shift(index), *self._copies.filters(each))]
         part = cut_layer(self._graph, layer, neurons, prefix, given)
         result = self._expected.of_layer(index, "float32", neurons)
         source = arguments(layer.node)[0].name
@@ -366,7 +315,7 @@ class Models:
         rows = run.bounds[numbers[0]], run.bounds[numbers[-1] + 1]
         prefix = f"{self.plan.layers[index].name}/"
         taken = [Taken(i, np.arange(self.plan.layers[i].neurons)) for i in run.layers if i in self.corrected]
-        given = [name for each in taken for name in self._scale_and_shift(each.layer)]
+        given = [name for each in taken for name in self._copies.scale_and_shift(each.layer)]
         part = cut_strip(self._graph, self.network, region, rows, prefix, given)
         result = self._expected.of_strip(index, rows)
         return self._model(
@@ -375,17 +324,13 @@ class Models:
 
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:
         layer = self.exchanged.get(index, self.network.layers[index])
-        given = self._scale_and_shift(index) if index in self.corrected else []
+        given = self._copies.scale_and_shift(index) if index in self.corrected else []
         return cut_layer(self._graph, layer, neurons, prefix, given)
 
     @property
     def opset(self) -> int:
         """The version of ONNX's operators that the models are written in."""
         return self._graph.opset
-
-    def _scale_and_shift(self, index: int) -> list[str]:
-        layer = self.network.layers[index]
-        return [scale_name(layer), shift_name(layer)]
 
     def _model(
         self,
@@ -396,7 +341,9 @@ class Models:
         layers: Sequence[Taken] = (),
         apart: str | None = None,
     ) -> Model:
-        given = [name for each in layers for name in (*self._scale_and_shift(each.layer), *self._filters(each))]
+        given = [
+            name for each in layers for name in (*self._copies.scale_and_shift(each.layer), *self._copies.filters(each))
+        ]
         content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types, apart)
         weight_bytes = 0 if apart else sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from robustdice.errors import ModelError, first_line
-from robustdice.model.canonical import arguments, aten, attribute
+from robustdice.model.canonical import arguments, aten
+from robustdice.model.execute import attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.model.tracing import quiet

@@ -31,7 +31,7 @@ from robustdice.bundle.onnx_graph import IR_VERSION, OnnxGraph, export_onnx
 from robustdice.bundle.parts import Affine, Coarse, Corrected, Filter, Part, Piece
 from robustdice.bundle.stages import StageGraph, merged, split_into_stages
 from robustdice.errors import OutputError, PlanError
-from robustdice.model.canonical import attribute
+from robustdice.model.execute import attribute
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network
 from robustdice.plan import Plan
