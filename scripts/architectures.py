@@ -33,7 +33,8 @@ from robustdice.errors import RobustdiceError
 from robustdice.files import write_atomically
 from robustdice.importance.score import score
 from robustdice.model.builders import import_torchvision
-from robustdice.model.canonical import aten, attribute, execute
+from robustdice.model.canonical import aten
+from robustdice.model.execute import attribute, execute
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.model.tracing import quiet

@@ -26,7 +26,7 @@ from robustdice.failure.calibrate import calibrate
 from robustdice.failure.copies import Copies, State, state_of
 from robustdice.failure.matching import fit
 from robustdice.failure.passes import run_under
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.network import Network, together
 from robustdice.partitioning.allocation import Kept, Spread, shards_of
 from robustdice.plan import Holder, Plan, Shard, failure_sets

@@ -29,8 +29,8 @@ from robustdice.errors import PlanError
 from robustdice.failure.copies import Copies, State, state_of
 from robustdice.failure.evaluate import evaluate, evaluate_plans
 from robustdice.failure.passes import run_under
-from robustdice.model.canonical import execute
 from robustdice.model.data import Dataset
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.plan import Certificate, Plan, failure_sets

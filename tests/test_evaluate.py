@@ -38,8 +38,8 @@ from robustdice.failure.evaluate import (
     evaluate_plans,
 )
 from robustdice.failure.passes import run_under
-from robustdice.model.canonical import attribute, execute
 from robustdice.model.data import Dataset
+from robustdice.model.execute import attribute, execute
 from robustdice.model.network import Network
 from robustdice.plan import Holder, ModelReference, Plan, Shard, failure_sets
 from robustdice.representation import LOST

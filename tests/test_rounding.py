@@ -15,8 +15,8 @@ from nets import Branches, Chains, ChannelsLast, Residual, random_images, shared
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
-from robustdice.model.canonical import attribute, execute
 from robustdice.model.data import load_data
+from robustdice.model.execute import attribute, execute
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, code_offset, code_range

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import fx
 
 from robustdice.failure.copies import Copies, State, rounded
-from robustdice.model.canonical import CONVOLUTIONS, execute
+from robustdice.model.canonical import CONVOLUTIONS
+from robustdice.model.execute import execute
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network, together
 from robustdice.plan import Plan

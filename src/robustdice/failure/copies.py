@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from robustdice.failure.handover import Handover, Sums, as_received, handover
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.network import Network
 from robustdice.plan import FailureSet, Plan
 from robustdice.representation import LOST, REPRESENTATIONS, CoarseLayer, Correction, Steps

@@ -16,7 +16,7 @@ from torch import fx
 from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.handover import as_received, forms
 from robustdice.failure.passes import correct, fill
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, together
 from robustdice.representation import LOST, Correction

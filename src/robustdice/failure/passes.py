@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.handover import Handover, as_received, forms
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.representation import LOST, Correction

@@ -19,8 +19,9 @@ from torch import fx
 
 from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.importance.gradients import per_unit, units_of
-from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, execute
+from robustdice.model.canonical import CONVOLUTIONS, arguments, aten
 from robustdice.model.channelwise import Channels, channelwise, parameter_name
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import BATCH_ELEMENTS, Network
 from robustdice.progress import Progress, silent

@@ -21,7 +21,7 @@ from torch import fx
 
 from robustdice.errors import ModelError, first_line
 from robustdice.importance.divergence import class_removal, jensen_shannon
-from robustdice.model.canonical import execute
+from robustdice.model.execute import execute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.progress import Progress, silent

@@ -29,8 +29,8 @@ from robustdice.importance.gradients import (
     units_of,
 )
 from robustdice.importance.values import COLUMNS, Importance, rounded
-from robustdice.model.canonical import attribute
 from robustdice.model.data import Dataset
+from robustdice.model.execute import attribute
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, on_best_device
 from robustdice.plan import ModelReference

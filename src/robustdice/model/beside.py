@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robustdice.errors import ModelError, first_line
-from robustdice.model.canonical import Shapes, attribute, measure_shapes
+from robustdice.model.execute import Shapes, attribute, measure_shapes
 
 _DYNAMIC_BATCH = (
     "export it in eval mode with a dynamic batch size: "

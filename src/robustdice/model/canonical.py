@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from robustdice.errors import ModelError, first_line
+from robustdice.model.execute import attribute, execute
 
 aten = torch.ops.aten
 
@@ -48,8 +49,6 @@ _SUMS_AND_PRODUCTS = {*_COMMUTATIVE, aten.sub.Tensor, aten.div.Tensor}
 
 COPY_MARK = "__use"
 """What stands between the name of a parameter and the number of its use, from the second use on."""
-
-Shapes = Mapping[fx.Node, tuple[int, ...]]
 
 
 def canonicalise(program: ExportedProgram) -> fx.GraphModule:
@@ -384,38 +383,3 @@ def _inline_numbers(module: fx.GraphModule) -> None:
             if node.target is aten.prelu.default:
                 node.target = aten.leaky_relu.default
     graph.eliminate_dead_code()
-
-
-def attribute(module: fx.GraphModule, name: str) -> torch.Tensor:
-    """The parameter or buffer that a ``get_attr`` node names."""
-    value = operator.attrgetter(name)(module)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def execute(module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Run ``nodes`` in order. ``values`` has what they need from outside and receives what they compute; what it
-    has already is not computed again."""
-    for node in nodes:
-        if node in values:
-            continue
-        if node.op == "get_attr":
-            values[node] = attribute(module, str(node.target))
-        elif node.op == "call_function":
-            arguments = fx.map_arg(node.args, values.__getitem__)
-            keywords = fx.map_arg(node.kwargs, values.__getitem__)
-            values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
-
-
-def measure_shapes(module: fx.GraphModule, example: torch.Tensor) -> tuple[torch.Tensor, Shapes]:
-    """Run the module on ``example``; its output, and the shape of every tensor on the way."""
-    values: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = example
-    with torch.no_grad():
-        execute(module, list(module.graph.nodes), values)
-    shapes = {node: tuple(value.shape) for node, value in values.items() if isinstance(value, torch.Tensor)}
-    output = module.graph.output_node().args[0]
-    assert isinstance(output, fx.Node)
-    return values[output], shapes

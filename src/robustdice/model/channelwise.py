@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from robustdice.model.canonical import Shapes, arguments, aten
+from robustdice.model.canonical import arguments, aten
+from robustdice.model.execute import Shapes
 
 
 @dataclass(frozen=True)

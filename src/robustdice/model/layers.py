@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from robustdice.errors import ModelError
-from robustdice.model.canonical import CONVOLUTIONS, COPY_MARK, Shapes, arguments, aten, attribute
+from robustdice.model.canonical import CONVOLUTIONS, COPY_MARK, arguments, aten
 from robustdice.model.channelwise import Channels, ParameterSlice, channelwise, parameter_name
+from robustdice.model.execute import Shapes, attribute
 from robustdice.plan import Layer
 
 _NOT_INVERTED = {aten.sub.Tensor, aten.div.Tensor}

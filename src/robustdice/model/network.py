@@ -22,11 +22,8 @@ from torch.export import ExportedProgram
 from robustdice.errors import ModelError
 from robustdice.markup import html_table
 from robustdice.model.beside import check_types, run_beside
-from robustdice.model.canonical import (
-    attribute,
-    canonicalise,
-    execute,
-)
+from robustdice.model.canonical import canonicalise
+from robustdice.model.execute import attribute, execute
 from robustdice.model.layers import NetworkLayer, find_layers
 from robustdice.model.outputs import SOFTMAX, flatten_scores, read_output
 from robustdice.plan import Layer, ModelReference

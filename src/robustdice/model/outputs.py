@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from robustdice.errors import ModelError
-from robustdice.model.canonical import Shapes, aten
+from robustdice.model.canonical import aten
+from robustdice.model.execute import Shapes
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 """How scores become probabilities: one class is right, or each class is a question of its own."""

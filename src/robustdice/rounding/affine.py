@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from robustdice.model.canonical import aten, attribute
+from robustdice.model.canonical import aten
 from robustdice.model.channelwise import parameter_name
+from robustdice.model.execute import attribute
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.representation import CoarseFilter, CoarseLayer

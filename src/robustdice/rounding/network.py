@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.model.canonical import attribute, execute
+from robustdice.model.execute import attribute, execute
 from robustdice.model.network import Network, together
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseLayer
