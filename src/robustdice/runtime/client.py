@@ -24,7 +24,6 @@ from robustdice.runtime.wire import messages
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.keys import CLIENT_KEY_NAME, read_secret
-from robustdice.runtime.wire.line import Reach
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.messages import Frame, FrameId, Refused, Status, StatusRequest
 from robustdice.runtime.wire.watch import Watch, received
@@ -371,30 +370,12 @@ class Client:
         )
 
     def troubles(self) -> dict[int, str]:
-        """Why devices cannot be asked, by device number, as far as it is known by now: what follows its name in a
-        sentence, such as "refuses our key"."""
-        return {device: state for device, state in self._lines.states().items() if state != Reach.CONNECTED.value}
+        """Why devices cannot be asked: :meth:`robustdice.runtime.wire.lines.Lines.troubles`."""
+        return self._lines.troubles()
 
     def unreachable(self) -> str:
         """Why no device answers, as far as that is known, and the way out."""
-        troubles, lines = self.troubles(), self._lines
-        if not troubles:
-            return "no device answered in time"
-        if len(set(troubles.values())) == 1:
-            addresses = ", ".join(str(lines[device].address) for device in troubles)
-            reasons = f"each {troubles[min(troubles)]} ({addresses})"
-        else:
-            reasons = "; ".join(f"device {d} at {lines[d].address} {trouble}" for d, trouble in troubles.items())
-        if set(troubles.values()) <= {Reach.NOBODY.value, Reach.UNKNOWN_NAME.value}:
-            on_each = "'robustdice device DIR/device-K' on each, and see that they are on"
-            remedy = "start them with " + ("'robustdice up DIR'" if self.cluster.here else on_each)
-        elif Reach.REFUSED.value in troubles.values():
-            remedy = "list this client's public key in the devices' cluster.toml and restart them"
-        elif Reach.FULL.value in troubles.values():
-            remedy = "close other clients that use this key, or list a key of this one's own"
-        else:
-            remedy = "copy all of one build to the devices and here, and restart them"
-        return f"none of {len(lines)} devices can be reached: {reasons}; {remedy}"
+        return self._lines.unreachable(self.cluster.here)
 
 
 def _close(context: zmq.Context[Any], lines: Lines, watch: Watch) -> None:

@@ -105,8 +105,7 @@ class Outbox:
 
     def publish_straight(self, frame: InFlight, stage: int, parcels: Sequence[Parcel], now: float) -> None:
         """Publish what a frame that nothing irregular has happened to has to give in a stage."""
-        if frame.straight is None:
-            return
+        assert frame.straight is not None  # only of such frames anything is due in parcels
         peers, lineage = self._membership.peers, frame.built[stage]
         for parcel, receivers in zip(parcels, frame.straight.receivers[stage], strict=True):
             self.hand_over(frame, stage, parcel, [d for d in receivers if peers[d].connected], lineage, now)

@@ -93,6 +93,32 @@ class Lines(dict[int, Line]):
         """How each device can be reached: what follows its name in a sentence."""
         return {device: line.reach.value for device, line in self.items()} | self._other_builds
 
+    def troubles(self) -> dict[int, str]:
+        """Why devices cannot be asked, by device number, as far as it is known by now: what follows its name in a
+        sentence, such as "refuses our key"."""
+        return {device: state for device, state in self.states().items() if state != Reach.CONNECTED.value}
+
+    def unreachable(self, here: bool) -> str:
+        """Why no device answers, as far as that is known, and a client's way out; ``here``: all are of this machine."""
+        troubles = self.troubles()
+        if not troubles:
+            return "no device answered in time"
+        if len(set(troubles.values())) == 1:
+            addresses = ", ".join(str(self[device].address) for device in troubles)
+            reasons = f"each {troubles[min(troubles)]} ({addresses})"
+        else:
+            reasons = "; ".join(f"device {d} at {self[d].address} {trouble}" for d, trouble in troubles.items())
+        if set(troubles.values()) <= {Reach.NOBODY.value, Reach.UNKNOWN_NAME.value}:
+            on_each = "'robustdice device DIR/device-K' on each, and see that they are on"
+            remedy = "start them with " + ("'robustdice up DIR'" if here else on_each)
+        elif Reach.REFUSED.value in troubles.values():
+            remedy = "list this client's public key in the devices' cluster.toml and restart them"
+        elif Reach.FULL.value in troubles.values():
+            remedy = "close other clients that use this key, or list a key of this one's own"
+        else:
+            remedy = "copy all of one build to the devices and here, and restart them"
+        return f"none of {len(self)} devices can be reached: {reasons}; {remedy}"
+
     def close(self) -> None:
         """Disconnect all of them."""
         for line in self.values():
