@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles import INPUT_SHAPE, Network, make_manifest, make_plan, write_bundles
-from fuzzing import PARSERS, case, parser_of, problem
+from fuzzing import case, problem
+from hostile_parsers import PARSERS, parser_of
 from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
 from robustdice.bundle.read import load_bundle
 from robustdice.cost.profile import TYPICAL, Profile
