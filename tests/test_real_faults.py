@@ -20,6 +20,7 @@ from expected import expect, load_expected
 from soak import Tally, _growth, _problems, soak
 
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from links import cut_link, heal_link
 from processes import client_elsewhere, device, until_up, whole_and_right
 from robustdice.meter.netns import one_switch, permitted
 from robustdice.plan import Certificate, Plan, failure_sets
@@ -202,17 +203,17 @@ def test_a_cut_link_costs_no_answer_and_the_device_is_back_when_it_is_whole(tmp_
         assert stream([[0, 1, 2]] * 3)["settled"]
         assert stream([[0, 1, 2]] * 3)["coverage"] == 1.0
         for peer in (0, 1):
-            switch.cut(2, peer)  # what device 2 sends does not leave it
+            cut_link(switch, 2, peer)  # what device 2 sends does not leave it
             if not one_way:
-                switch.cut(peer, 2)
+                cut_link(switch, peer, 2)
         cut = stream([[0, 1], [0, 1], [2]])
         assert cut["coverage"] == 1.0, "two holders each: the other two have everything"
         assert cut["settled"], cut
         after = stream([[0, 1], [0, 1], [2]])
         assert (after["coverage"], after["down"]) == (1.0, [2])
         for peer in (0, 1):
-            switch.heal(2, peer)
-            switch.heal(peer, 2)
+            heal_link(switch, 2, peer)
+            heal_link(switch, peer, 2)
         assert stream([[0, 1, 2]] * 3)["settled"], "it is not back"
         assert stream([[0, 1, 2]] * 3) | {"most_ms": 0} == {"coverage": 1.0, "down": [], "most_ms": 0, "settled": True}
 

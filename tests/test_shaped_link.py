@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from builds import Builds
 
+from links import shared_link
 from processes import client_elsewhere, device
-from robustdice.meter.netns import one_switch, permitted, shared_link
+from robustdice.meter.netns import one_switch, permitted
 from robustdice.runtime.wire.config import CLUSTER_NAME
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

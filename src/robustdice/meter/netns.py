@@ -34,18 +34,6 @@ def permitted() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def shared_link(megabits: float | None, queue_ms: float = 50.0) -> Iterator[list[str]]:
-    """The words to put in front of a command so that it runs behind a link of ``megabits`` per second (None: as fast as
-    the machine). Everything that runs there shares it, as devices on one radio channel or behind one hub do. What is
-    sent too fast waits up to ``queue_ms`` (that is the delay of the loaded link), and is dropped beyond."""
-    with _namespaces("link") as (name,):
-        _within(name, "ip", "link", "set", "lo", "mtu", "1500", "up")
-        if megabits is not None:
-            _limit(name, "lo", megabits, queue_ms)
-        yield _words(name)
-
-
 @dataclass(frozen=True)
 class Switch:
     """Network namespaces on one bridge, numbered from 0, each with an address of its own."""
@@ -55,35 +43,26 @@ class Switch:
 
     def prefix(self, number: int) -> list[str]:
         """The words to put in front of a command that is to run in one."""
-        return _words(self.members[number])
+        return words(self.members[number])
 
     def address(self, number: int) -> str:
         """Where it is reached."""
         return f"10.213.0.{number + 1}"
-
-    def cut(self, source: int, target: int) -> None:
-        """What one sends to another gets lost."""
-        _within(self.members[source], "ip", "route", "add", "blackhole", f"{self.address(target)}/32")
-
-    def heal(self, source: int, target: int) -> None:
-        """It arrives again."""
-        with contextlib.suppress(ClusterError):
-            _within(self.members[source], "ip", "route", "delete", "blackhole", f"{self.address(target)}/32")
 
     def limit(self, numbers: Sequence[int], megabits: float | None, queue_ms: float = 50.0) -> None:
         """From now on the ports of these carry so much, either way (None: as much as the machine does)."""
         for number in numbers:
             for name, device in ((self.members[number], "eth0"), (self.hub, f"port{number}")):
                 with contextlib.suppress(ClusterError):  # there was no limit
-                    _within(name, "tc", "qdisc", "del", "dev", device, "root")
+                    within(name, "tc", "qdisc", "del", "dev", device, "root")
                 if megabits is not None:
-                    _limit(name, device, megabits, queue_ms)
+                    limit(name, device, megabits, queue_ms)
 
 
 @contextlib.contextmanager
 def one_switch(count: int) -> Iterator[Switch]:
     """So many namespaces, and one more for the bridge between them, which is as fast as the machine."""
-    with _namespaces("hub", *map(str, range(count))) as (hub, *members):
+    with namespaces("hub", *map(str, range(count))) as (hub, *members):
         switch = Switch(hub, tuple(members))
         for name in (hub, *members):
             _ip("-n", name, "link", "set", "lo", "up")
@@ -99,12 +78,12 @@ def one_switch(count: int) -> Iterator[Switch]:
 
 
 @contextlib.contextmanager
-def _namespaces(*words: str) -> Iterator[list[str]]:
+def namespaces(*wanted: str) -> Iterator[list[str]]:
     """One for each word, until the end; first, what processes that have ended left is cleared away."""
     for left in _left_behind():
         with contextlib.suppress(ClusterError):  # another process has cleared it away
             _ip("netns", "delete", left)
-    names = [f"{PREFIX}-{os.getpid()}-{word}" for word in words]
+    names = [f"{PREFIX}-{os.getpid()}-{word}" for word in wanted]
     with contextlib.ExitStack() as made:
         for name in names:
             _ip("netns", "add", name)
@@ -117,18 +96,22 @@ def _left_behind() -> list[str]:
     return ["-".join(each) for each in found if len(each) > 2 and not Path("/proc", each[1]).exists()]
 
 
-def _limit(name: str, device: str, megabits: float, queue_ms: float) -> None:
+def limit(name: str, device: str, megabits: float, queue_ms: float) -> None:
+    """What a namespace's ``device`` sends is so much from now on; what is too fast waits up to ``queue_ms``, and is
+    dropped beyond."""
     burst = max(BURST_BYTES, int(megabits * 1e6 / 8 * BURST_SECONDS))
     shape = ["rate", f"{megabits}mbit", "burst", str(burst), "latency", f"{queue_ms}ms"]
-    _within(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *shape)
+    within(name, "tc", "qdisc", "add", "dev", device, "root", "tbf", *shape)
 
 
-def _words(name: str) -> list[str]:
+def words(name: str) -> list[str]:
+    """What stands in front of a command that is to run in a namespace."""
     return ["ip", "netns", "exec", name]
 
 
-def _within(name: str, *command: str) -> None:
-    _run([*_words(name), *command])
+def within(name: str, *command: str) -> None:
+    """Run a command in a namespace; ClusterError when it fails."""
+    _run([*words(name), *command])
 
 
 def _ip(*words: str) -> str:
