@@ -12,13 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-from bundles import Network, make_plan, write_bundles
+from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
 from commands import run, run_json
+from robustdice.errors import ClusterError
+from robustdice.meter import throughput
 from robustdice.meter.throughput import bench_running
 from robustdice.report.cluster_tables import bench_table
 from robustdice.runtime.client import Client
+from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.device import run_device
 from robustdice.runtime.energy import SAMPLE_SECONDS, Counter, EnergyMeter, Power, find_gauges
 from robustdice.runtime.wire.founding import write_cluster
@@ -229,6 +233,25 @@ def jetsons(tmp_path: Path) -> Iterator[Path]:
     stop.set()
     for thread in threads:
         thread.join()
+
+
+def test_a_measurement_ends_soon_after_devices_stop_answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "ANSWER_SECONDS", 0.5)
+    plan = make_plan(2)
+    write_bundles(tmp_path, plan, Network())
+    write_cluster(tmp_path, 2, plan.digest)
+    with LocalCluster(tmp_path) as cluster:
+        cluster.infer(np.zeros(INPUT_SHAPE, np.float32))
+
+        def freeze() -> None:
+            cluster.freeze(0)
+            cluster.freeze(1)
+
+        stop = threading.Timer(0.7, freeze)
+        stop.start()
+        with pytest.raises(ClusterError, match=r"stopped answering: none of the last frames was answered, for \d+ s"):
+            bench_running(tmp_path, seconds=0.1, rounds=1, window=2, samples=1_000_000)
+        stop.join()
 
 
 def test_bench_measures_devices_that_run_already_and_what_they_take(jetsons: Path) -> None:

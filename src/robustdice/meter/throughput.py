@@ -26,6 +26,9 @@ from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.sessions import AUTO
 from robustdice.runtime.wire.config import CLUSTER_NAME, Cluster
 
+ANSWER_SECONDS = 30.0
+"""A frame that is not answered so soon never will be; nor will the next ones, if none is for so long."""
+
 
 @dataclass(frozen=True)
 class DeviceFigures:
@@ -136,7 +139,7 @@ def bench_running(
     [n, C, H, W] in turn, or a random one. Frames that are not answered, or not in full, are counted; ClusterError when
     none is, or no device can be reached.
     """
-    with Client(Path(directory) / CLUSTER_NAME, timeout_seconds=30.0, window=window) as client:
+    with Client(Path(directory) / CLUSTER_NAME, timeout_seconds=ANSWER_SECONDS, window=window) as client:
         runs = _Runs(client, seed, idle_seconds, complete=False, frames=frames)
         runs.warm_up(min(seconds, 1.0))
         for done in range(rounds):
@@ -235,9 +238,20 @@ class _Runs:
             yield frame
 
     def _stream(self, frames: Iterable[NDArray[np.float32]]) -> tuple[list[Answer], float]:
-        """All answers, and the seconds from the first frame to the last answer."""
-        start = time.perf_counter()
-        answers = list(self._client.stream(frames))
+        """All answers, and the seconds from the first frame to the last answer; ClusterError where devices have stopped
+        answering: else a long measurement would wait for each of its frames until time is up."""
+        start = heard = time.perf_counter()
+        answers: list[Answer] = []
+        for answer in self._client.stream(frames):
+            answers.append(answer)
+            now = time.perf_counter()
+            heard = heard if answer.outputs is None else now
+            if now - heard > self._client.timeout_seconds:
+                why = answer.refused or self._client.unreachable()
+                raise ClusterError(
+                    f"devices have stopped answering: none of the last frames was answered, for {now - heard:.0f} s "
+                    f"({why}); 'robustdice status' says who is up"
+                )
         elapsed = time.perf_counter() - start
         answered = [answer for answer in answers if answer.outputs is not None]
         for answer in answers:
