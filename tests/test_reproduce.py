@@ -294,10 +294,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypat
 
 def test_work_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
     reproduce([subject(samples=10)], tmp_path)
-    with pytest.raises(OutputError, match="holds results of other settings"):
+    with pytest.raises(OutputError, match=r"holds results of other settings \(another --memory\); give the settings"):
         reproduce([subject(samples=10)], tmp_path, Choices(memory=0.6))
-    with pytest.raises(OutputError, match="holds results of other settings"):
+    with pytest.raises(OutputError, match=r"other settings \(from other images: --data, --imagenet, --samples"):
         reproduce([subject(samples=20)], tmp_path)
+    (tmp_path / "work" / "digits_cnn" / "settings.json").write_text('{"robustdice": "0.0.9", "gone": 1}')
+    with pytest.raises(OutputError, match=r"another --memory.*; made by another version of robustdice"):
+        reproduce([subject(samples=10)], tmp_path)
     with pytest.raises(ModelError, match="two models are called 'digits_cnn'"):
         reproduce([subject(), subject()], tmp_path)
 

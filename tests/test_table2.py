@@ -136,7 +136,7 @@ def test_figures_are_what_running_devices_say(
 
     monkeypatch.setattr(table2, "running", again)
     assert reproduce_table2([subject(network)], tmp_path, choices, samples=30).rows == found.rows
-    with pytest.raises(OutputError, match=r"holds results of other settings \(another samples\)"):
+    with pytest.raises(OutputError, match=r"holds results of other settings \(another number of frames: --samples\)"):
         reproduce_table2([subject(network)], tmp_path, choices, samples=31)
 
 

@@ -15,6 +15,22 @@ from robustdice.importance.values import Importance
 from robustdice.progress import Progress
 from robustdice.report.comparison import Choices, Subject
 
+_IN_WORDS = {
+    "robustdice": "made by another version of robustdice",
+    "model": "of a model of this name with another graph or other weights",
+    "data": "from other images: --data, --imagenet, --samples or --scoring-data",
+    "as_in_paper": "with or without --imagenet",
+    "methods": "other --methods",
+    "devices": "other --devices",
+    "memory": "another --memory",
+    "s3": "another --s3",
+    "seed": "another --seed",
+    "samples": "another number of frames: --samples",
+    "megabits": "behind another switch: --link, or network namespaces were permitted, or not",
+    "machine": "measured on another machine",
+}
+"""What a setting that differs says to whoever asked for it."""
+
 
 def check_names(subjects: Sequence[Subject]) -> None:
     """ModelError when two models have the same name: each has a directory of that name."""
@@ -54,13 +70,19 @@ def claim(work: Path, settings: Mapping[str, Any]) -> None:
     except ValueError:
         found = None
     if found != settings:
-        kept = found if isinstance(found, dict) else {}
-        which = ", ".join(sorted(key for key in {*settings, *kept} if kept.get(key) != settings.get(key)))
         raise OutputError(
-            f"{work} holds results of other settings (another {which}); "
-            "choose another place with -o, or delete it to start again"
+            f"{work} holds results of other settings ({_differences(found, settings)}); give the settings that these "
+            "were made with, choose another place with -o, or delete the directory to start again"
         )
     write_atomically(file, json.dumps(settings).encode())
+
+
+def _differences(found: Any, settings: Mapping[str, Any]) -> str:
+    """What was asked for otherwise, in the words of the command line."""
+    if not isinstance(found, dict):
+        return "its settings.json is damaged"
+    keys = sorted(key for key in {*settings, *found} if found.get(key) != settings.get(key))
+    return "; ".join(dict.fromkeys(_IN_WORDS.get(key, _IN_WORDS["robustdice"]) for key in keys))
 
 
 def kept_scores(subject: Subject, work: Path, s3: str, scheduler: str | None, on_progress: Progress) -> Importance:
