@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import robustdice as rd
+
+INSTALLED_BYTES = 230e6
+RESIDENT_BYTES, PEAK_BYTES = 65e6, 75e6
 
 
 def test_public_names_are_few_sorted_and_there() -> None:
@@ -59,17 +64,38 @@ def test_a_device_imports_little_takes_little_memory_and_writes_nothing(tmp_path
     """What README says of a device: no tables, no command line, no pictures, 58 MB before a bundle is loaded, and no
     telemetry of the libraries."""
     code = (
-        "import sys, robustdice.runtime.device; from robustdice.runtime.memory import rss_bytes\n"
-        "print(rss_bytes(), *sorted({name.split('.')[0] for name in sys.modules}))"
+        "import sys, robustdice.runtime.device; from robustdice.runtime import memory\n"
+        "print(memory.rss_bytes(), memory.peak_rss_bytes(), *sorted({name.split('.')[0] for name in sys.modules}))"
     )
     environment = {**os.environ, "HOME": str(tmp_path)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert not list(tmp_path.iterdir())
-    resident, *modules = result.stdout.split()
+    resident, peak, *modules = result.stdout.split()
     assert not {"rich", "typer", "click", "PIL", "matplotlib", "torch", "onnx", "scipy", "pandas", "sympy"} & {*modules}
-    assert int(resident) < 65e6
+    assert int(resident) < RESIDENT_BYTES
+    assert int(peak) < PEAK_BYTES
+
+
+def device_side() -> set[str]:
+    """What ``pip install robustdice`` brings, without extras."""
+    found, ahead = set[str](), ["robustdice"]
+    while ahead:
+        name = ahead.pop()
+        found.add(name)
+        requirements = map(Requirement, distribution(name).requires or ())
+        wanted = {r.name.lower() for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
+        ahead += sorted(wanted - found)
+    return found
+
+
+def test_what_a_device_installs_is_small_and_without_the_workshop() -> None:
+    packages = device_side()
+    assert {"numpy", "onnxruntime", "pyzmq", "pillow"} < packages
+    assert not {"torch", "onnx", "scipy", "matplotlib"} & packages
+    files = [file.locate() for name in packages for file in distribution(name).files or ()]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < INSTALLED_BYTES  # type: ignore[attr-defined]
 
 
 def test_a_device_imports_nothing_that_makes_plans() -> None:
