@@ -26,6 +26,7 @@ from robustdice.errors import BundleError
 from robustdice.files import read_json
 from robustdice.plan import (
     Certificate,
+    Layer,
     Shard,
     nearest_calibrated,
     parity_problem,
@@ -148,6 +149,8 @@ class Manifest:
     files and the weights hold of the model's parameters, equal to the plan's ``bytes_per_device[device]``;
     ``calibrated`` are the failure sets that the weights have corrections for; ``activation`` makes probabilities of the
     outputs: ``softmax``, or ``sigmoid`` where each is a question of its own; ``needs`` what ONNX Runtime must know.
+    ``layers`` are the model's, which the work of parts is of, and ``model_digest`` is its digest: neither, where an
+    earlier version built the bundle.
     """
 
     device: int
@@ -168,6 +171,8 @@ class Manifest:
     activation: str = "softmax"
     certificate: Certificate | None = None
     needs: Needs | None = None
+    model_digest: str | None = None
+    layers: tuple[Layer, ...] = ()
 
     @cached_property
     def sums_of(self) -> Mapping[int, int]:
@@ -243,7 +248,19 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         activation=str(document.get("activation", "softmax")),
         certificate=Certificate.from_json(document.get("certificate")),
         needs=None if document.get("needs") is None else Needs(**{k: int(v) for k, v in document["needs"].items()}),
+        model_digest=None if document.get("model_digest") is None else str(document["model_digest"]),
+        layers=tuple(map(_parse_layer, document.get("layers", ()))),
     )
+
+
+def _parse_layer(document: Mapping[str, Any]) -> Layer:
+    layer = Layer(**document)
+    _, *numbers = vars(layer).values()
+    if not isinstance(layer.name, str) or any(not isinstance(each, int) or each < 0 for each in numbers):
+        raise ValueError(f"a layer {document}")
+    if not layer.neurons * layer.neuron_macs:
+        raise ValueError(f"layer {layer.name} computes nothing")
+    return layer
 
 
 def _parse_exchange(document: Mapping[str, Any]) -> Exchange:
@@ -309,6 +326,8 @@ def _check(manifest: Manifest) -> None:
     require(0 <= manifest.device < manifest.devices, "the device number")
     shapes = [manifest.input_shape, *(exchange.shape for exchange in manifest.exchanges)]
     require(all(min(s, default=1) > 0 and math.prod(s) <= LARGEST_VALUE for s in shapes), "the size of a value")
+    work = [each for part in manifest.parts for each in part.work]
+    require(all(each.layer < len(manifest.layers) for each in work), "what its models compute")
     require(manifest.activation in ("softmax", "sigmoid"), "what its outputs mean")
     seen: list[int] = []
     for stage in manifest.stages:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdice.bundle.parts import Work
 from robustdice.plan import Shard
 
 Neurons = NDArray[np.int64]
@@ -34,8 +35,8 @@ class Taken:
 @dataclass(frozen=True)
 class Model:
     """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
-    more than that. ``trial`` is a :class:`Part`'s. ``apart`` has its weights, where they are not in it: the name of
-    their file, and its content."""
+    more than that. ``trial`` and ``work`` are a :class:`Part`'s. ``apart`` has its weights, where they are not in it:
+    the name of their file, and its content."""
 
     content: bytes
     weight_bytes: int
@@ -44,6 +45,7 @@ class Model:
     layers: tuple[Taken, ...] = ()
     trial: tuple[tuple[float, ...], ...] = ()
     apart: tuple[str, bytes] | None = None
+    work: tuple[Work, ...] = ()
 
 
 def neurons_of(shards: Sequence[Shard]) -> Neurons:

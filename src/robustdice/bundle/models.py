@@ -36,7 +36,7 @@ from robustdice.bundle.pair_graph import (
     with_folded_sums,
     with_sums,
 )
-from robustdice.bundle.parts import STRIPS
+from robustdice.bundle.parts import STRIPS, Work
 from robustdice.bundle.stages import StageGraph, tensors_used
 from robustdice.bundle.strip_graph import cut_strip
 from robustdice.bundle.trial import summary
@@ -190,7 +190,18 @@ class Models:
             if scale_name(self.network.layers[index]) in read
         ]
         results = [self._expected.value(name) for name in outputs]
-        return self._model([part], [*sources, *(name for name in masks if name in read)], outputs, results, used)
+        computed = {name for node in part.nodes for name in node.output}
+        work = [
+            self._work(index, layer.neurons, self.plan.shards[index][0].holders[0].representation)
+            for index, layer in enumerate(self.plan.layers)
+            if self.plan.split(index) == "whole" and self.network.layers[index].node.name in computed
+        ]
+        inputs = [*sources, *(name for name in masks if name in read)]
+        return self._model([part], inputs, outputs, results, used, work=work)
+
+    def _work(self, index: int, neurons: int, kind: str = "float32") -> Work:
+        exact = "float32" if index in self.plan.activations else kind
+        return Work(index, neurons / self.plan.layers[index].neurons, exact)
 
     def _cut(
         self, sources: Sequence[str], outputs: Sequence[str], graph: OnnxGraph | None = None, more: Iterable[int] = ()
@@ -227,14 +238,14 @@ class Models:
         """The model of some neurons of a layer from their copies of one representation."""
         layer = self.network.layers[index]
         source = arguments(layer.node)[0].name
-        result = self._expected.of_layer(index, kind, neurons)
+        result, work = self._expected.of_layer(index, kind, neurons), self._work(index, len(neurons), kind)
         if kind == "float32":
             part = self._cut_layer(index, neurons, prefix)
             taken = [Taken(index, neurons)] if index in self.corrected else []
-            return self._model([part], [source], [prefix + layer.value.name], [result], taken)
+            return self._model([part], [source], [prefix + layer.value.name], [result], taken, work=[work])
         graph, whole = self._copies.put_into(self._plain, index, neurons, kind)
         part, whole = self._in_blocks(graph, whole, prefix, layer.layer.filter_weights)
-        return self._model([part], [source], [prefix + layer.value.name], [result], [whole])
+        return self._model([part], [source], [prefix + layer.value.name], [result], [whole], work=[work])
 
     def of_pair(self, index: int, neurons: Neurons, kind: str, prefix: str) -> Model:
         """The model of what coarse copies of some neurons of a pair's first layer add to the second one."""
@@ -246,7 +257,9 @@ class Models:
         behind = cut_coarse_second(self._exported, first, second, prefix)
         scales = Taken(which, np.arange(second.layer.neurons), kind, second.layer.neurons, pair="scales")
         source, result = arguments(first.node)[0].name, self._expected.of_pair(index, kind, neurons)
-        return self._model([part, behind], [source], [prefix + second.node.name], [result], [whole, scales])
+        work = self._work(index, len(neurons), kind)
+        both, outputs = [work, replace(work, layer=which)], [prefix + second.node.name]
+        return self._model([part, behind], [source], outputs, [result], [whole, scales], work=both)
 
     def _in_blocks(self, graph: OnnxGraph, whole: Taken, prefix: str, per_neuron: int) -> tuple[Cut, Taken]:
         """The part of a graph with coarse copies of a layer, computed as few neurons at a time as ``per_neuron``
@@ -269,7 +282,7 @@ class Models:
         cuts: list[Cut] = []
         outputs: list[str] = []
         inputs: dict[str, None] = {}
-        taken, results = [], []
+        taken, results, work = [], [], list[Work]()
         for index in sorted({layer for layer, _ in shards}):
             layer, of_layer = self.exchanged[index], self.plan.exchanged_shards(index)
             mine = [of_layer[number] for which, number in shards if which == index]
@@ -278,24 +291,27 @@ class Models:
                 members = [np.array(of_layer[member].neurons) for member in mine[0].parity_of]
                 cuts.append(cut_parity(self._graph, layer, members, prefix))
                 results.append(self._expected.of_sum(index, members))
+                work.append(self._work(index, max(map(len, members))))
             else:
                 neurons = neurons_of(mine[:1] if index in self.plan.pairs else mine)
                 cuts.append(self._cut_layer(index, neurons, prefix))
                 taken += [Taken(index, neurons)] if index in self.corrected else []
                 results.append(self._expected.of_layer(index, "float32", neurons))
+                work.append(self._work(index, len(neurons)))
             if index in self.plan.pairs:
                 second, graph = self.network.layers[self.plan.pairs[index]], self._exported
                 if self.plan.is_coarse_pair(index):
                     graph = with_folded_filters(graph, second, fold(self.network, second).filters.numpy())
                 cuts.append(cut_second(graph, layer, second, neurons, prefix))
                 results[-1] = self._expected.of_pair(index, "float32", neurons)
+                work.append(replace(work[-1], layer=self.plan.pairs[index]))
                 layer = second.without_tail
             outputs.append(prefix + layer.value.name)
             inputs[arguments(self.network.layers[index].node)[0].name] = None
         sources = (arguments(self.network.layers[index].node)[0] for index, _ in shards)
         of_vectors = all(len(self.network.shapes[source]) == 2 for source in sources)
         worth_it = of_vectors and sum(part.weight_bytes for part in cuts) >= APART_BYTES
-        return self._model(cuts, list(inputs), outputs, results, taken, apart if worth_it else None)
+        return self._model(cuts, list(inputs), outputs, results, taken, apart if worth_it else None, work)
 
     def owner(self, index: int) -> Model:
         """The model that computes a pair's second layer from its sums, all of it whoever owns what."""
@@ -318,9 +334,9 @@ class Models:
         given = [name for each in taken for name in self._copies.scale_and_shift(each.layer)]
         part = cut_strip(self._graph, self.network, region, rows, prefix, given)
         result = self._expected.of_strip(index, rows)
-        return self._model(
-            [part], [region.source.name], [prefix + region.end.name], [result], taken, f"{STRIPS}{index:03d}.bin"
-        )
+        work = [Work(i, min(1.0, sum(run.shares(i)[number] for number in numbers))) for i in run.layers]
+        outputs, apart = [prefix + region.end.name], f"{STRIPS}{index:03d}.bin"
+        return self._model([part], [region.source.name], outputs, [result], taken, apart, work)
 
     def _cut_layer(self, index: int, neurons: Neurons, prefix: str) -> Cut:
         layer = self.exchanged.get(index, self.network.layers[index])
@@ -340,6 +356,7 @@ class Models:
         results: Sequence[Array],
         layers: Sequence[Taken] = (),
         apart: str | None = None,
+        work: Sequence[Work] = (),
     ) -> Model:
         given = [
             name for each in layers for name in (*self._copies.scale_and_shift(each.layer), *self._copies.filters(each))
@@ -348,7 +365,7 @@ class Models:
         weight_bytes = 0 if apart else sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()
         beside = (apart, weights_apart(cuts)) if apart else None
-        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial, beside)
+        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial, beside, tuple(work))
 
 
 def _handed_over(network: Network, last: NetworkLayer, region: Region) -> NetworkLayer:

@@ -111,6 +111,16 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Work:
+    """That a model computes a ``share`` of the neurons (or rows) of a layer, by its position, in a representation;
+    ``float32`` too where whole numbers are multiplied, which takes about as long."""
+
+    layer: int
+    share: float
+    representation: str = "float32"
+
+
+@dataclass(frozen=True)
 class Part:
     """An ONNX model that a device runs: ``inputs`` and ``outputs`` are names of values and of its tensors alike.
 
@@ -118,7 +128,7 @@ class Part:
     computed a few neurons at a time, there is one such layer and one output. ``trial`` has, for every output, what it
     amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
     not tried. ``apart`` is a file of weights that the model reads where they lie: those of strips, which share them, or
-    of linear layers.
+    of linear layers. ``work`` is what of the model's layers it computes: that of tails that stand alone is not counted.
     """
 
     file: str
@@ -127,6 +137,7 @@ class Part:
     affine: tuple[Affine, ...] = field(default=(), kw_only=True)
     trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
     apart: str | None = field(default=None, kw_only=True)
+    work: tuple[Work, ...] = field(default=(), kw_only=True)
 
     @property
     def in_strips(self) -> bool:
@@ -193,7 +204,15 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
         "affine": affine,
         "trial": trial,
         "apart": None if document["apart"] is None else str(document["apart"]),
+        "work": tuple(map(_parse_work, document.get("work", ()))),
     }
+
+
+def _parse_work(document: Mapping[str, Any]) -> Work:
+    work = Work(_whole(document["layer"], 0), float(document["share"]), str(document["representation"]))
+    if not 0 < work.share <= 1 or work.representation not in REPRESENTATIONS:
+        raise ValueError(f"work of {work.share} of a layer in {work.representation}")
+    return work
 
 
 def _parse_affine(document: Mapping[str, Any]) -> Affine:

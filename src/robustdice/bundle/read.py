@@ -50,6 +50,8 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     path = Path(directory)
     if not path.is_dir():
         raise BundleError(f"{path} is not a directory: no bundle there; make one with 'robustdice build PLAN -o DIR'")
+    if (path / "device-0").is_dir():
+        raise BundleError(f"{path} has the bundles of all devices; name one of them, such as {path / 'device-0'}")
     manifest = Manifest.from_json(_content(path / MANIFEST_NAME, MANIFEST_LIMIT))
     named = re.fullmatch(r"device-(\d+)", path.resolve().name)
     if named and int(named[1]) != manifest.device:

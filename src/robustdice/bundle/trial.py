@@ -7,10 +7,13 @@ before any frame is answered. Inputs are numbers that everyone can make; results
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from robustdice.bundle.manifest import Exchange
 
 TOLERANCE = 1e-3
 """Largest difference between two summaries of the same result, as a share of its norm. Rounding stays below 1e-5; one
@@ -27,6 +30,16 @@ def stand_in(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """What stands for the value ``name`` in a trial: float32 [1, *shape], evenly spread between -1 and 1."""
     count = int(np.prod(shape, dtype=np.int64))
     return _spread(_scrambled(count, zlib.crc32(name.encode())), 0).astype(np.float32).reshape(1, *shape)
+
+
+def stand_ins(exchanges: Iterable[Exchange]) -> dict[str, Array]:
+    """What stands for assembled exchanges, with their masks: nothing is lost."""
+    found: dict[str, Array] = {}
+    for exchange in exchanges:
+        found[exchange.value] = stand_in(exchange.value, exchange.shape)
+        if exchange.mask is not None:
+            found[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
+    return found
 
 
 def summary(array: Array) -> tuple[float, ...]:

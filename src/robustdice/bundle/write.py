@@ -177,6 +177,8 @@ class _Device:
             activation=network.activation,
             certificate=plan.certificate,
             needs=Needs(self.models.opset, IR_VERSION),
+            model_digest=plan.model.digest,
+            layers=plan.layers,
         )
         (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
 
@@ -193,7 +195,7 @@ class _Device:
             if apart not in self.files:
                 self._file(apart, content, len(content))
         affine = tuple(map(self._affine, model.layers))
-        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial, apart=apart)
+        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial, apart=apart, work=model.work)
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32; or its
@@ -220,6 +222,7 @@ class _Device:
             affine=part.affine,
             trial=part.trial,
             apart=part.apart,
+            work=part.work,
         )
 
     def _affine(self, taken: Taken) -> Affine:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from robustdice.bundle.read import load_bundle
 from robustdice.cli.app import app
 from robustdice.cli.options import (
     S3,
@@ -30,8 +31,9 @@ from robustdice.cli.options import (
     resumable,
     score_with,
 )
-from robustdice.errors import OutputError
+from robustdice.errors import ModelError, OutputError
 from robustdice.importance.values import SCORING_SAMPLES
+from robustdice.meter.held import measure_held
 from robustdice.report import cost_tables, plots, tables
 from robustdice.terminal import out, print_json, progress, waiting
 
@@ -102,9 +104,11 @@ def score(
         out.print(f"Scores of {len(importance.names)} layers are in {output}.")
 
 
-@app.command(epilog="Example: robustdice profile resnet20.pt2 -o here.json")
+@app.command(epilog="Example: robustdice profile build/device-0 -o here.json")
 def profile(
-    model: ModelArgument,
+    model: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="a device's bundle (build/device-0), or a model, as for inspect")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="where to write the profile (.json)")],
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -114,16 +118,31 @@ def profile(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """What this machine takes for each layer on one thread, and for handing over: what plans are modelled from."""
-    from robustdice.meter.handing import measure_profile  # noqa: PLC0415 -- it needs the workshop
+    """What this machine takes for each layer on one thread, and for handing over: what plans are modelled from.
 
-    with waiting("loading the model"):
-        network = load_model(model, random_weights, seed, size, mean, std, classes)
-    with progress("measuring") as advance:
-        measured = measure_profile(network, advance)
+    Of a device's bundle, which needs no workshop, it measures what the device computes, and scales each layer by the
+    share of its neurons that is there; what handing over takes is typical then. Of a MODEL everything is measured.
+    """
+    shares = None
+    if Path(model).is_dir():
+        if random_weights or any(each is not None for each in (size, mean, std, classes)):
+            raise ModelError(f"{model} is a bundle, which has its weights and sizes: leave out options of models")
+        bundle = load_bundle(model)
+        with progress("measuring") as advance:
+            held = measure_held(bundle, advance)
+        measured, shares = held.profile, held.shares
+    else:
+        from robustdice.meter.handing import measure_profile  # noqa: PLC0415 -- it needs the workshop
+
+        with waiting("loading the model"):
+            network = load_model(model, random_weights, seed, size, mean, std, classes)
+        with progress("measuring") as advance:
+            measured = measure_profile(network, advance)
     measured.save(output)
     if as_json:
-        print_json({"output": str(output), **asdict(measured)})
+        print_json({"output": str(output), **asdict(measured), **({} if shares is None else {"measured": shares})})
     else:
         out.print(cost_tables.profile_table(measured))
+        if shares is not None:
+            out.print(cost_tables.held_summary(shares, len(bundle.manifest.layers)))
         out.print(f"The profile is in {output}; 'robustdice plan --profile {output}' models from it.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,3 +109,13 @@ def profile_table(profile: Profile) -> Sheet:
     for name, each in profile.layers.items():
         table.add_row(name, f"{1e3 * each.whole:.3g}", f"{1e3 * each.of(0.5):.3g}")
     return table
+
+
+def held_summary(shares: Mapping[str, float], layers: int) -> str:
+    """What of a bundle's layers was measured, by their ``shares``, and what was not."""
+    least, most = min(shares.values()), max(shares.values())
+    part = f"{least:.0%}" if least == most else f"{least:.0%} to {most:.0%}"
+    text = f"The bundle has {part} of each layer's neurons; all of them are taken to need as many times as long."
+    if missing := layers - len(shares):
+        text += f" {missing} of {layers} layers have no model in it: they are modelled from their multiply-adds."
+    return f"{text} What handing over takes is typical, not measured: it takes two devices."

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from robustdice.bundle.manifest import WEIGHTS_NAME
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
-from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, summary
+from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, stand_ins, summary
 from robustdice.errors import BundleError, RobustdiceError, first_line
 from robustdice.runtime.assembly import Assembly
 from robustdice.runtime.memory import give_back
@@ -40,7 +40,7 @@ class Executor:
         self._weights = Weights(bundle.content(WEIGHTS_NAME) if WEIGHTS_NAME in manifest.files else b"")
         self._sessions = Sessions(bundle, threads, provider)
         for part in manifest.parts:
-            if not self._stands_by(part):
+            if not self.stands_by(part):
                 self._sessions.load(part)
         give_back()
         self.layouts = Layouts(manifest)
@@ -51,7 +51,7 @@ class Executor:
         self._sums_of = manifest.sums_of
         self._calibrated = lru_cache(64)(manifest.calibrated_for)
 
-    def _stands_by(self, part: Part) -> bool:
+    def stands_by(self, part: Part) -> bool:
         """Whether a part computes nothing but other devices' strips: it is loaded when it is first needed."""
         if not part.in_strips or not isinstance(part, Piece):
             return False
@@ -72,14 +72,14 @@ class Executor:
         """``values`` together with what the stage's local parts make of them while the devices ``down`` are."""
         found = dict(values)
         for part in self.manifest.stages[stage].local:
-            found.update(self._run(part, found, down))
+            found.update(self.run_part(part, found, down))
         return found
 
     def run_piece(self, stage: int, piece: int, values: Mapping[str, Array], down: Iterable[int] = ()) -> Parcel:
         """The piece's shards, while the devices ``down`` are: one array [batch, ...] for each exchange, as it travels,
         which single ones are cut out of."""
         part, layout = self._pieces[stage][piece]
-        blocks = tuple(self._run(part, values, down).values())
+        blocks = tuple(self.run_part(part, values, down).values())
         if not layout.plain:
             blocks = tuple(b.form.narrow(array) for b, array in zip(layout.blocks, blocks, strict=True))
         return Parcel(part.shards, Packed(layout, blocks))
@@ -136,12 +136,10 @@ class Executor:
                 values.update(self._try_part(part, values, depths))
             for piece in stage.pieces:
                 self._try_part(piece, values, depths)
-            values = self.keep(number, values)
-            for exchange in (manifest.exchanges[position] for position in stage.exchanges):
-                values[exchange.value] = stand_in(exchange.value, exchange.shape)
-                depths.pop(exchange.value, None)
-                if exchange.mask is not None:
-                    values[exchange.mask] = np.ones(sum(len(shard.neurons) for shard in exchange.shards), np.bool_)
+            assembled = stand_ins(manifest.exchanges[position] for position in stage.exchanges)
+            values = {**self.keep(number, values), **assembled}
+            for name in assembled:
+                depths.pop(name, None)
 
     def _try_part(self, part: Part, values: Values, depths: dict[str, int]) -> Values:
         """``depths`` says of values how many layers in a row read rounded inputs before them, where any did."""
@@ -157,14 +155,14 @@ class Executor:
                 f"{onnxruntime.__version__} has a wrong kernel for this processor ({platform.machine()}); install "
                 "another version of it"
             )
-        if self._stands_by(part):
+        if self.stands_by(part):
             self._sessions.drop(part)
         return found
 
     def _judge(self, part: Part, values: Values, allowed: float) -> tuple[Values, str | None]:
         """What a part computes, and what is wrong with it; BundleError when it cannot be computed at all."""
         try:
-            found = self._run(part, values, ())
+            found = self.run_part(part, values)
             return found, _wrong(part, found, allowed)
         except RobustdiceError:
             raise
@@ -178,7 +176,8 @@ class Executor:
         names = self.manifest.stages[stage].keep
         return {name: values[name] for name in names if name in values} if names else {}
 
-    def _run(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> Values:
+    def run_part(self, part: Part, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
+        """A part's outputs from ``values``, while the devices ``down`` are."""
         inputs = {name: values[name] for name in part.inputs}
         if not part.affine:
             return dict(zip(part.outputs, self._sessions.run(part, inputs), strict=True))
