@@ -2,9 +2,9 @@
 
     python tests/fuzzing.py [messages manifests ... | --all] [--cases 1000000] [--seed 0] [--jobs 2]
 
-Whatever comes in, a parser gives something or one of our errors, within CASE_SECONDS and MORE_BYTES of memory, and
-nothing is unpickled. Cases run in children of this process, on all processors, so that one that ends the process is a
-finding too. Every case follows from its parser, the seed and its number.
+Whatever comes in, a parser gives something or one of our errors, within CASE_SECONDS of a processor, WAIT_SECONDS in
+all and MORE_BYTES of memory, and nothing is unpickled. Cases run in children of this process, on all processors, so
+that one that ends the process is a finding too. Every case follows from its parser, the seed and its number.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from hostile_parsers import PARSERS, Parser, parser_of
 from robustdice.errors import RobustdiceError
 
 CASE_SECONDS = 5.0
+"""Of processor time, which does not pass while others compute or the machine stands still."""
+WAIT_SECONDS = 120.0
 MORE_BYTES = 2**29
 """Of address space, beyond what the process has before its first case."""
 AT_ONCE = 2000
@@ -64,7 +66,8 @@ def limit() -> None:
     used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, resource.RLIM_INFINITY))
     sys.addaudithook(_no_pickle)
-    signal.signal(signal.SIGALRM, _ring)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _ring)
 
 
 def _ring(*_: object) -> None:
@@ -84,11 +87,11 @@ def _run(parser: Parser, name: str, seed: int, numbers: range, report: Path) -> 
             file.seek(0)
             file.write(f"{number:12}")
             file.flush()
-            signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
-            found = problem(parser, case(parser, name, seed, number))
-            if found is not None and found.startswith("Hang"):  # the machine may have stood still: once more
-                signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
-                found = problem(parser, case(parser, name, seed, number))
+            changed = case(parser, name, seed, number)
+            signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+            found = problem(parser, changed)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             if found is not None:
                 raise SystemExit(f"{number}: {found}")

@@ -17,9 +17,10 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fuzzing
 from bundles import INPUT_SHAPE, Network, make_manifest, make_plan, write_bundles
-from fuzzing import case, problem
-from hostile_parsers import PARSERS, parser_of
+from fuzzing import case, fuzz, problem
+from hostile_parsers import PARSERS, Parser, parser_of
 from robustdice.bundle.manifest import MANIFEST_NAME, Manifest
 from robustdice.bundle.read import load_bundle
 from robustdice.cost.profile import TYPICAL, Profile
@@ -58,6 +59,17 @@ def test_whatever_comes_in_a_parser_gives_something_or_says_what_is_wrong(name: 
         assert problem(parser, case(parser, name, 1, number)) is None
 
     check()
+
+
+@pytest.mark.parametrize("stands_still", [lambda _: [None for _ in iter(int, 1)], lambda _: time.sleep(99)])
+def test_a_parser_that_does_not_end_is_found(
+    stands_still: Callable[[object], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PARSERS, "stands still", lambda _: Parser([b""], lambda _, given: given, stands_still))
+    monkeypatch.setattr(fuzzing, "CASE_SECONDS", 0.05)
+    monkeypatch.setattr(fuzzing, "WAIT_SECONDS", 0.3)
+    (found,) = fuzz("stands still", range(1), seed=0)
+    assert "Hang" in found
 
 
 def test_texts_with_halves_of_characters_and_values_of_any_size_are_refused(room: Path) -> None:
