@@ -10,7 +10,7 @@ from functools import partial
 
 from robustdice.errors import MessageError
 from robustdice.runtime.protocol.events import Event, PeerDown, PeerUp, Received
-from robustdice.runtime.wire.messages import Pulse, Shards
+from robustdice.runtime.wire.messages import Mark, Pulse, Shards
 from shared_link import SharedLink, size_of
 from simulated_devices import Devices, Node
 from wire_check import garbled, travels
@@ -90,7 +90,7 @@ class ConnectedDevices(Devices):
             travels(event.message, self.nodes[source].codec, self.nodes[target].codec)
         for _ in range(1 + (self.random.random() < network.duplication)):
             if self.random.random() >= network.loss:
-                queue = ("shards" if isinstance(event.message, Shards) else "words", source, target)
+                queue = ("shards" if isinstance(event.message, Shards | Mark) else "words", source, target)
                 broken = self.random.random() < network.corruption
                 arrive = self._break if broken else self._arrive
                 self.carry(queue, event.message, partial(arrive, source, target, incarnation, event))

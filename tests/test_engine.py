@@ -256,33 +256,6 @@ def test_what_nobody_else_has_is_taken_from_a_device_that_built_on_less_and_coun
     assert all(answer.expected is None for answer in answers.values())
 
 
-@pytest.mark.parametrize(("losses", "seconds"), [(1, 0.3), (3, 1.0)])
-def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, seconds: float) -> None:
-    """Also when what is sent again gets lost again, and nothing else is under way that would tell."""
-    world = World(make_plan(3), 3, window=1)
-    lost: list[Shards] = []
-    transmit = world.transmit
-
-    def lose_some(source: int, target: int, event: Received) -> None:
-        message = event.message
-        wanted = isinstance(message, Shards) and (message.frame.number, message.stage, target) == (20, 1, 2)
-        if wanted and source == 0 and len(lost) < losses:
-            assert isinstance(message, Shards)
-            lost.append(message)
-        else:
-            transmit(source, target, event)
-
-    world.transmit = lose_some  # type: ignore[method-assign]
-    world.start_client(0.2, 2.0)
-    world.run(5.0)
-    world.check()
-    assert len(lost) == losses
-    assert losses <= world.wants <= 6 * losses  # the others may ask the one that is held up
-    assert set(world.coverage()) == {1.0}
-    assert max(at for at, _ in world.answers[20]) - world.sent[20] < seconds
-    assert not [text for _, _, text in world.notes if "suspect" in text]
-
-
 @pytest.mark.parametrize(("seed", "slowness", "interval"), [(3, 8.0, 0.01), (2, 12.0, 0.03), (6, 12.0, 0.001)])
 def test_frames_that_are_held_up_together_are_answered_in_time_one_after_the_other(
     seed: int, slowness: float, interval: float

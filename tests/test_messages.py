@@ -23,6 +23,7 @@ from robustdice.runtime.wire.messages import (
     FrameId,
     Hello,
     Lineage,
+    Mark,
     Message,
     Parcel,
     Pass,
@@ -56,6 +57,7 @@ TO_DEVICE: list[tuple[Message, int | None]] = [
     (Pulse(1, 12.5, None, True, 0, 0, ()), 1),
     (Pulse(2, 12.5, 0.1, False, 7, 9, (ID, FrameId("c", 0)), False), 2),
     (Want(2, ID, 0, ((0, 0),)), 2),
+    (Mark(2, 17), 2),
     (Pass(1, ID), 1),
     (StatusRequest("ab"), None),
 ]

@@ -24,10 +24,17 @@ REGRESSIONS = {
     "nobody's task by who is up",
     100_353: "shards that were built on less are weighed in the order of what they are worth, not of their devices",
     200_724: "likewise, where strips of a map are handed over",
+    100_642: "frames that are not the oldest one lost shards behind a cut: they are asked for again all the same, "
+    "while a device that is slow has the time for them",
+    102_242: "two devices' oldest frames each wait for what the other one lacks for a younger one",
+    101_318: "a device lost what a frame went on without: it has nothing under way to it, and takes part again",
+    101_966: "likewise, where single messages are lost",
+    102_442: "likewise, where a connection was made again in one direction only",
+    102_770: "likewise, in a cluster of four",
 }
 """Seeds that found something."""
 
-CHUNK = 500
+CHUNK = 1000
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
@@ -42,25 +49,12 @@ def test_what_was_found_once_does_not_come_back(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("first", range(100_000, 104_000, CHUNK))
+@pytest.mark.parametrize("first", range(100_000, 110_000, CHUNK))
 def test_thousands_of_seeds_hold(first: int, worker_id: str) -> None:
     """On all cores: xdist's workers have one chunk each, and without them a chunk has them all."""
     jobs = (os.cpu_count() or 1) if worker_id == "master" else 1
     found = sweep(first, CHUNK, jobs, show=False)
-    assert [(seed, why) for seed, why in found if seed not in OPEN] == []
-
-
-OPEN = {
-    100_642: "a device does not answer a frame",
-    101_318: "111 frames lack something after all faults, though nobody is kept out any longer",
-    101_966: "117 frames likewise",
-    102_242: "10 frames likewise: behind a cut in one direction frames stay in flight until their deadline, others are "
-    "refused meanwhile, and those after them are answered from spares though everybody is let in",
-    102_442: "43 frames likewise",
-    102_770: "90 frames likewise",
-}
-"""Seeds that are known to fail, and are to be corrected: the bound on frames after all faults is younger than the
-engine."""
+    assert found == []
 
 
 def test_seeds_have_every_kind_of_fault_split_and_wire_and_go_without_some() -> None:

@@ -92,6 +92,14 @@ class Contact:
         if len(self._underway) > REMEMBERED_SHARDS:
             self._underway.popleft()
 
+    def unacknowledged(self, settings: Settings, now: float) -> bool:
+        """Whether the first shards under way have been so for longer than it takes a peer that has them to say so."""
+        return bool(self._underway) and now - self._underway[0][1] > 2 * settings.pulse
+
+    def take_mark(self, serial: int) -> None:
+        """All shards up to this one are here, or lost."""
+        self.got = max(self.got, serial)
+
     def part(self) -> None:
         """A frame goes on without it: what is under way to it is of no use, and in the way of what would be."""
         self._of_no_use = self.sent

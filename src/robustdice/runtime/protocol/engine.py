@@ -44,6 +44,7 @@ from robustdice.runtime.wire.messages import (
     Frame,
     FrameId,
     Hello,
+    Mark,
     Pass,
     Pulse,
     Refused,
@@ -52,7 +53,7 @@ from robustdice.runtime.wire.messages import (
     Want,
 )
 
-_OF_PEERS = (Hello, Pulse, Shards, Want, Pass)
+_OF_PEERS = (Hello, Pulse, Shards, Mark, Want, Pass)
 
 
 class Engine:
@@ -136,6 +137,9 @@ class Engine:
                 self._on_frame(message, key, now)
             case Pulse():
                 self._on_pulse(message, now)
+            case Mark(sender, serial):
+                self._contacts.of[sender].take_mark(serial)
+                self._waiting.ask_for_lost(sender, now)
             case Want():
                 self._on_want(message, now)
             case Pass(sender, frame):
@@ -180,10 +184,7 @@ class Engine:
             self._waiting.blame([sender], now, "it hears nothing of this device")
         if message.reply:
             self._out.pulse([sender], self.frames.owing(), now)
-        head = self.frames.head
-        if head is not None and head.phase is Phase.WAITING and contact.has_delivered(head.id) and now >= head.asked_at:
-            head.unfold()
-            self._out.want(head, sender)
+        self._waiting.ask_for_lost(sender, now)
 
     def _on_shards(self, message: Shards, now: float) -> None:
         self._contacts.of[message.sender].take_shards(message.serial, now)
@@ -343,6 +344,10 @@ class Engine:
 
     def _keep_contact(self, now: float) -> None:
         self._contacts.pulse_at = now + self.settings.pulse
+        for device in self.membership.reachable:
+            contact = self._contacts.of[device]
+            if contact.unacknowledged(self.settings, now):
+                self._out.send(device, Mark(self.me, contact.sent))
         self._out.pulse(self.membership.reachable, self.frames.owing(), now)
         for note in self._one_way.look(self.membership, self._contacts, now):
             self._out.add(note)

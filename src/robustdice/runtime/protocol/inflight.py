@@ -254,6 +254,16 @@ class InFlight(State):
                 without.add(device)
         return without - {self.manifest.device}
 
+    def waits_long(self, now: float) -> bool:
+        """Whether so much time has passed that others are asked how they are."""
+        return self.phase is Phase.WAITING and now >= (self.asked_at if self.nudge_at is None else self.nudge_at)
+
+    def awaits(self, device: int) -> bool:
+        """Whether this stage misses shards of a peer."""
+        if self.straight is None:
+            return device in self.missing().values()
+        return (self.stage, device) in self.straight.awaited[self.stage] - self.parcels.keys()
+
     def awaited(self, me: int) -> list[int]:
         """Peers that this stage misses shards of."""
         return sorted(set(self.missing().values()) - {me})

@@ -103,6 +103,16 @@ class Waiting:
                 frame.asked_again[device] = now
                 self._out.want(frame, device)
 
+    def ask_for_lost(self, device: int, now: float) -> None:
+        """What a peer has sent is here. What was missed of it for long, and is not its work now, was lost."""
+        contact = self._contacts.of[device]
+        for frame in self._frames.pending():
+            if not frame.waits_long(now) or not contact.has_delivered(frame.id):
+                continue
+            if frame.awaits(device):
+                frame.unfold()
+                self._out.want(frame, device)
+
     def look_at(self, frame: InFlight, frozen: bool, hurry_at: float, now: float) -> None:
         """Has it waited for too long? ``frozen``: this device itself stood still; ``hurry_at``: from when on it is to
         wait for nothing."""

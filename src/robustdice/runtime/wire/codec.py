@@ -28,6 +28,7 @@ from robustdice.runtime.wire.messages import (
     Frame,
     FrameId,
     Hello,
+    Mark,
     Message,
     Pass,
     Pulse,
@@ -71,11 +72,8 @@ class Codec:
             header["frame"] = [message.frame.client, message.frame.number]
         if isinstance(message, Hello):
             header.update(incarnation=message.incarnation, reply=int(message.reply))
-        elif isinstance(message, Pulse):
-            header.update(clock=message.clock, echo=message.echo, reply=int(message.reply))
-            header.update(sent=message.sent, got=message.got)
-            header.update(hears=int(message.hears))
-            header["owes"] = [[frame.client, frame.number] for frame in message.owes]
+        elif isinstance(message, Pulse | Mark):
+            header |= _of_contact(message)
         elif isinstance(message, Frame):
             header.update(oldest=message.oldest, timeout=message.timeout_seconds)
             body = [raw(message.array)]
@@ -136,6 +134,10 @@ class Codec:
         hears = header.whole("hears") > 0
         return Pulse(header.device(), clock, echo, reply, sent, got, header.frames("owes", 64), hears)
 
+    def _mark(self, header: _Header, body: Sequence[Any]) -> Message:
+        _count(body, 0)
+        return Mark(header.device(), header.whole("serial"))
+
     def _want(self, header: _Header, body: Sequence[Any]) -> Message:
         _count(body, 1)
         holder = self._known().device
@@ -184,9 +186,18 @@ class Codec:
         return self._manifest
 
 
+def _of_contact(message: Pulse | Mark) -> dict[str, Any]:
+    if isinstance(message, Mark):
+        return {"serial": message.serial}
+    said = {"clock": message.clock, "echo": message.echo, "reply": int(message.reply), "sent": message.sent}
+    owes = [[frame.client, frame.number] for frame in message.owes]
+    return said | {"got": message.got, "hears": int(message.hears), "owes": owes}
+
+
 _DECODERS = {
     "Hello": Codec._hello,
     "Pulse": Codec._pulse,
+    "Mark": Codec._mark,
     "Frame": Codec._frame,
     "Want": Codec._want,
     "Pass": Codec._pass,

@@ -96,6 +96,14 @@ class Shards(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Goes the way of ``sender``'s shards, behind those up to ``serial``: what has not come of them by now will not."""
+
+    sender: int
+    serial: int
+
+
+@dataclass(frozen=True)
 class Want:
     """``sender`` misses these shards and believes that the receiver is their publisher."""
 
@@ -162,7 +170,7 @@ class Status:
     document: Mapping[str, Any]
 
 
-DeviceMessage: TypeAlias = Hello | Pulse | Shards | Want | Pass
+DeviceMessage: TypeAlias = Hello | Pulse | Shards | Mark | Want | Pass
 ClientMessage: TypeAlias = Frame | StatusRequest
 Reply: TypeAlias = Answer | Refused | Status
 Message: TypeAlias = DeviceMessage | ClientMessage | Reply

@@ -1,0 +1,67 @@
+"""Messages that are lost though connections stand: what they said is asked for again, and nobody is left out for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bundles import make_plan
+from robustdice.runtime.protocol.events import Received
+from robustdice.runtime.wire.messages import Mark, Shards
+from scenarios import Fault, Scenario, play
+from simulation import World
+
+
+@pytest.mark.parametrize(("losses", "seconds"), [(1, 0.3), (3, 1.0)])
+def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, seconds: float) -> None:
+    """Also when what is sent again gets lost again, and nothing else is under way that would tell."""
+    world = World(make_plan(3), 3, window=1)
+    lost: list[Shards] = []
+    transmit = world.transmit
+
+    def lose_some(source: int, target: int, event: Received) -> None:
+        message = event.message
+        wanted = isinstance(message, Shards) and (message.frame.number, message.stage, target) == (20, 1, 2)
+        if wanted and source == 0 and len(lost) < losses:
+            assert isinstance(message, Shards)
+            lost.append(message)
+        else:
+            transmit(source, target, event)
+
+    world.transmit = lose_some  # type: ignore[method-assign]
+    world.start_client(0.2, 2.0)
+    world.run(5.0)
+    world.check()
+    assert len(lost) == losses
+    assert losses <= world.wants <= 6 * losses  # the others may ask the one that is held up
+    assert set(world.coverage()) == {1.0}
+    assert max(at for at, _ in world.answers[20]) - world.sent[20] < seconds
+    assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:
+    """Two devices lose some of what they say to each other about several frames, and wait for different ones first:
+    each for what the other one has only when it has what it is not asked for."""
+    cuts = Fault("two ways", 1.038, 0.019, 1, 2, 0.0), Fault("one way", 1.182, 0.201, 2, 1, 0.0)
+    world = play(Scenario(102_242, window=6, clients=2, reordering=True, faults=cuts))
+    over = {number: max(cuts[1].end, sent) for number, sent in world.sent.items()}
+    assert max(at - over[number] for number, given in world.answers.items() for at, _ in given) < 0.4
+
+
+def test_who_lost_what_frames_went_on_without_takes_part_at_once_when_no_more_is_lost() -> None:
+    """As long as nothing that is said of shards comes through, both are well and too far away for each other."""
+    world = World(make_plan(3), 1, window=3)
+    transmit = world.transmit
+
+    def lose(source: int, target: int, event: Received) -> None:
+        lost = isinstance(event.message, Shards | Mark) and {source, target} == {0, 1} and 1.0 < world.now < 3.2
+        if not lost:
+            transmit(source, target, event)
+
+    world.transmit = lose  # type: ignore[method-assign]
+    world.start_client(0.2, 4.5)
+    world.run(7.0)
+    world.check()
+    assert any(answer.late for given in world.answers.values() for _, answer in given)
+    later = [answer for number, sent in world.sent.items() if sent > 3.5 for _, answer in world.answers[number]]
+    assert later
+    assert {(answer.late, answer.from_spares) for answer in later} == {((), 0.0)}
