@@ -23,8 +23,8 @@ from robustdice.plan import Layer
 from robustdice.progress import Progress, silent
 from robustdice.runtime.executor import Executor, Values
 
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
-ENOUGH_SECONDS = 2.0
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
+ENOUGH_SECONDS = 3.0
 """Of all models together: so long, and not fewer than the fewest rounds, they are run."""
 
 
