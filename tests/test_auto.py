@@ -186,8 +186,15 @@ def test_budgets_that_share_a_table_get_the_plans_that_they_get_alone() -> None:
     images = random_images(16, (1, 8, 8))
     table = tabulate(network, images, devices=3, survive=1)
     choose_from(table, 0.5)  # leaves nothing behind
-    shared, alone = choose_from(table, 0.25), choose_plan(network, images, devices=3, memory=0.25, survive=1)
+    told: list[float] = []
+    alone = choose_plan(
+        network, images, devices=3, memory=0.25, survive=1, on_progress=lambda done, total: told.append(done / total)
+    )
+    shared = choose_from(table, 0.25)
     assert [(each.family, each.plan.digest) for each in shared] == [(each.family, each.plan.digest) for each in alone]
+    assert told == sorted(told)  # what the bar shows while plans are tried is not the end
+    assert told[-1] == 1
+    assert sum(0.4 < share < 1 for share in told) > 5
 
 
 @pytest.mark.slow

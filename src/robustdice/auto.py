@@ -23,7 +23,7 @@ from robustdice.model.network import Network, on_best_device
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.partitioning.budget import share_of
 from robustdice.plan import FailureSet, Layer, Plan, check_max_failed, failure_sets
-from robustdice.progress import Progress, silent
+from robustdice.progress import Progress, part, silent
 from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
@@ -118,16 +118,18 @@ def tabulate(
     survive = devices - 1 if survive is None else survive
     images = affordable(network, images, len(images))
     if importance is None:
-        importance = score(network, affordable(network, images, SCORING_SAMPLES), s3="fisher")
+        scored = affordable(network, images, SCORING_SAMPLES)
+        importance = score(network, scored, s3="fisher", on_progress=part(on_progress, 0, 0.1))
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
-    rounded = round_network(network, every, affordable(network, images, ROUNDING_IMAGES))
+    fitted = affordable(network, images, ROUNDING_IMAGES)
+    rounded = round_network(network, every, fitted, part(on_progress, 0.1, 0.5))
     table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}, devices), wire)
     spreads = [*_spreads(devices), *_thin(devices)]
     seen = affordable(network, images, TABLE_IMAGES)
     small = small_layers(network.plan_layers)
     coarse = {of: kept for of, kept in rounded.items() if of[0] not in small or of[1] in FINE}
     units = {index: of for index, of in enumerate(table.units) if index not in small}
-    found = measure(network, coarse, units, spreads, devices, survive, seen, on_progress)
+    found = measure(network, coarse, units, spreads, devices, survive, seen, part(on_progress, 0.5, 1))
     return replace(table, sensitivity=found)
 
 
@@ -150,7 +152,7 @@ def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> ND
     return images[np.arange(chosen) * len(images) // chosen] if chosen < len(images) else images
 
 
-def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
+def candidates(table: Table, budget: int | Sequence[int], on_progress: Progress = silent) -> list[Candidate]:
     """Plans that keep to ``budget`` (bytes on each device: one number for all, or one for each) and are made for the
     table's number of failed devices, the best first.
 
@@ -174,7 +176,8 @@ def candidates(table: Table, budget: int | Sequence[int]) -> list[Candidate]:
     }
     found: list[Candidate] = []
     tried: list[list[Kept]] = []
-    for family, (spreads, kinds, weights) in families.items():
+    for number, (family, (spreads, kinds, weights)) in enumerate(families.items()):
+        on_progress(number, len(families))
         try:
             kept, rooms = choose(table, spreads, kinds, weights, budgets)
         except PlanError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, Candidate, Table, candidates, tried_out
+from robustdice.auto import MEASURED, Candidate, Table, candidates
 from robustdice.cost.model import Judge
 from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
 from robustdice.errors import PlanError
@@ -13,7 +13,8 @@ from robustdice.failure.calibrate import calibrate
 from robustdice.partitioning import JUDGED, SPLITS
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
-from robustdice.rivals import dealt_out, rivals
+from robustdice.progress import Progress, part, silent
+from robustdice.rivals import dealt_out, rivals, try_all
 from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
 
 LEAST = 1 / 32
@@ -22,21 +23,29 @@ HALVINGS = 5
 """Of the range of budgets in which the smallest plan is looked for: to a tenth."""
 
 
-def considered_for(purpose: Purpose, table: Table, budgets: Sequence[int]) -> list[Candidate]:
+def considered_for(
+    purpose: Purpose, table: Table, budgets: Sequence[int], on_progress: Progress = silent
+) -> list[Candidate]:
     """All that there is within the budgets (bytes of each device) by every split, and for ``memory`` within smaller
     ones, as long as these keep enough; in the order of :func:`robustdice.cost.purpose.ordered_for`."""
-    found = [*candidates(table, budgets), *rivals(table, budgets), *divided(table, budgets, purpose.judge)]
-    if purpose.name == "memory":
-        found += _smaller(table, budgets, found)
+    smaller = purpose.name == "memory"
+    first = part(on_progress, 0, 0.4 if smaller else 1)
+    found = [*candidates(table, budgets, part(first, 0, 0.3)), *rivals(table, budgets, part(first, 0.3, 0.4))]
+    found += divided(table, budgets, purpose.judge, part(first, 0.4, 1))
+    if smaller:
+        found += _smaller(table, budgets, found, part(on_progress, 0.4, 1))
     return ordered_for(purpose, found)
 
 
-def _smaller(table: Table, budgets: Sequence[int], found: Sequence[Candidate]) -> list[Candidate]:
+def _smaller(
+    table: Table, budgets: Sequence[int], found: Sequence[Candidate], on_progress: Progress
+) -> list[Candidate]:
     """What fits into less, where the range of budgets is halved again and again: towards less where that keeps
     enough, towards more where it does not."""
     more: list[Candidate] = []
     low, high = LEAST, 1.0
-    for _ in range(HALVINGS):
+    for number in range(HALVINGS):
+        on_progress(number, HALVINGS)
         share = (low * high) ** 0.5
         within = [int(share * budget) for budget in budgets]
         try:
@@ -49,17 +58,19 @@ def _smaller(table: Table, budgets: Sequence[int], found: Sequence[Candidate]) -
     return more
 
 
-def divided(table: Table, budgets: Sequence[int], judge: Judge) -> list[Candidate]:
+def divided(table: Table, budgets: Sequence[int], judge: Judge, on_progress: Progress = silent) -> list[Candidate]:
     """What :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals` make by neurons, by every other
     split; and float32 slices whose spares, coarse as the budget says, are on all other devices, by neurons too."""
     made: dict[object, tuple[str, Plan]] = {}
-    for family, plan in _by_every_split(table, budgets, judge):
+    for family, plan in _by_every_split(table, budgets, judge, part(on_progress, 0, 0.8)):
         if plan.exchanges:
             made.setdefault((plan.shards, plan.strips, tuple(plan.pairs.items())), (family, plan))
-    return [tried_out(table, family, plan, budgets) for family, plan in made.values()]
+    return try_all(table, [*made.values()], budgets, part(on_progress, 0.8, 1))
 
 
-def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Iterator[tuple[str, Plan]]:
+def _by_every_split(
+    table: Table, budgets: Sequence[int], judge: Judge, on_progress: Progress
+) -> Iterator[tuple[str, Plan]]:
     yield from _with_spares(table, budgets, NO_SPLITS, "neurons")
     for split in SPLITS[1:]:
         splits = _splits(table, split, judge, pairs_too=True)
@@ -68,7 +79,8 @@ def _by_every_split(table: Table, budgets: Sequence[int], judge: Judge) -> Itera
                 for family, plan in dealt_out(table, kind, budgets, splits):
                     yield f"{family}, {split}", replace(plan, settings={**plan.settings, "split": split})
             yield from _with_spares(table, budgets, splits, split)
-    for split in JUDGED:
+    for number, split in enumerate(JUDGED):
+        on_progress(number, len(JUDGED))
         splits = _splits(table, split, judge, pairs_too=False)
         if splits != NO_SPLITS:
             yield from _spread(table, budgets, splits, split)

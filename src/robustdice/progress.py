@@ -16,6 +16,11 @@ def silent(_done: int, _total: int) -> None:
     """The progress of somebody who does not want to know."""
 
 
+def part(of: Progress, first: float, last: float) -> Progress:
+    """The progress of a part of some work, which goes on from the share ``first`` of it to ``last``."""
+    return lambda done, total: of(round(1000 * (first + (last - first) * (done / total if total else 1.0))), 1000)
+
+
 @contextmanager
 def shown(what: str, show: bool, also: Progress = silent) -> Iterator[Progress]:
     """Progress that, with ``show``, draws a bar on standard error, and tells ``also``.

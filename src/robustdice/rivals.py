@@ -12,6 +12,7 @@ from robustdice.partitioning import partition
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.partitioning.precision import Kinds, kinds_of, represented
 from robustdice.plan import Plan
+from robustdice.progress import Progress, silent
 from robustdice.representation import REPRESENTATIONS, CoarseLayer, neuron_bytes
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
@@ -20,12 +21,23 @@ from robustdice.splits import NO_SPLITS, Splits
 Coarse = dict[tuple[int, str], CoarseLayer]
 
 
-def rivals(table: Table, budgets: Sequence[int]) -> list[Candidate]:
+def rivals(table: Table, budgets: Sequence[int], on_progress: Progress = silent) -> list[Candidate]:
     """Whole copies in one representation, the finest that fits, rounded to the nearest and by GPTQ; the paper's method
     and plain slices in float32 and in 8 bits; coded slices. Those that do not fit into ``budgets`` (bytes of each
     device) are made as small as they can be, for what they would need."""
     made = [*_whole(table, budgets), *_partitioned(table, budgets)]
-    return [tried_out(table, family, plan, budgets) for family, plan in made]
+    return try_all(table, made, budgets, on_progress)
+
+
+def try_all(
+    table: Table, made: Sequence[tuple[str, Plan]], budgets: Sequence[int], on_progress: Progress = silent
+) -> list[Candidate]:
+    """Plans, each with its family, one after another."""
+    found: list[Candidate] = []
+    for family, plan in made:
+        on_progress(len(found), len(made))
+        found.append(tried_out(table, family, plan, budgets))
+    return found
 
 
 def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:

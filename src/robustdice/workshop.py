@@ -35,7 +35,7 @@ from robustdice.partitioning.budget import parse_memories, parse_memory
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.partitioning.precision import Kinds, represented
 from robustdice.plan import FailureSet, Plan
-from robustdice.progress import Progress, shown, silent
+from robustdice.progress import Progress, part, shown, silent
 from robustdice.rivals import rivals
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
@@ -184,17 +184,23 @@ def choose_plan(
             raise PlanError("the most accurate plan is the whole model on every device: say what memory there is")
         memory = 1.0
     parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
-    table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=on_progress)
-    return choose_from(table, memory, purpose)
+    first, last = part(on_progress, 0, 0.4), part(on_progress, 0.4, 1)
+    table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=first)
+    found = choose_from(table, memory, purpose, last)
+    last(1, 1)
+    return found
 
 
-def choose_from(table: Table, memory: float | str, purpose: Purpose | None = None) -> list[Candidate]:
+def choose_from(
+    table: Table, memory: float | str, purpose: Purpose | None = None, on_progress: Progress = silent
+) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
     if purpose is None:
-        found = best_first([*candidates(table, budgets), *rivals(table, budgets)])
+        made = candidates(table, budgets, part(on_progress, 0, 0.8))
+        found = best_first([*made, *rivals(table, budgets, part(on_progress, 0.8, 1))])
     else:
-        found = considered_for(purpose, table, budgets)
+        found = considered_for(purpose, table, budgets, on_progress)
     if not found[0].fits:
         raise PlanError(f"no plan was found that keeps to {memory}; allow a little more")
     return found
