@@ -35,6 +35,7 @@ from robustdice.runtime.sessions import open_session, provider_named
 from robustdice.runtime.wire.founding import write_cluster
 
 FRAMES = np.random.default_rng(7).standard_normal((4, *INPUT_SHAPE)).astype(np.float32)
+PRESENT = {name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()}
 OPENVINO = Path(__file__).resolve().parents[1] / "build" / "onnxruntime-openvino"
 
 
@@ -78,8 +79,9 @@ class Faulty:
 def test_providers_that_are_not_there_are_refused_with_those_that_are(tmp_path: Path) -> None:
     write_bundles(tmp_path, make_plan(2), Network())
     assert provider_named("CPU") == "cpu"
-    assert provider_named("auto") == "cpu"
-    missing = "'rocket'" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "'cuda'"
+    others = PRESENT - {"Azure", "CPU"}
+    assert provider_named("auto") == (min(others).lower() if others else "cpu")
+    missing = "'rocket'" if "CUDA" in PRESENT else "'cuda'"
     for name, match in (("rocket", "no provider 'rocket'"), (missing.strip("'"), f"(no )?provider {missing}")):
         with pytest.raises(ClusterError, match=match):
             provider_named(name)
@@ -150,6 +152,9 @@ def test_kernels_of_the_cpu_that_are_wrong_are_refused(tmp_path: Path) -> None:
         Executor(load_bundle(bundle.directory)).try_out()
 
 
+@pytest.mark.skipif(
+    "Azure" not in PRESENT, reason="this package of ONNX Runtime has nothing that everything falls back from"
+)
 def test_devices_say_what_they_compute_with(tmp_path: Path) -> None:
     plan = make_plan(2)
     write_bundles(tmp_path, plan, Network())
