@@ -95,14 +95,14 @@ def test_what_a_bundle_has_of_each_layer_is_measured_and_scaled(
     network: Network, graph: OnnxGraph, tmp_path: Path
 ) -> None:
     plan, bundles = bundles_of(network, graph, tmp_path, devices=3, method="lop", split="rows")
-    held = measure_held(bundles[1])
-    assert held.shares.keys() == {layer.name for layer in plan.layers}
+    profile = measure_held(bundles[1])
+    assert profile.layers.keys() == {layer.name for layer in plan.layers}
     for index, layer in enumerate(plan.layers):
-        each = held.profile.layers[layer.name]
-        assert each.share == held.shares[layer.name] == pytest.approx(shares(plan, index)[1])
+        each = profile.layers[layer.name]
+        assert each.share == pytest.approx(shares(plan, index)[1])
         assert each.whole == pytest.approx(each.part / each.share)
         assert 0 < each.whole < 1
-    assert predict(plan, held.profile).frames_per_second > 0
+    assert predict(plan, profile).frames_per_second > 0
 
 
 def test_coarse_copies_are_measured_as_what_float32_would_take(
@@ -111,7 +111,7 @@ def test_coarse_copies_are_measured_as_what_float32_would_take(
     profiles = []
     for kind in ("float32", "int8"):
         _, bundles = bundles_of(network, graph, tmp_path / kind, devices=2, method="full", precision=kind)
-        profiles.append(measure_held(bundles[0]).profile)
+        profiles.append(measure_held(bundles[0]))
     fine, coarse = (sum(each.whole for each in profile.layers.values()) for profile in profiles)
     assert 0.1 < coarse / fine < 10
 

@@ -123,14 +123,14 @@ def profile(
     Of a device's bundle, which needs no workshop, it measures what the device computes, and scales each layer by the
     share of its neurons that is there; what handing over takes is typical then. Of a MODEL everything is measured.
     """
-    shares = None
+    said = ""
     if Path(model).is_dir():
         if random_weights or any(each is not None for each in (size, mean, std, classes)):
             raise ModelError(f"{model} is a bundle, which has its weights and sizes: leave out options of models")
         bundle = load_bundle(model)
         with progress("measuring") as advance:
-            held = measure_held(bundle, advance)
-        measured, shares = held.profile, held.shares
+            measured = measure_held(bundle, advance)
+        said = cost_tables.held_summary(measured, len(bundle.manifest.layers))
     else:
         from robustdice.meter.handing import measure_profile  # noqa: PLC0415 -- it needs the workshop
 
@@ -140,9 +140,7 @@ def profile(
             measured = measure_profile(network, advance)
     measured.save(output)
     if as_json:
-        print_json({"output": str(output), **asdict(measured), **({} if shares is None else {"measured": shares})})
+        print_json({"output": str(output), **asdict(measured)})
     else:
         out.print(cost_tables.profile_table(measured))
-        if shares is not None:
-            out.print(cost_tables.held_summary(shares, len(bundle.manifest.layers)))
-        out.print(f"The profile is in {output}; 'robustdice plan --profile {output}' models from it.")
+        out.print(f"{said}The profile is in {output}; 'robustdice plan --profile {output}' models from it.")

@@ -8,8 +8,7 @@ in typical figures. What handing over takes shows between two devices only, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -28,18 +27,10 @@ ENOUGH_SECONDS = 3.0
 """Of all models together: so long, and not fewer than the fewest rounds, they are run."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """A profile, and what it was measured with: the ``shares`` of layers' neurons, by name. Layers that are not among
-    them have no model in the bundle."""
-
-    profile: Profile
-    shares: Mapping[str, float]
-
-
-def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Held:
+def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
     """Run what the device computes of a frame, model after model, in rounds; of each, the median of the thread's time
-    counts. BundleError when the bundle does not say what its models compute, or they cannot be run."""
+    counts. The ``share`` of each layer is what the bundle has; layers of which it has nothing are not in the profile.
+    BundleError when the bundle does not say what its models compute, or they cannot be run."""
     manifest, executor = bundle.manifest, Executor(bundle)
     if not (best := _best(executor)):
         raise BundleError(
@@ -67,14 +58,13 @@ def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Held:
     }
     macs = sum(layer.neurons * layer.neuron_macs for layer in manifest.layers if layer.name in layers)
     local = [part for stage in manifest.stages for part in stage.local]
-    profile = replace(
+    return replace(
         TYPICAL,
         macs_per_second=macs / sum(each.whole for each in layers.values()),
         layers=layers,
         rest_seconds=sum(seconds[part.file] for part in local if not part.work),
         model_digest=manifest.model_digest,
     )
-    return Held(profile, {name: each.share for name, each in layers.items()})
 
 
 def _inputs(executor: Executor) -> list[tuple[Part, Values]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,11 +111,12 @@ def profile_table(profile: Profile) -> Sheet:
     return table
 
 
-def held_summary(shares: Mapping[str, float], layers: int) -> str:
-    """What of a bundle's layers was measured, by their ``shares``, and what was not."""
-    least, most = min(shares.values()), max(shares.values())
+def held_summary(profile: Profile, layers: int) -> str:
+    """What a profile of a bundle was measured of, where the model has so many layers, and what was not measured."""
+    shares = [each.share for each in profile.layers.values()]
+    least, most = min(shares), max(shares)
     part = f"{least:.0%}" if least == most else f"{least:.0%} to {most:.0%}"
     text = f"The bundle has {part} of each layer's neurons; all of them are taken to need as many times as long."
     if missing := layers - len(shares):
         text += f" {missing} of {layers} layers have no model in it: they are modelled from their multiply-adds."
-    return f"{text} What handing over takes is typical, not measured: it takes two devices."
+    return f"{text} What handing over takes is typical, not measured: it takes two devices. "
