@@ -36,7 +36,7 @@ RECOVERY_SECONDS = 6.0
 RECONNECTION_SECONDS = 0.1
 RECOVERY_FRAMES = 2
 """So many frames of each client at most may still lack something when devices have connected again after the last fault
-and no back-off is left: 0.05 s after a first fault, twice as long after each that follows within 10 s, at most 5 s."""
+and no back-off is left: 0.05 s after a fault, up to 5 s for a device that has kept others waiting for long of late."""
 STANDSTILL_SECONDS = 0.02
 """So long may nothing at all move for a frame whose devices are told of every fault."""
 TWO_YEARS = 6e7

@@ -49,19 +49,20 @@ def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:
 
 def test_who_lost_what_frames_went_on_without_takes_part_at_once_when_no_more_is_lost() -> None:
     """As long as nothing that is said of shards comes through, both are well and too far away for each other."""
-    world = World(make_plan(3), 1, window=3)
+    world = World(make_plan(3), 1, window=1)
+    world.interval, world.timeout_seconds = 0.05, 1.0
     transmit = world.transmit
 
     def lose(source: int, target: int, event: Received) -> None:
-        lost = isinstance(event.message, Shards | Mark) and {source, target} == {0, 1} and 1.0 < world.now < 3.2
+        lost = isinstance(event.message, Shards | Mark) and {source, target} == {0, 1} and 1.0 < world.now < 2.2
         if not lost:
             transmit(source, target, event)
 
     world.transmit = lose  # type: ignore[method-assign]
-    world.start_client(0.2, 4.5)
-    world.run(7.0)
+    world.start_client(0.2, 3.0)
+    world.run(4.2)
     world.check()
     assert any(answer.late for given in world.answers.values() for _, answer in given)
-    later = [answer for number, sent in world.sent.items() if sent > 3.5 for _, answer in world.answers[number]]
+    later = [answer for number, sent in world.sent.items() if sent > 2.5 for _, answer in world.answers[number]]
     assert later
     assert {(answer.late, answer.from_spares) for answer in later} == {((), 0.0)}

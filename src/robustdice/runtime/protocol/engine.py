@@ -182,6 +182,8 @@ class Engine:
         contact.take_pulse(message, now, self._deadlines.awake_since, self._waking)
         if self.membership.told(sender, message.hears):
             self._waiting.blame([sender], now, "it hears nothing of this device")
+        if not message.owes and not self.frames.in_flight:
+            self.membership.rested(sender)
         if message.reply:
             self._out.pulse([sender], self.frames.owing(), now)
         self._waiting.ask_for_lost(sender, now)
@@ -326,7 +328,8 @@ class Engine:
         for device in self._contacts.silent(self.membership.admitted, now):
             contact = self._contacts.of[device]
             contact.lost = True
-            self._waiting.blame([device], now, f"nothing came from it for {now - contact.heard_at:.3f} s")
+            silence = now - contact.heard_at
+            self._waiting.blame([device], now, f"nothing came from it for {silence:.3f} s", cost=silence)
         for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)

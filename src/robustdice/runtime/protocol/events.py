@@ -45,8 +45,12 @@ class Settings:
     """A timer later than this means that this device stood still, so nobody else is to blame."""
     first_backoff: float = 0.05
     longest_backoff: float = 5.0
-    forgiven_after: float = 10.0
-    """A device without a fault for this long starts with the first back-off again."""
+    cost_share: float = 0.1
+    """Waiting in vain for one device may take this share of all time,"""
+    cost_credit: float = 1.0
+    """and so many seconds at once."""
+    fault_cost: float = 0.02
+    """What a fault costs beside waiting: others do the work again."""
     remembered_frames: int = 1024
 
 

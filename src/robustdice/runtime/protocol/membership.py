@@ -14,7 +14,7 @@ class Peer:
     connected: bool = False
     """The transport says so; nothing is sent to a peer that is not."""
     incarnation: str | None = None
-    """From its last Hello; None before the first."""
+    """From its last Hello; None before the first on a connection."""
     hears: bool = True
     """It does not say that it hears nothing of this device."""
     admitted: bool = False
@@ -22,11 +22,11 @@ class Peer:
     the two would compute differently."""
     ready: bool = False
     """It has shown since its last fault that it keeps up. Only matters while it is not admitted."""
-    relapses: int = 0
-    """Faults without ``forgiven_after`` seconds of peace between them."""
+    credit: float = 0.0
+    """Seconds that it may still cost the others, as of ``fault_at``; below zero what it has cost too much."""
     fault_at: float = float("-inf")
     not_before: float = float("-inf")
-    """It is not admitted again before this time: ``fault_at`` plus a back-off that doubles per relapse."""
+    """It is not admitted again before this time: when what it has cost too much is made up for."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Membership:
         admitted = peer.admitted
         if admitted:
             self.fault(device, now)
-        peer.connected = peer.ready = False
+        peer.connected, peer.ready, peer.incarnation = False, False, None
         return admitted
 
     def hello(self, device: int, incarnation: str, now: float) -> bool:
@@ -103,12 +103,21 @@ class Membership:
         """A peer has shown that it keeps up with frames in flight."""
         self.peers[device].ready = True
 
-    def fault(self, device: int, now: float) -> None:
-        """A peer has failed to do its part: it is suspect, and has to wait longer each time."""
+    def rested(self, device: int) -> None:
+        """A peer owes nothing while no frames are in flight here: it is behind with nothing any more."""
+        peer = self.peers[device]
+        peer.ready = peer.ready or (peer.connected and peer.incarnation is not None)
+
+    def fault(self, device: int, now: float, cost: float = 0.0) -> None:
+        """A peer has failed to do its part, and others have waited for it for ``cost`` seconds: it is suspect. As long
+        as its faults cost little it is let in again soon; else so much later that they do not cost more than a small
+        share of all time."""
         peer, settings = self.peers[device], self.settings
-        peer.relapses = 1 if now - peer.fault_at > settings.forgiven_after else peer.relapses + 1
-        backoff = settings.first_backoff * 2.0 ** min(peer.relapses - 1, 30)
-        peer.fault_at, peer.not_before = now, now + min(backoff, settings.longest_backoff)
+        regained = peer.credit + settings.cost_share * (now - peer.fault_at)
+        peer.credit = min(settings.cost_credit, regained) - settings.fault_cost - cost
+        peer.credit = max(peer.credit, -settings.cost_share * settings.longest_backoff)
+        backoff = max(settings.first_backoff, -peer.credit / settings.cost_share)
+        peer.fault_at, peer.not_before = now, now + backoff
         peer.admitted = peer.ready = False
 
 

@@ -112,6 +112,8 @@ class Waiting:
             if frame.awaits(device):
                 frame.unfold()
                 self._out.want(frame, device)
+                if frame is not self.leading:
+                    frame.nudge_at = now + self._settings.minimum_wait  # words must not fill a link that is slow
 
     def look_at(self, frame: InFlight, frozen: bool, hurry_at: float, now: float) -> None:
         """Has it waited for too long? ``frozen``: this device itself stood still; ``hurry_at``: from when on it is to
@@ -151,7 +153,7 @@ class Waiting:
         for device in verdict.silent.intersection(blamed):
             self._contacts.of[device].lost = True
         reason = f"frame {frame.id.number} waited {now - frame.since[stage]:.3f} s for it in stage {stage}"
-        self.blame(blamed, now, reason, frame.id.number)
+        self.blame(blamed, now, reason, frame.id.number, now - frame.since[stage])
         if final or frame.phase is not Phase.WAITING or frame.stage != stage or now < frame.wait_until:
             return
         if verdict.late and now >= frame.patient_until:
@@ -179,11 +181,11 @@ class Waiting:
             self._out.send(device, Pass(self._me, frame.id))
         self.shrink(frame, set(late), now)
 
-    def blame(self, devices: list[int], now: float, reason: str, frame: int | None = None) -> None:
-        """It is the devices' own fault that they are not counted on any longer."""
+    def blame(self, devices: list[int], now: float, reason: str, frame: int | None = None, cost: float = 0.0) -> None:
+        """It is the devices' own fault that they are not counted on any longer, and ``cost`` others so many seconds."""
         for device in devices:
             if self._membership.peers[device].admitted:
-                self._membership.fault(device, now)
+                self._membership.fault(device, now, cost)
         self.lose(devices, now, reason, frame)
 
     def lose(self, devices: Iterable[int], now: float, reason: str, frame: int | None = None) -> None:
