@@ -16,7 +16,7 @@ from robustdice.runtime.device import AT_A_TIME_SECONDS, DRAIN_SECONDS, Loop
 from robustdice.runtime.protocol.engine import Engine
 from robustdice.runtime.protocol.events import PeerDown, PeerUp, Received, RunPieces, RunStage, Settings
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Hello, Message, Parcel, Pulse
-from robustdice.runtime.worker import Worker
+from robustdice.runtime.worker import BRIEF_SECONDS, Worker
 
 STAGE_SECONDS = 0.003
 FRAMES = 8
@@ -116,6 +116,22 @@ def test_a_stage_is_not_brief_because_standing_in_for_others_in_it_is() -> None:
     finally:
         worker.stop()
     assert set(arithmetic.threads) == {worker.ident}
+
+
+def test_standing_in_for_others_in_a_brief_stage_waits_for_no_other_thread() -> None:
+    """Not at the first time either, which is when a frame is under way and a device has just died."""
+    arithmetic = Arithmetic(make_manifest(make_plan(3), 0))
+    worker, frame = Worker(arithmetic, lambda: None), FrameId("c", 0)  # type: ignore[arg-type]
+    worker.start()
+    try:
+        worker.give(RunStage(frame, 0, 0, (), (), frozenset()))
+        while worker.result() is None:
+            time.sleep(0.001)
+        worker._seconds[RunStage, 0] = BRIEF_SECONDS  # as if that had been brief
+        worker.give(RunPieces(frame, 0, (), frozenset()))
+        assert worker.result() is not None, "it is computed while its result is asked for"
+    finally:
+        worker.stop()
 
 
 class Chatter:

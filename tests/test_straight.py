@@ -1,9 +1,11 @@
-"""The healthy path is straight: how many functions a device calls for an exchange while everyone is up."""
+"""The healthy path is straight: how many functions a device calls for an exchange while everyone is up. And whoever
+leaves it, because a device dies, does no more than somebody lacks."""
 
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +17,12 @@ import zmq
 import robustdice
 from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
 from robustdice.bundle.read import Bundle
+from robustdice.plan import Holder, Shard
 from robustdice.runtime.executor import Executor
 from robustdice.runtime.protocol.engine import Engine
-from robustdice.runtime.protocol.events import Event, Note, PeerUp, Received, Send
+from robustdice.runtime.protocol.events import Action, Event, Note, PeerDown, PeerUp, Received, RunPieces, Send
 from robustdice.runtime.wire.codec import Codec
-from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Message, Pass
+from robustdice.runtime.wire.messages import Answer, Frame, FrameId, Message, Pass, Shards, Want
 from robustdice.runtime.wire.watch import Watch, received
 from robustdice.runtime.worker import Worker
 
@@ -27,6 +30,8 @@ HERE = str(Path(robustdice.__file__).parent)
 FRAMES = 20
 CALLS = {2: 95, 4: 125}
 """Functions of ours for an exchange, by the number of devices; with a frame's arrival and answer in it."""
+
+DIES_IN = 1
 
 
 class Device:
@@ -37,6 +42,8 @@ class Device:
         self.engine, self.codec = Engine(bundle.manifest), Codec(bundle.manifest.plan_digest, bundle.manifest)
         self.worker = Worker(Executor(bundle), lambda: None)
         self.sent: deque[tuple[int | str, Message | list[Any]]] = deque()
+        self.said: list[tuple[int | str, Message]] = []
+        self.given: list[Action] = []
         for peer in range(devices):
             if peer != self.me:
                 self.handle(PeerUp(peer), 0.0)
@@ -44,15 +51,27 @@ class Device:
     def handle(self, event: Event, now: float) -> None:
         for action in self.engine.handle(event, now):
             if isinstance(action, Send):
-                to_client = isinstance(action.to, str)
-                self.sent.append((action.to, action.message if to_client else self.codec.encode(action.message)))
+                self.send(action.to, action.message)
             elif not isinstance(action, Note):
+                self.given.append(action)
                 self.worker.give(action)
         if (result := self.worker.result()) is not None:
             self.handle(result, now)
 
+    def send(self, to: int | str, message: Message) -> None:
+        self.said.append((to, message))
+        self.sent.append((to, message if isinstance(to, str) else self.codec.encode(message)))
+
     def hear(self, parts: list[Any], sender: int, now: float) -> None:
         self.handle(Received(self.codec.decode(parts, sender)), now)  # type: ignore[arg-type]
+
+
+class Dying(Device):
+    """Its last words are of the stage before ``DIES_IN``."""
+
+    def send(self, to: int | str, message: Message) -> None:
+        if not isinstance(message, Shards) or message.stage < DIES_IN:
+            super().send(to, message)
 
 
 def run(devices: list[Device], now: float) -> list[Message]:
@@ -102,6 +121,43 @@ def test_an_exchange_takes_few_calls_while_everyone_is_up(number: int, tmp_path:
         np.testing.assert_allclose(answer.outputs, network.run(images[answer.frame.number])[0], rtol=1e-4, atol=1e-4)
     exchanges = len(devices[0].engine.manifest.exchanges)
     assert calls / FRAMES / number / exchanges <= CALLS[number]
+
+
+def test_who_takes_over_computes_and_asks_and_says_no_more_than_somebody_lacks(tmp_path: Path) -> None:
+    """Three devices; each stands in for half of what the one that dies has in the stage in which all wait for it."""
+    plan = make_plan(3)
+    halves = [
+        tuple(
+            Shard(shard.neurons[half::2], (Holder(p), Holder((p + 1 + half) % 3)))
+            for p, shard in enumerate(shards)
+            for half in range(2)
+        )
+        for shards in plan.shards
+    ]
+    network = Network()
+    kinds = (Device, Device, Dying)
+    bundles = write_bundles(tmp_path, replace(plan, shards=tuple(halves)), network)
+    devices = [kind(bundle) for kind, bundle in zip(kinds, bundles, strict=True)]
+    run(devices, 0.0)
+    image = np.random.default_rng(0).standard_normal((1, *INPUT_SHAPE)).astype(np.float32)
+    for device in devices:
+        device.handle(Received(Frame(FrameId("ab", 1), 1, 2.0, image)), 1.0)
+    assert run(devices, 1.0) == []
+    survivors = devices[:2]
+    for device in survivors:
+        device.said.clear()
+        device.given.clear()
+        device.handle(PeerDown(2), 1.1)
+    answers = run(survivors, 1.1)
+    assert [(a.coverage, a.down) for a in answers if isinstance(a, Answer)] == [(1.0, (2,))] * 2
+    last = len(bundles[0].manifest.stages) - 1
+    for device in survivors:
+        peer = 1 - device.me
+        assert [task.stage for task in device.given if isinstance(task, RunPieces)] == [DIES_IN]
+        assert [(to, m.stage) for to, m in device.said if isinstance(m, Want)] == [(peer, DIES_IN)]
+        sent = Counter((to, m.stage) for to, m in device.said if isinstance(m, Shards))
+        # The question may cross what answers it.
+        assert sent in [{(peer, 1): times} | {(peer, k): 1 for k in range(2, last)} for times in (1, 2)]
 
 
 def test_a_frame_leaves_the_straight_path_when_a_peer_passes_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -99,9 +100,10 @@ class WireForm:
 
     def split(self, sent: Array, neurons: Sequence[int]) -> list[Array]:
         """What is ``sent`` for so many of the ``neurons`` each, one behind the other."""
+        if self.wire != "uint8":  # np.split takes ten times as long
+            bounds, every = accumulate((self.features * count for count in neurons), initial=0), slice(None)
+            return [sent[(*(every,) * self.axis, slice(*each))] for each in pairwise(bounds)]
         ends = np.cumsum(neurons)[:-1]
-        if self.wire != "uint8":
-            return np.split(sent, self.features * ends, self.axis)
         before, all_neurons, behind = self._grid
         steps = sent[:, : STEPS_BYTES * all_neurons].reshape(-1, 2, all_neurons, STEPS_BYTES // 2)
         codes = sent[:, STEPS_BYTES * all_neurons :].reshape(-1, before, all_neurons, behind)

@@ -20,9 +20,12 @@ class Assembly:
     """One exchange (its ``position`` in the manifest) of a plan."""
 
     def __init__(self, position: int, exchange: Exchange, layouts: Layouts) -> None:
-        """Nothing is there yet."""
-        self._position, self._exchange, self._layouts = position, exchange, layouts
+        """What single shards look like is worked out at once: a frame that a device has left waits for it."""
+        self._position, self._exchange = position, exchange
         self._shards = sum(bool(shard.neurons) for shard in exchange.shards)
+        self._single = [layouts.fresh(((position, number),)).blocks[0] for number in range(len(exchange.shards))]
+        for block, shard in zip(self._single, exchange.shards, strict=True):
+            _ = block.index if shard.neurons and not exchange.sums else None
         self._singly_only = exchange.sums or bool(exchange.shards[-1].parity_of)
 
     def value(self, parcels: Sequence[Parcel], batch: int = 1) -> dict[str, Array]:
@@ -72,16 +75,13 @@ class Assembly:
     def _singly(self, parcels: Sequence[Parcel]) -> list[tuple[Block, Array]]:
         """Every shard by itself; those with neurons, whether they have come or follow from what has."""
         there = {
-            number: self._single(number).form.widen(array)
+            number: self._single[number].form.widen(array)
             for shards, arrays in parcels
             for (position, number), array in zip(shards, arrays, strict=True)
             if position == self._position
         }
         found = _repair(self._exchange, there)
-        return [(self._single(number), array) for number, array in found.items()]
-
-    def _single(self, number: int) -> Block:
-        return self._layouts.of(((self._position, number),)).blocks[0]
+        return [(self._single[number], array) for number, array in found.items()]
 
 
 def _repair(exchange: Exchange, shards: Mapping[int, Floats]) -> dict[int, Floats]:

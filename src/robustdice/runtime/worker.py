@@ -73,13 +73,19 @@ class Worker(threading.Thread):
             task = self._given.popleft()
             if isinstance(task, Forget):
                 self._forget(task.frame)
-            elif self._seconds.get((type(task), task.stage), math.inf) <= BRIEF_SECONDS:
+            elif self._usual(task) <= BRIEF_SECONDS:
                 return self._attempt(task)
             else:
                 for each in (task, *self._given):
                     self._hand_over(each)
                 self._given.clear()
         return None
+
+    def _usual(self, task: RunStage | RunPieces) -> float:
+        """Seconds that a task takes. To stand in for others in a stage, before that was ever done, takes about as long
+        as the stage itself."""
+        of_stage = self._seconds.get((RunStage, task.stage), math.inf)
+        return self._seconds.get((type(task), task.stage), of_stage)
 
     def _hand_over(self, task: RunStage | RunPieces | Forget) -> None:
         self._away += not isinstance(task, Forget)

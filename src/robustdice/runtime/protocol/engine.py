@@ -82,6 +82,10 @@ class Engine:
         known = self.membership, self._contacts, self._deadlines, self.frames
         self._waiting = Waiting(self.me, self.settings, *known, self._record, self._out)
 
+    def prepare(self) -> None:
+        """Work out what is to be done while one device is down: :meth:`Views.prepare`."""
+        self._ancestry.views.prepare()
+
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""
         if now - self._handled_at > self.settings.pulse + self.settings.late_timer:
@@ -231,6 +235,7 @@ class Engine:
                     early.wanted.setdefault(shard, set()).add(message.sender)
             return
         frame.unfold()
+        frame.asked_by(message.sender, message.shards)
         ready = [shard for shard in message.shards if shard in frame.own]
         self._out.publish(frame, message.stage, ready, [message.sender], now)
         for shard in set(message.shards) - set(ready):

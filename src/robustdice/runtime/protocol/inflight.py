@@ -56,10 +56,8 @@ class InFlight(State):
         return self._first_holder(shard, self.live - self.lesser)
 
     def _first_holder(self, shard: ShardId, among: set[int]) -> int | None:
-        spec = self.manifest.exchanges[shard[0]].shards[shard[1]]
-        if not among.isdisjoint(spec.after):
-            return None  # others hand over what is in it
-        return next((device for device in spec.devices if device in among), None)
+        """None also where others hand over what is in it."""
+        return self.ancestry.views.holders(frozenset(among))[shard[0]][shard[1]]
 
     def replaceable(self, device: int) -> bool:
         """Whether this frame can have everything without ``device``, in its view: what this stage misses of it, and
@@ -212,7 +210,8 @@ class InFlight(State):
             absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
             if not absent:
                 continue
-            holders = {s: self.whole_holder((exchange, s)) for s in absent}
+            whole = self.ancestry.views.holders(frozenset(self.live - self.lesser))[exchange]
+            holders = {s: whole[s] for s in absent}
             # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
             lost = [s for s, device in holders.items() if device is None and not shards[s].parity_of]
             parity = len(shards) - 1 if shards[-1].parity_of else None
@@ -250,7 +249,8 @@ class InFlight(State):
         without = {device for device in missing.values() if (self.stage, device) in self.said}
         for (exchange, number), device in missing.items():
             shard = self.manifest.exchanges[exchange].shards[number]
-            if shard.after or shard.parity_of or device != shard.devices[0]:
+            before = shard.devices[: shard.devices.index(device)]
+            if shard.after or shard.parity_of or not self.discounted.get(device, set()).issuperset(before):
                 without.add(device)
         return without - {self.manifest.device}
 
@@ -263,6 +263,23 @@ class InFlight(State):
         if self.straight is None:
             return device in self.missing().values()
         return (self.stage, device) in self.straight.awaited[self.stage] - self.parcels.keys()
+
+    def asked_by(self, peer: int, shards: Iterable[ShardId]) -> None:
+        """A peer asks for shards: it does not count on those that hold them and come before this device."""
+        me = self.manifest.device
+        for exchange, number in shards:
+            devices = self.manifest.exchanges[exchange].shards[number].devices
+            if me in devices:
+                self.discounted.setdefault(peer, set()).update(devices[: devices.index(me)])
+
+    def lacking_from(self) -> int:
+        """The first stage whose shards a device that this frame counts on may lack. Whoever has handed over any of a
+        stage had what it needed of those before."""
+        entered = dict.fromkeys(self.live, 0)
+        for stage, device in [(self.ancestry.stage_of(s), d) for s, d in self.sources.items()] + [*self.said]:
+            if device in entered:
+                entered[device] = max(entered[device], stage)
+        return min((entered | {self.manifest.device: self.stage}).values())
 
     def awaited(self, me: int) -> list[int]:
         """Peers that this stage misses shards of."""
@@ -318,23 +335,25 @@ class InFlight(State):
         worths = [self.ancestry.worth(self.lineages[shard], stage) for shard in poor if held[shard] == device]
         return -min(worths), device
 
-    def pieces_due(self, stage: int, me: int) -> tuple[int, ...]:
-        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task. Hot spares are always
-        computed."""
+    def pieces_due(self, stage: int, me: int, lacked: bool = True) -> tuple[int, ...]:
+        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task; only those that were
+        asked for, if nobody may have ``lacked`` any. Hot spares are always computed."""
         return tuple(
             number
             for number, piece in enumerate(self.manifest.stages[stage].pieces)
             if not self.manifest.is_owners(piece)
             and any(
-                shard not in self.own and (self._hot or self.publisher(shard) == me or shard in self.wanted)
+                shard not in self.own
+                and (self._hot or shard in self.wanted or (lacked and self.publisher(shard) == me))
                 for shard in piece.shards
             )
         )
 
     def owed(self, me: int) -> RunPieces | None:
         """What has to be computed of stages that were entered; nothing more once that has failed."""
+        lacking_from = self.lacking_from()
         for stage in range(0 if self.failed else self.stage + (self.phase is not Phase.READY)):
-            if pieces := self.pieces_due(stage, me):
+            if pieces := self.pieces_due(stage, me, stage >= lacking_from):
                 return RunPieces(self.id, stage, pieces, self.down)
             if owned := adding.ready(self, stage):
                 return adding.take_over(self, stage, me, owned)

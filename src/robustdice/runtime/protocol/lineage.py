@@ -17,12 +17,14 @@ the end only if that makes the least share no lower.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.sums import Sums
 from robustdice.runtime.protocol.views import REMEMBERED_VIEWS, Row, Views, source_row
 from robustdice.runtime.wire.messages import Lineage, ShardId
 
+REMEMBERED_COMPARISONS = 256
 TOLERANCE = 1e-9
 """Shares that differ by no more are equal: sums of floats in different order."""
 
@@ -42,6 +44,9 @@ class Ancestry:
         ]
         """For every stage, the exchanges that what is computed in it is built on."""
         self._settled: dict[tuple[tuple[int, ...], int], Lineage] = {}
+        self.less = lru_cache(REMEMBERED_COMPARISONS)(self._less)
+        """Whether of two lineages of things computed in a stage the first is worth less: asked again and again, of the
+        shards of a few messages."""
 
     def stage_of(self, shard: ShardId) -> int:
         """The stage that a shard is computed in."""
@@ -63,8 +68,7 @@ class Ancestry:
         """The least share of an exchange's neurons that what was computed in ``stage`` is built on."""
         return min(self.shares(lineage, stage).present, default=1.0)
 
-    def less(self, one: Lineage, other: Lineage, stage: int) -> bool:
-        """Whether of two lineages of things computed in ``stage`` the first is worth less."""
+    def _less(self, one: Lineage, other: Lineage, stage: int) -> bool:
         return one != other and self.worth(one, stage) < self.worth(other, stage) - TOLERANCE
 
     def needs(self, device: int, live: Iterable[int], stage: int) -> bool:

@@ -84,6 +84,8 @@ class State:
     """While WAITING: when to go on without what is merely on the way."""
     asked_again: dict[int, float] = field(default_factory=dict)
     """In this stage, devices that were asked to send again what may only be on the way: when they were asked last."""
+    discounted: dict[int, set[int]] = field(default_factory=dict)
+    """By peer: devices that it has shown not to count on in this frame, so that it knows whom it stands in for."""
     parted: set[int] = field(default_factory=set)
     """Devices that this frame goes on without though they are well: nothing more is sent to them."""
     rearmed: bool = False

@@ -51,6 +51,27 @@ class Views:
         self._manifest = manifest
         self._hot = manifest.spares == "hot"
         self._known: dict[tuple[int, ...], View] = {}
+        self._holders: dict[frozenset[int], tuple[tuple[int | None, ...], ...]] = {}
+
+    def prepare(self) -> None:
+        """Work out at once the views that most devices will ever be in: all are up, or one is down. A frame would wait
+        for it, above all one that is under way when a device dies."""
+        everyone = frozenset(range(self._manifest.devices))
+        for devices in (everyone, *(everyone - {device} for device in everyone - {self._manifest.device})):
+            self.of(tuple(sorted(devices)))
+            self.holders(devices)
+
+    def holders(self, devices: frozenset[int]) -> tuple[tuple[int | None, ...], ...]:
+        """For every exchange and shard: its first holder among some devices, if it is its turn. Asked for many times in
+        every stage that is not straight."""
+        if (known := self._holders.get(devices)) is not None:
+            return known
+        if len(self._holders) == REMEMBERED_VIEWS:
+            self._holders.clear()
+        down = frozenset(range(self._manifest.devices)) - devices
+        found = tuple(tuple(s.publisher(down) for s in exchange.shards) for exchange in self._manifest.exchanges)
+        self._holders[devices] = found
+        return found
 
     def of(self, devices: tuple[int, ...]) -> View:
         """The view of some devices, ascending."""

@@ -217,6 +217,7 @@ class Waiting:
         if frame.phase is Phase.WAITING:
             taken_over = {device for shard, device in frame.missing().items() if before.get(shard) != device}
             for device in taken_over:
+                frame.asked_again[device] = now
                 self._out.want(frame, device)
             self._deadlines.be_patient(frame, now)
             self._deadlines.arm(frame, now, factor=2.0)
