@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import tracemalloc
@@ -227,6 +228,26 @@ def test_whatever_shards_a_peer_lists_little_is_remembered_of_them() -> None:
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before < 2**20
+
+
+def test_while_devices_fail_nothing_adds_up_of_what_messages_are_of() -> None:
+    """Every fault finds frames in a stage of their own, with other shards of it missing."""
+    manifest = make_manifest(make_plan(2), 0)
+    small = replace(
+        manifest.exchanges[1], shape=(10,), features=1, shards=tuple(Shard((k,), (Holder(1),)) for k in range(10))
+    )
+    codec = Codec(PLAN.digest, replace(manifest, exchanges=(manifest.exchanges[0], small, *manifest.exchanges[2:])))
+    lineage, array, sizes = Lineage(None, (1.0,), (0.5,)), ones(1, 1), []
+    tracemalloc.start()
+    for first in (1, 2):
+        for number in range(first, 1024, 2):
+            some = tuple((1, k) for k in range(10) if number >> k & 1)
+            message = Shards(1, number, FrameId("ab", number), 1, Parcel(some, (array,) * len(some)), lineage)
+            assert codec.decode(codec.encode(message), 1).frame.number == number  # type: ignore[union-attr]
+        gc.collect()
+        sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert sizes[1] - sizes[0] < 2**15
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4), st.sampled_from([None, 0, 1, 2]))

@@ -87,6 +87,8 @@ def run_device(
     keys = read_secret(bundle.directory / SECRET_NAME)
     codec = Codec(manifest.plan_digest, manifest)
     engine = Engine(manifest, settings, secrets.token_hex(8))
+    codec.prepare()
+    engine.prepare()
     entry, stop = cluster.devices[manifest.device], stop or threading.Event()
     transport = ZeroMQTransport(manifest.device, cluster, keys, codec)
     worker = Worker(executor, transport.waker())
@@ -187,7 +189,7 @@ class Loop:
         events = self._transport.poll(wait_seconds)
         for event in events:
             if isinstance(event, Received) and isinstance(event.message, StatusRequest):
-                self._transport.send(event.message.client, self._status())
+                self._unsent += not self._transport.send(event.message.client, self._status())
             self._act(self._engine.handle(event, time.monotonic()))
         happened = bool(events)
         started = now = time.monotonic()

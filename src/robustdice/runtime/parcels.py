@@ -106,12 +106,16 @@ class Layouts:
             return known
         if len(self._known) == REMEMBERED_LAYOUTS:
             self._known.clear()
+        layout = self._known[shards] = self.fresh(shards)
+        return layout
+
+    def fresh(self, shards: tuple[ShardId, ...]) -> Layout:
+        """The same, worked out for this once: while devices fail, there is no end of what shards some message is of."""
         blocks = [
             _block(self._exchanges[exchange], exchange, tuple(number for _, number in some))
             for exchange, some in groupby(shards, key=lambda shard: shard[0])
         ]
-        layout = self._known[shards] = Layout(shards, tuple(blocks))
-        return layout
+        return Layout(shards, tuple(blocks))
 
     def select(self, wanted: Sequence[tuple[ShardId, ...]], parcels: Sequence[Parcel]) -> tuple[Parcel, ...]:
         """A parcel of each of the ``wanted`` shards, out of what several hold, and what these hold beside them."""

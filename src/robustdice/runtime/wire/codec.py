@@ -59,6 +59,10 @@ class Codec:
         self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, self.input_bytes, *sizes])
         """Bytes that no frame of a message of this plan exceeds."""
 
+    def prepare(self) -> None:
+        """Work out what messages look like while one device is down: :meth:`Views.prepare`."""
+        self._parcels.views.prepare()
+
     def encode(self, message: Message) -> list[Any]:
         """The frames of ``message``: bytes-like objects, arrays not copied where they need not be."""
         if isinstance(message, Shards):

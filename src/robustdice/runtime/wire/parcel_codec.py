@@ -38,6 +38,7 @@ LARGEST_NUMBER = 2**53
 JOINED_BYTES = 2**15
 """A message that is no longer goes as one frame of bytes."""
 REMEMBERED_ROUTES = 4096
+REMEMBERED_FRAMES = 256
 
 
 class _Expected(NamedTuple):
@@ -79,7 +80,7 @@ class ParcelCodec:
         """``manifest`` is that of the device that sends and receives."""
         self._manifest = manifest
         self._plan = plan_digest[:32].encode().ljust(32, b"\0")
-        self._views = Views(manifest)
+        self.views = Views(manifest)
         self._layouts = Layouts(manifest)
         self._earlier = [sum(len(s.exchanges) for s in manifest.stages[:n]) for n in range(len(manifest.stages))]
         self._differ = [any(manifest.exchanges[e].owners is not None for e in s.exchanges) for s in manifest.stages]
@@ -113,11 +114,11 @@ class ParcelCodec:
     def _head(self, lineage: Lineage, stage: int, sender: int, shards: tuple[ShardId, ...]) -> _Head:
         implied = None
         if lineage.view is not None and not self._differ[stage]:
-            implied = self._views.of(lineage.view).due[stage].get(sender)
+            implied = self.views.of(lineage.view).due[stage].get(sender)
         flags = IN_ONE_VIEW * (lineage.view is not None) | LISTED * (implied != shards)
         mask = sum(1 << device for device in lineage.view or ())
         head = ROUTE.pack(MAGIC, PROTOCOL_VERSION, flags, self._plan, stage, mask, sender)
-        layout = self._layouts.of(shards)
+        layout = self._layouts.fresh(shards) if lineage.view is None else self._layouts.of(shards)
         forms = [block.form for block in layout.blocks]
         joined = sum(form.nbytes for form in forms) <= JOINED_BYTES
         return _Head(head, layout, tuple(np.dtype(form.dtype) for form in forms), joined)
@@ -143,7 +144,7 @@ class ParcelCodec:
         rest = _Rest([first[HEADER_BYTES:], *parts[1:]])
         if shards is None or layout is None:
             shards = self._listed(rest, stage, sender)
-            layout = self._layouts.of(shards)
+            layout = self._layouts.fresh(shards) if lineage is None else self._layouts.of(shards)
             expected = _expected(layout)
         if lineage is None:
             lineage = self._shares(rest, stage)
@@ -165,7 +166,7 @@ class ParcelCodec:
             raise MessageError(f"a view of {mask:#b} or flags of {flags:#b}, of a plan for {manifest.devices} devices")
         lineage, shards, layout = None, None, None
         if flags & IN_ONE_VIEW:
-            view = self._views.of(tuple(device for device in range(manifest.devices) if mask >> device & 1))
+            view = self.views.of(tuple(device for device in range(manifest.devices) if mask >> device & 1))
             lineage, shards = view.lineage, view.due[stage].get(sender)
         if flags & LISTED:
             shards = None
@@ -187,7 +188,7 @@ class ParcelCodec:
         if number >= LARGEST_NUMBER:
             raise MessageError(f"frame number {number}, at most {LARGEST_NUMBER - 1}")
         frame = FrameId(client_name(client.rstrip(b"\0").decode("ascii", "replace")), number)
-        if len(self._frames) == REMEMBERED_ROUTES:
+        if len(self._frames) == REMEMBERED_FRAMES:
             self._frames.clear()
         self._frames[client, number] = frame
         return frame
