@@ -180,6 +180,10 @@ def test_a_gpu_is_asked_only_by_who_computes_on_it(
     found = meter.document()
     assert found["source"] == "rapl+nvml"
     assert found["joules"] >= 0.5
+    lost = StopIteration("GPU is lost")  # as any error of NVML's own, which may come at any reading
+    vars(nvml).update(nvmlDeviceGetTotalEnergyConsumption=lambda _: (_ for _ in ()).throw(lost))
+    clock.seconds += 5
+    assert meter.document() == {"source": None, "reason": "rapl+nvml could not be read for 5 s"}
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert [gauge.name for gauge in find_gauges(tmp_path, gpu=True)[0]] == ["rapl"]

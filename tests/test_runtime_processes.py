@@ -25,8 +25,12 @@ from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.device import run_device
 from robustdice.runtime.inprocess import InProcess
+from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
 from robustdice.runtime.wire.founding import write_cluster
+from robustdice.runtime.wire.keys import read_secret
+from robustdice.runtime.wire.line import set_options
+from robustdice.runtime.wire.messages import Hello
 
 FRAMES = np.random.default_rng(7).standard_normal((600, *INPUT_SHAPE)).astype(np.float32)
 
@@ -153,12 +157,18 @@ def test_wrong_frames_keys_and_bytes_do_no_harm(tmp_path: Path) -> None:
         plain.linger = 0
         plain.connect(f"tcp://{address}")
         plain.send_multipart([b"x", b"y" * 1000])
+        mirror = context.socket(zmq.DEALER)  # somebody who speaks with the device's own key
+        first, own = cluster.cluster.devices[0], read_secret(tmp_path / "device-0" / "secret.key")
+        set_options(mirror, "curve", own, first.public_key.encode(), 10_000)
+        mirror.connect(first.address)
+        mirror.send_multipart(Codec(cluster.cluster.plan_digest).encode(Hello(0, "another", reply=True)))
         client = cluster.client  # an authenticated client that talks nonsense
         for parts in ([b""], [b"{}"], [random.bytes(100), random.bytes(1000)], [b"[" * 50_000]):
             assert client._lines[0].send(parts)
         answers = list(client.stream(FRAMES[:50]))
         assert all(answer.coverage == 1.0 and not answer.down for answer in answers)
         plain.close()
+        mirror.close()
         context.term()
         assert client.status()[0]["dropped_messages"] == 4
         assert "its key is not listed" in cluster.log(0)

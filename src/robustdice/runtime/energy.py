@@ -154,8 +154,15 @@ def _nvml() -> list[Gauge]:
         for number in range(nvml.nvmlDeviceGetCount()):
             gpu = nvml.nvmlDeviceGetHandleByIndex(number)
             nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-            found.append(Counter("nvml", partial(nvml.nvmlDeviceGetTotalEnergyConsumption, gpu), 1e-3))
+            found.append(Counter("nvml", partial(_millijoules, nvml, gpu), 1e-3))
     return found
+
+
+def _millijoules(nvml: Any, gpu: Any) -> float:
+    try:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu))
+    except Exception as error:  # the GPU is lost, or its driver is being replaced
+        raise OSError(str(error)) from None
 
 
 def _text(path: Path) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,8 @@ from robustdice.runtime.wire.security import TRANSPORTS
 LOOPBACK = "127.0.0.1"
 BASE_PORT = 27200
 """Of devices on other machines; below the ports that Linux hands out to outgoing connections."""
+LOCAL_PORTS = range(20_000, 2**15)
+"""Of devices on this machine: below those ports, too."""
 CLIENT = "client"
 """The name of the client whose key a build comes with."""
 
@@ -90,19 +94,26 @@ def write_cluster(
 
 
 def free_ports(hosts: Sequence[str]) -> list[int]:
-    """For each of these hosts, which are this machine, a TCP port that nobody listens on now; all different."""
-    sockets = [socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) for host in hosts]
-    try:
-        for each, host in zip(sockets, hosts, strict=True):
-            each.bind((host, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    except OSError as error:
-        raise ClusterError(
-            f"no port of {', '.join(dict.fromkeys(hosts))} can be had: {error.strerror}; give one with --port"
-        ) from None
-    finally:
-        for each in sockets:
-            each.close()
+    """For each of these hosts, which are this machine, a TCP port that nobody uses now; all different. None of those
+    that Linux hands out to connections and to whoever takes any port: while a device is down, nobody gets its."""
+    chances, found = random.SystemRandom().sample(LOCAL_PORTS, len(LOCAL_PORTS)), list[int]()
+    error = ""
+    for port in chances:
+        if len(found) == len(hosts):
+            break
+        host = hosts[len(found)]
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as refused:
+                error = refused.strerror or str(refused)
+                if refused.errno != errno.EADDRINUSE:
+                    break
+            else:
+                found.append(port)
+    if len(found) < len(hosts):
+        raise ClusterError(f"no port of {', '.join(dict.fromkeys(hosts))} can be had: {error}; give one with --port")
+    return found
 
 
 def _read_before(directory: Path) -> Cluster | None:

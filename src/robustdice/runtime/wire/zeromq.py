@@ -65,8 +65,9 @@ class ZeroMQTransport:
         self._device = device
         self._codec = codec
         self._sources: dict[str, int | None] = {each.public_key: None for each in cluster.clients}
-        self._sources |= {each.public_key: number for number, each in enumerate(cluster.devices)}
-        """Who speaks, by the key that libzmq says a message is of: a device, or a client (None)."""
+        peers = {number: peer for number, peer in enumerate(cluster.devices) if number != device}
+        self._sources |= {peer.public_key: number for number, peer in peers.items()}
+        """Who speaks, by the key that libzmq says a message is of: a peer, or a client (None)."""
         self._clients = ClientNames()
         self._connections = Connections(codec.input_bytes)
         self._routes: dict[int, bytes] = {}
@@ -88,7 +89,6 @@ class ZeroMQTransport:
         self._comings = self._router.get_monitor_socket(COMINGS_AND_GOINGS)
         self._closers += [lambda: self._comings.close(0), self._router.disable_monitor]
         self._watch.register(self._comings)
-        peers = {number: peer for number, peer in enumerate(cluster.devices) if number != device}
         self._lines = Lines(self._context, self._watch, peers, cluster.transport, keys, codec.frame_limit, device)
         self._closers.append(self._lines.close)
 
