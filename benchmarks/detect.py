@@ -5,8 +5,9 @@
 What a fault costs is what the slowest frame takes, of those that are under way or leave in the half second after it,
 beyond the median of frames that are computed while the device is known to be down, which have the spare's compute in
 them too. Beside it stands the same for a half second in which nothing happens: processes that share cores are never
-equally fast. ``later`` counts frames that left after that half second, and were a tenth of a second slower than the
-median: a fault is to cost once. Full coverage is
+equally fast. And beside it, when the last of the others has noticed the fault, by its log: until then a frame waits,
+and nobody computes. ``later`` counts frames that left after that half second, and were a tenth of a second slower than
+the median: a fault is to cost once. Full coverage is
 back after the last answer that is not from primaries alone, in seconds and frames since a frozen device went on, or a
 killed one listened again.
 """
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +55,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds (and frames). ``idle`` is what ``cost`` is at a moment when nothing happens; ``start`` is what a process
-    takes until it listens."""
+    """Seconds (and frames). ``idle`` is what ``cost`` is at a moment when nothing happens; ``noticed`` is when the last
+    of the others says that the device is suspect; ``start`` is what a process takes until it listens."""
 
     cost: float
     idle: float
+    noticed: float
     later: int
     back: float
     back_frames: int
@@ -69,10 +72,11 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
     seen: list[Seen] = []
     moments: dict[str, float] = {}
     log = Log(cluster, device).read()
+    others = {other: len(cluster.log(other).encode()) for other in range(cluster.devices) if other != device}
     again = log.starts + 1
 
     def act(what: str) -> None:
-        moments[what] = time.monotonic()
+        moments[what], moments["clock"] = time.monotonic(), moments.get("clock", time.time())
         getattr(cluster, what)(device)
 
     back = "restart" if kind == "kill" else "thaw"
@@ -109,6 +113,7 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
     return Trial(
         cost=_slowest(seen, fault) - usual,
         idle=_slowest(seen, fault - 2.5 * SETTLED) - calm,
+        noticed=max(_noticed(cluster.log(*other), device) for other in others.items()) - moments["clock"],
         later=sum(
             each.seconds > usual + SLOW_SECONDS for each in seen if fault + SETTLED < each.left < returned - SETTLED
         ),
@@ -116,6 +121,12 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
         back_frames=sum(ready < each.came <= last for each in seen),
         start=None if kind == "freeze" else ready - returned,
     )
+
+
+def _noticed(log: str, device: int) -> float:
+    """By the clock, when it says for the first time that a device is suspect."""
+    line = next(line for line in log.splitlines() if f"device {device} is suspect" in line)
+    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 def _median(seen: Sequence[Seen], since: float, until: float) -> float:
@@ -156,7 +167,8 @@ def main() -> None:
             starts = [each.start for each in trials if each.start is not None]
             print(
                 f"{kind}, {len(trials)} trials: costs a frame {spread([each.cost for each in trials])} beyond "
-                f"the spare's compute (while nothing happens {spread([each.idle for each in trials])}), later "
+                f"the spare's compute (while nothing happens {spread([each.idle for each in trials])}), all others "
+                f"have noticed after {spread([each.noticed for each in trials])}, later "
                 f"{sum(each.later for each in trials)} frames; full coverage is back after "
                 f"{spread([each.back for each in trials])}, "
                 f"{spread([each.back_frames for each in trials], 'frames', 1)}"

@@ -242,11 +242,11 @@ def soak(
         cluster.wait()
         complaints = faults.complaints
     tallies = {"while nothing failed": healthy, "under faults": under, "after the last fault": after}
-    problems = [text for when, tally in tallies.items() for text in _problems(tally, when)] + complaints
+    problems = [text for when, tally in tallies.items() for text in problems_of(tally, when)] + complaints
     if not whole:
         problems.append(f"full coverage was not back {RETURN_SECONDS:g} s after the last fault")
     resident = run.memory.medians()
-    problems += [text for name in ("client", f"device {never_killed}") for text in _growth(name, resident.get(name))]
+    problems += [text for name in ("client", f"device {never_killed}") for text in growth_of(name, resident.get(name))]
     return Soak(
         seed=seed,
         never_killed=never_killed,
@@ -260,14 +260,16 @@ def soak(
     )
 
 
-def _problems(tally: Tally, when: str) -> list[str]:
+def problems_of(tally: Tally, when: str) -> list[str]:
+    """Frames that were lost, and wrong answers, as sentences."""
     found = [f"{count} frames were lost {when}: {reason}" for reason, count in tally.reasons.items()]
     if tally.wrong:
         found.append(f"{tally.wrong} answers were wrong {when}: {'; '.join(tally.examples)}")
     return found
 
 
-def _growth(name: str, resident: list[int | None] | None) -> list[str]:
+def growth_of(name: str, resident: list[int | None] | None) -> list[str]:
+    """That a process takes more at the end than at the start, as a sentence; or that nobody knows."""
     start, _, end = resident or (None, None, None)
     if start is None or end is None:
         return [f"the memory of {name} was not seen"]
