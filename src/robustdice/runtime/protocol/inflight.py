@@ -256,7 +256,8 @@ class InFlight(State):
 
     def waits_long(self, now: float) -> bool:
         """Whether so much time has passed that others are asked how they are."""
-        return self.phase is Phase.WAITING and now >= (self.asked_at if self.nudge_at is None else self.nudge_at)
+        nudge_at = self.asked_at if self.nudge_at is None else self.nudge_at
+        return self.phase is Phase.WAITING and now >= min(self.asked_at, nudge_at)
 
     def awaits(self, device: int) -> bool:
         """Whether this stage misses shards of a peer."""
