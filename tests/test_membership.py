@@ -46,6 +46,20 @@ def test_a_device_that_fails_often_without_keeping_anybody_waiting_is_let_in_aga
     assert backoffs(100, 0.0, 0.3) == pytest.approx([FIRST] * 100)
 
 
+def test_what_comes_late_from_a_process_that_is_gone_does_not_let_in_the_next_one() -> None:
+    membership = Membership(0, 2, Settings())
+    membership.connected(1)
+    membership.hello(1, "0", 1.0)
+    assert membership.admit(1.0)[0] == {0, 1}
+    assert membership.disconnected(1, 2.0)
+    membership.evidence(1)
+    membership.connected(1)
+    membership.evidence(1)
+    assert membership.admit(3.0)[0] == {0}
+    membership.hello(1, "1", 3.0)
+    assert membership.admit(3.0)[0] == {0, 1}
+
+
 def test_a_device_that_was_slow_is_up_again_before_the_next_frame_comes() -> None:
     """It was blamed for being behind, and has been done with everything for a while."""
     world = World(make_plan(3), 4, window=1)

@@ -187,7 +187,7 @@ class Engine:
         if self.membership.told(sender, message.hears):
             self._waiting.blame([sender], now, "it hears nothing of this device")
         if not message.owes and not self.frames.in_flight:
-            self.membership.rested(sender)
+            self.membership.evidence(sender)
         if message.reply:
             self._out.pulse([sender], self.frames.owing(), now)
         self._waiting.ask_for_lost(sender, now)

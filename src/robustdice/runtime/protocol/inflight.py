@@ -228,7 +228,11 @@ class InFlight(State):
                     found[exchange, s] = device
             if exchange in self.manifest.sums_of:
                 adding.ask_for_sums_instead(self, exchange, found)
-        return found
+        return {shard: device for shard, device in found.items() if not self._done_here(shard, device)}
+
+    def _done_here(self, shard: ShardId, publisher: int) -> bool:
+        """Whether this device has computed a shard that is its task: it has nothing better, if that is poor."""
+        return publisher == self.manifest.device and shard in self.own and shard in self.sources
 
     def outdone(self, shard: ShardId, holder: int) -> bool:
         """Whether what a holder has of a shard is worth more than the copy that is there, if one is."""

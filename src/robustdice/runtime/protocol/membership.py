@@ -100,11 +100,8 @@ class Membership:
         return restarted
 
     def evidence(self, device: int) -> None:
-        """A peer has shown that it keeps up with frames in flight."""
-        self.peers[device].ready = True
-
-    def rested(self, device: int) -> None:
-        """A peer owes nothing while no frames are in flight here: it is behind with nothing any more."""
+        """A peer has shown that it keeps up with frames in flight, or owes nothing while there are none. What comes
+        when its connection is gone, or before it has said who it is, tells nothing of whoever is there next."""
         peer = self.peers[device]
         peer.ready = peer.ready or (peer.connected and peer.incarnation is not None)
 
