@@ -230,14 +230,16 @@ def test_whatever_shards_a_peer_lists_little_is_remembered_of_them() -> None:
     assert after - before < 2**20
 
 
-def test_while_devices_fail_nothing_adds_up_of_what_messages_are_of() -> None:
+@pytest.mark.parametrize("view", [None, (0, 1)])
+def test_while_devices_fail_nothing_adds_up_of_what_messages_are_of(view: tuple[int, ...] | None) -> None:
     """Every fault finds frames in a stage of their own, with other shards of it missing."""
     manifest = make_manifest(make_plan(2), 0)
     small = replace(
         manifest.exchanges[1], shape=(10,), features=1, shards=tuple(Shard((k,), (Holder(1),)) for k in range(10))
     )
     codec = Codec(PLAN.digest, replace(manifest, exchanges=(manifest.exchanges[0], small, *manifest.exchanges[2:])))
-    lineage, array, sizes = Lineage(None, (1.0,), (0.5,)), ones(1, 1), []
+    lineage = Lineage(None, (1.0,), (0.5,)) if view is None else Lineage(view)
+    array, sizes = ones(1, 1), []
     tracemalloc.start()
     for first in (1, 2):
         for number in range(first, 1024, 2):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, overload
 
@@ -21,7 +21,8 @@ from robustdice.runtime.wire.messages import Parcel, ShardId
 from robustdice.wire_format import WireForm
 
 Array = NDArray[Any]
-REMEMBERED_LAYOUTS = 4096
+REMEMBERED_LAYOUTS = 512
+"""Of those that were asked for last: what comes with every frame is among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +94,13 @@ class Packed(Sequence[Array]):
 
 
 class Layouts:
-    """The layouts of one plan's shards, each worked out once."""
+    """The layouts of one plan's shards."""
 
     def __init__(self, manifest: Manifest) -> None:
         """None is known yet."""
         self._exchanges = manifest.exchanges
-        self._known: dict[tuple[ShardId, ...], Layout] = {}
-
-    def of(self, shards: tuple[ShardId, ...]) -> Layout:
-        """The layout of some shards, those of one exchange together."""
-        if (known := self._known.get(shards)) is not None:
-            return known
-        if len(self._known) == REMEMBERED_LAYOUTS:
-            self._known.clear()
-        layout = self._known[shards] = self.fresh(shards)
-        return layout
+        self.of = lru_cache(REMEMBERED_LAYOUTS)(self.fresh)
+        """The layout of some shards, those of one exchange together; worked out once."""
 
     def fresh(self, shards: tuple[ShardId, ...]) -> Layout:
         """The same, worked out for this once: while devices fail, there is no end of what shards some message is of."""

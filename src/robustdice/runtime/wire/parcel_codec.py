@@ -96,9 +96,9 @@ class ParcelCodec:
         key = lineage.view, stage, shards[0]
         known = self._heads.get(key)
         if known is None or known.layout.shards != shards:
-            if len(self._heads) >= REMEMBERED_ROUTES:
-                self._heads.clear()
-            known = self._heads[key] = self._head(lineage, stage, sender, shards)
+            known = self._head(lineage, stage, sender, shards)
+            if self._recurs(lineage, stage, known.head[3]):
+                self._heads[key] = known
         head, layout, dtypes, joined = known
         blocks = arrays.blocks if isinstance(arrays, Packed) else layout.packed(arrays)
         told = [head, FRAME.pack(frame.client.encode(), frame.number, serial)]
@@ -118,10 +118,16 @@ class ParcelCodec:
         flags = IN_ONE_VIEW * (lineage.view is not None) | LISTED * (implied != shards)
         mask = sum(1 << device for device in lineage.view or ())
         head = ROUTE.pack(MAGIC, PROTOCOL_VERSION, flags, self._plan, stage, mask, sender)
-        layout = self._layouts.fresh(shards) if lineage.view is None else self._layouts.of(shards)
+        layout = self._layouts.of(shards) if self._recurs(lineage, stage, flags) else self._layouts.fresh(shards)
         forms = [block.form for block in layout.blocks]
         joined = sum(form.nbytes for form in forms) <= JOINED_BYTES
         return _Head(head, layout, tuple(np.dtype(form.dtype) for form in forms), joined)
+
+    def _recurs(self, lineage: Lineage | None, stage: int, flags: int) -> bool:
+        """Whether such messages come with every frame: those that a view implies, and what owners are sent. There is no
+        end of what shards others are of, while devices fail."""
+        in_view = lineage is not None and lineage.view is not None
+        return in_view and (not flags & LISTED or self._differ[stage])
 
     def decode(self, parts: Sequence[memoryview], source: int | None) -> Shards:
         """The message in ``parts``; ``source`` is the authenticated device, or None for a client."""
@@ -144,7 +150,8 @@ class ParcelCodec:
         rest = _Rest([first[HEADER_BYTES:], *parts[1:]])
         if shards is None or layout is None:
             shards = self._listed(rest, stage, sender)
-            layout = self._layouts.fresh(shards) if lineage is None else self._layouts.of(shards)
+            recurs = self._recurs(lineage, stage, LISTED)
+            layout = self._layouts.of(shards) if recurs else self._layouts.fresh(shards)
             expected = _expected(layout)
         if lineage is None:
             lineage = self._shares(rest, stage)
