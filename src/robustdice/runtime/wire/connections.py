@@ -33,11 +33,12 @@ HELD_BYTES = 2 * 2**20
 HELD_FRAMES = 8
 """What may wait to be read of a key, on all its connections: so many bytes, and so many of the network's inputs."""
 BESIDE_BYTES = 1024
-"""What may have come with a message that is not in it: its encryption, and heartbeats since the one before."""
+"""What may have come with a message that is not in it: its encryption, and heartbeats since the one before, which a
+client of another kind may send."""
 LOOK_SECONDS = 0.02
 QUIET_SECONDS = 600.0
-"""Heartbeats alone reach the bound, of one connection after hours, of a key's most in no less than this; a connection
-that ends then is nobody's misuse, and comes back."""
+"""Such heartbeats alone reach the bound, of one connection after hours, of a key's most in no less than this; a
+connection that ends then is nobody's misuse, and comes back."""
 _AT_ONCE = struct.pack("ii", 1, 0)
 """Of SO_LINGER: libzmq closes what was shut down, and the other side is told to stop sending, not just that nobody will
 answer."""

@@ -23,8 +23,8 @@ NO_MORE = 500
 """Why a connection was refused, in an authentication reply (RFC 27): its key has as many as it may have. To 300, which
 says that too, libzmq hangs up without a word."""
 HANDSHAKE_SECONDS = 2.0
-HEARTBEAT_MS = 500
-NEVER_MS = 2**31 - 1
+PROBE_SECONDS = 1
+"""A connection on which nothing has come for so long is asked whether the other host is still there, and again."""
 GIVEN_UP_MS = 5000
 """A connection is closed when the other host acknowledges nothing for so long."""
 FIRST_REDIAL_SECONDS = 0.1
@@ -54,25 +54,23 @@ def set_options(
     """What all sockets have in common. ``keys`` are (public, secret), used as
     :func:`robustdice.runtime.wire.security.secure` says; ``limit`` is the largest frame in bytes.
 
-    Heartbeats belong to the connecting side alone, and that side reads without a limit: libzmq 4.3 aborts the process
-    (``Assertion failed: !_io_error``, compare its issues 3596 and 3937) when a heartbeat is due on a connection whose
-    input waits, for a full queue or for authentication, and whose peer has gone. What a connecting side is sent is
-    limited by what it asks for. They only make TCP look whether the other host is still there: an answer to one queues
-    behind shards, so that its being late means nothing. Peers that are frozen are found by their pulse. TCP keep-alive
-    clears away what the listening side has of dead peers.
+    Whether the other host is still there is asked by TCP's keep-alive, never by ZeroMQ's heartbeats: libzmq 4.3 aborts
+    the process (``Assertion failed: !_io_error``; compare its issues 3596 and 3937) when one is to be sent, or
+    answered, on a connection whose input waits for a full queue to be read and whose peer has gone meanwhile. Peers
+    that are frozen are found by their pulse. What a connecting side is sent is limited by what it asks for, so it reads
+    without a limit.
     """
     socket.linger = 0
     socket.sndhwm = QUEUED_MESSAGES
     socket.maxmsgsize = limit + CURVE_OVERHEAD
     socket.handshake_ivl = int(1000 * HANDSHAKE_SECONDS)
+    socket.tcp_keepalive = 1
     if server_key is None:
         socket.rcvhwm = 16 * QUEUED_MESSAGES
-        socket.tcp_keepalive = 1
         socket.tcp_keepalive_idle = 30
     else:
         socket.rcvhwm = 0
-        socket.heartbeat_ivl = HEARTBEAT_MS
-        socket.heartbeat_timeout = NEVER_MS
+        socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = PROBE_SECONDS
         socket.tcp_maxrt = GIVEN_UP_MS
         socket.reconnect_ivl = 10
         socket.reconnect_ivl_max = 200
