@@ -47,6 +47,18 @@ def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:
     assert max(at - over[number] for number, given in world.answers.items() for at, _ in given) < 0.4
 
 
+@pytest.mark.parametrize(("devices", "seconds"), [(3, 0.4), (5, 0.6)])
+def test_a_device_that_takes_over_a_slice_computes_the_sums_of_it_that_it_needs_itself(
+    devices: int, seconds: float
+) -> None:
+    """An owner is gone, and then another device is not heard by who adds up instead: of what both have handed over
+    nothing is there, and by who has published since nobody seems to lack it."""
+    gone = Fault("silent crash", 0.756, 0.74, devices - 1, 0, 0.0)
+    unheard = Fault("one way", 0.924, 0.346, devices - 2, 0, 0.0)
+    world = play(Scenario(100_609, devices=devices, split="hidden", window=1, faults=(gone, unheard)))
+    assert max(at - world.sent[number] for number, given in world.answers.items() for at, _ in given) < seconds
+
+
 def test_who_lost_what_frames_went_on_without_takes_part_at_once_when_no_more_is_lost() -> None:
     """As long as nothing that is said of shards comes through, both are well and too far away for each other."""
     world = World(make_plan(3), 1, window=1)

@@ -31,6 +31,8 @@ REGRESSIONS = {
     101_966: "likewise, where single messages are lost",
     102_442: "likewise, where a connection was made again in one direction only",
     102_770: "likewise, in a cluster of four",
+    100_609: "who takes over a slice computes the sums of it that it alone still lacks: it waited for itself, and then "
+    "a device that is slow had no time left",
     105_591: "a device does not wait for itself: what it has computed of a poor shard is no better than what is there",
     106_072: "what a process said before it crashed lets nobody in: the next one could not reach this device yet",
 }

@@ -80,6 +80,16 @@ def ready(frame: InFlight, stage: int, incomplete: bool = False) -> tuple[ShardI
     return tuple(sorted(shard for shard in mine if incomplete or not sums_for(frame, *shard)))
 
 
+def own_sums(frame: InFlight, lacking_from: int) -> frozenset[ShardId]:
+    """Sums that it is this device's task to publish, and that it lacks itself for what it is to add up: of slices that
+    others have asked for, or that somebody may lack, which are those from stage ``lacking_from`` on."""
+    entered = [e for e, sums in frame.manifest.sums_of.items() if frame.entered((sums, 0))]
+    slices = [(e, s) for e in entered for s in to_add_up(frame, e)]
+    due = [shard for shard in slices if shard in frame.wanted or frame.ancestry.stage_of(shard) >= lacking_from]
+    mine = frame.manifest.device
+    return frozenset(s for shard in due for s, device in sums_for(frame, *shard).items() if device == mine)
+
+
 def pieces_of(manifest: Manifest, stage: int, owned: tuple[ShardId, ...]) -> tuple[int, ...]:
     """The pieces that compute what is added up."""
     pieces = enumerate(manifest.stages[stage].pieces)

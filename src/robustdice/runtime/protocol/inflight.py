@@ -340,16 +340,19 @@ class InFlight(State):
         worths = [self.ancestry.worth(self.lineages[shard], stage) for shard in poor if held[shard] == device]
         return -min(worths), device
 
-    def pieces_due(self, stage: int, me: int, lacked: bool = True) -> tuple[int, ...]:
-        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task; only those that were
-        asked for, if nobody may have ``lacked`` any. Hot spares are always computed."""
+    def pieces_due(
+        self, stage: int, me: int, lacked: bool = True, own: frozenset[ShardId] = frozenset()
+    ) -> tuple[int, ...]:
+        """Pieces of a stage that hold a shard which is neither computed nor anybody else's task; if nobody may have
+        ``lacked`` any, only those that were asked for, or that this device needs of its ``own``. Hot spares are always
+        computed."""
         return tuple(
             number
             for number, piece in enumerate(self.manifest.stages[stage].pieces)
             if not self.manifest.is_owners(piece)
             and any(
                 shard not in self.own
-                and (self._hot or shard in self.wanted or (lacked and self.publisher(shard) == me))
+                and (self._hot or shard in self.wanted or shard in own or (lacked and self.publisher(shard) == me))
                 for shard in piece.shards
             )
         )
@@ -357,8 +360,9 @@ class InFlight(State):
     def owed(self, me: int) -> RunPieces | None:
         """What has to be computed of stages that were entered; nothing more once that has failed."""
         lacking_from = self.lacking_from()
+        own = adding.own_sums(self, lacking_from)
         for stage in range(0 if self.failed else self.stage + (self.phase is not Phase.READY)):
-            if pieces := self.pieces_due(stage, me, stage >= lacking_from):
+            if pieces := self.pieces_due(stage, me, stage >= lacking_from, own):
                 return RunPieces(self.id, stage, pieces, self.down)
             if owned := adding.ready(self, stage):
                 return adding.take_over(self, stage, me, owned)
