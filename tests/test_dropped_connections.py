@@ -11,7 +11,6 @@ import zmq
 
 LISTENS = """
 import sys, time, zmq
-from robustdice.runtime.wire.keys import new_pair
 from robustdice.runtime.wire.line import set_options
 socket = zmq.Context().socket(zmq.ROUTER)
 public, secret = sys.argv[1].encode(), sys.argv[2].encode()

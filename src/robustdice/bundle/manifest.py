@@ -256,7 +256,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
 def _parse_layer(document: Mapping[str, Any]) -> Layer:
     layer = Layer(**document)
     _, *numbers = vars(layer).values()
-    if not isinstance(layer.name, str) or any(not isinstance(each, int) or each < 0 for each in numbers):
+    if not isinstance(layer.name, str) or any(not isinstance(each, int) or not 0 <= each < 2**53 for each in numbers):
         raise ValueError(f"a layer {document}")
     if not layer.neurons * layer.neuron_macs:
         raise ValueError(f"layer {layer.name} computes nothing")

@@ -210,7 +210,7 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_work(document: Mapping[str, Any]) -> Work:
     work = Work(_whole(document["layer"], 0), float(document["share"]), str(document["representation"]))
-    if not 0 < work.share <= 1 or work.representation not in REPRESENTATIONS:
+    if not 1e-9 < work.share <= 1 or work.representation not in REPRESENTATIONS:
         raise ValueError(f"work of {work.share} of a layer in {work.representation}")
     return work
 

@@ -38,6 +38,7 @@ LARGEST_NUMBER = 2**53
 JOINED_BYTES = 2**15
 """A message that is no longer goes as one frame of bytes."""
 REMEMBERED_ROUTES = 4096
+REMEMBERED_HEADS = 512
 REMEMBERED_FRAMES = 256
 
 
@@ -98,6 +99,8 @@ class ParcelCodec:
         if known is None or known.layout.shards != shards:
             known = self._head(lineage, stage, sender, shards)
             if self._recurs(lineage, stage, known.head[3]):
+                if len(self._heads) >= REMEMBERED_HEADS:
+                    self._heads.clear()
                 self._heads[key] = known
         head, layout, dtypes, joined = known
         blocks = arrays.blocks if isinstance(arrays, Packed) else layout.packed(arrays)
