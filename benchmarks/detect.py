@@ -125,7 +125,9 @@ def trial(cluster: LocalCluster, images: NDArray[np.float32], device: int, kind:
 
 def _noticed(log: str, device: int) -> float:
     """By the clock, when it says for the first time that a device is suspect."""
-    line = next(line for line in log.splitlines() if f"device {device} is suspect" in line)
+    line = next((line for line in log.splitlines() if f"device {device} is suspect" in line), None)
+    if line is None:
+        raise SystemExit(f"another device never noticed that device {device} was down; its log: {log[-500:]}")
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 

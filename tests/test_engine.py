@@ -145,7 +145,7 @@ def test_a_frozen_device_blames_nobody_and_is_back_soon(spares: str) -> None:
     assert all(answer.from_spares == 0.0 for answer in tail)
 
 
-def test_a_device_that_comes_and_goes_is_let_in_ever_more_rarely_and_holds_up_few_frames() -> None:
+def test_a_device_that_comes_and_goes_is_let_in_rarely_enough_and_holds_up_few_frames() -> None:
     world = World(make_plan(3), 6, window=1)
     world.interval = 0.03
     for k in range(20):

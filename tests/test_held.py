@@ -131,6 +131,8 @@ def test_a_device_without_the_workshop_writes_a_profile_that_plan_reads(
     assert modelled["profile"] == str(tmp_path / "device.json")
     assert "leave out options of models" in fails("profile", bundle, "--size", "3,32,32", "-o", tmp_path / "x.json")
     assert "name one of them, such as" in fails("profile", bundle.parent, "-o", tmp_path / "x.json")
+    nothing = bundle.parent / "device-9"
+    assert f"{nothing} is not a directory: no bundle there" in fails("profile", nothing, "-o", tmp_path / "x.json")
 
 
 def test_a_bundle_of_an_earlier_version_is_told_to_be_built_again(
@@ -147,12 +149,29 @@ def test_a_bundle_of_an_earlier_version_is_told_to_be_built_again(
         measure_held(earlier)
 
 
+@pytest.mark.parametrize("share", [0.0, 5e-324, 1.5])
+def test_shares_of_layers_that_no_model_can_compute_are_refused(
+    share: float, network: Network, graph: OnnxGraph, tmp_path: Path
+) -> None:
+    _, (bundle, _) = bundles_of(network, graph, tmp_path, devices=2, method="lop")
+    document = json.loads(bundle.manifest.to_json())
+    document["stages"][0]["pieces"][0]["work"][0]["share"] = share
+    with pytest.raises(BundleError, match="of a layer in float32"):
+        Manifest.from_json(json.dumps(document).encode())
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
         (lambda layers: layers[:1], "what its models compute"),
-        (lambda layers: [{**layer, "neuron_macs": "many"} for layer in layers], "ValueError: a layer"),
-        (lambda layers: [{**layer, "neurons": 0} for layer in layers], "computes nothing"),
+        (
+            lambda layers: [{**layer, "neuron_macs": "many"} for layer in layers],
+            "at least 1, got 'many'",
+        ),
+        (lambda layers: [{**layer, "neurons": 0} for layer in layers], "whole number of at least 1, got 0"),
+        (lambda layers: [{**layer, "group": 0} for layer in layers], "group must be a whole number of at least 1"),
+        (lambda layers: [{**layer, "neuron_macs": 10**400} for layer in layers], "ValueError: a layer"),
+        (lambda layers: [{**layer, "name": "the same"} for layer in layers], "the names of its layers"),
     ],
 )
 def test_layers_that_no_bundle_can_have_are_refused(

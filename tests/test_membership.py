@@ -46,6 +46,20 @@ def test_a_device_that_fails_often_without_keeping_anybody_waiting_is_let_in_aga
     assert backoffs(100, 0.0, 0.3) == pytest.approx([FIRST] * 100)
 
 
+def test_silence_that_nobody_waited_for_costs_nothing() -> None:
+    world = World(make_plan(2), 3)
+    for number in range(8):
+        world.start_client(0.7 + number, 0.8 + number)  # who is admitted is counted on, also when frames have ended
+        world.at(1.0 + number, world.freeze, 1)
+        world.at(1.6 + number, world.thaw, 1)
+    world.run(8.9)
+    engine = world.nodes[0].engine
+    assert engine is not None
+    peer = engine.membership.peers[1]
+    assert peer.fault_at > 8.0
+    assert peer.not_before - peer.fault_at == pytest.approx(FIRST)
+
+
 def test_what_comes_late_from_a_process_that_is_gone_does_not_let_in_the_next_one() -> None:
     membership = Membership(0, 2, Settings())
     membership.connected(1)

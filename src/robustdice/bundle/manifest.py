@@ -22,12 +22,13 @@ from functools import cached_property
 from typing import Any
 
 from robustdice.bundle.parts import Part, Piece, extent, parse_part, parse_piece
-from robustdice.errors import BundleError
+from robustdice.errors import BundleError, PlanError
 from robustdice.files import read_json
 from robustdice.plan import (
     Certificate,
     Layer,
     Shard,
+    check_layer,
     nearest_calibrated,
     parity_problem,
     shard_from_json,
@@ -221,7 +222,7 @@ class Manifest:
         try:
             manifest = _parse(document)
             _check(manifest)
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:
             raise BundleError(f"{MANIFEST_NAME} is damaged ({type(error).__name__}: {error}); {remedy}") from None
         return manifest
 
@@ -255,11 +256,9 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
 
 def _parse_layer(document: Mapping[str, Any]) -> Layer:
     layer = Layer(**document)
-    _, *numbers = vars(layer).values()
-    if not isinstance(layer.name, str) or any(not isinstance(each, int) or not 0 <= each < 2**53 for each in numbers):
+    check_layer(layer)
+    if not isinstance(layer.name, str) or layer.neurons * max(layer.neuron_macs, layer.neuron_weights) > 2**53:
         raise ValueError(f"a layer {document}")
-    if not layer.neurons * layer.neuron_macs:
-        raise ValueError(f"layer {layer.name} computes nothing")
     return layer
 
 
@@ -328,6 +327,7 @@ def _check(manifest: Manifest) -> None:
     require(all(min(s, default=1) > 0 and math.prod(s) <= LARGEST_VALUE for s in shapes), "the size of a value")
     work = [each for part in manifest.parts for each in part.work]
     require(all(each.layer < len(manifest.layers) for each in work), "what its models compute")
+    require(len({layer.name for layer in manifest.layers}) == len(manifest.layers), "the names of its layers")
     require(manifest.activation in ("softmax", "sigmoid"), "what its outputs mean")
     seen: list[int] = []
     for stage in manifest.stages:

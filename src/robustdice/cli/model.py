@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -104,6 +105,10 @@ def score(
         out.print(f"Scores of {len(importance.names)} layers are in {output}.")
 
 
+BUNDLE_NAME = re.compile(r"device-\d+")
+"""What a build calls bundles: that one is not there is no matter of models."""
+
+
 @app.command(epilog="Example: robustdice profile build/device-0 -o here.json")
 def profile(
     model: Annotated[
@@ -124,7 +129,7 @@ def profile(
     share of its neurons that is there; what handing over takes is typical then. Of a MODEL everything is measured.
     """
     said = ""
-    if Path(model).is_dir():
+    if Path(model).is_dir() or BUNDLE_NAME.fullmatch(Path(model).name):
         if random_weights or any(each is not None for each in (size, mean, std, classes)):
             raise ModelError(f"{model} is a bundle, which has its weights and sizes: leave out options of models")
         bundle = load_bundle(model)

@@ -26,7 +26,7 @@ TYPICAL_UNPACKING = {"float16": 0.9e-9, "int8": 0.4e-9, "int4": 1.5e-9, "int3": 
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Of one layer with its tail, on one thread: all neurons, and half of them (``share`` of the whole)."""
+    """Of one layer with its tail, on one thread: all neurons, and a ``share`` of them."""
 
     whole: float
     part: float

@@ -25,7 +25,8 @@ class Assembly:
         self._shards = sum(bool(shard.neurons) for shard in exchange.shards)
         self._single = [layouts.fresh(((position, number),)).blocks[0] for number in range(len(exchange.shards))]
         for block, shard in zip(self._single, exchange.shards, strict=True):
-            _ = block.index if shard.neurons and not exchange.sums else None
+            if shard.neurons and not exchange.sums:
+                _ = block.index
         self._singly_only = exchange.sums or bool(exchange.shards[-1].parity_of)
 
     def value(self, parcels: Sequence[Parcel], batch: int = 1) -> dict[str, Array]:

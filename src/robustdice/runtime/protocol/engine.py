@@ -334,7 +334,8 @@ class Engine:
             contact = self._contacts.of[device]
             contact.lost = True
             silence = now - contact.heard_at
-            self._waiting.blame([device], now, f"nothing came from it for {silence:.3f} s", cost=silence)
+            cost = silence if self.frames.in_flight else 0.0
+            self._waiting.blame([device], now, f"nothing came from it for {silence:.3f} s", cost=cost)
         for frame in self.frames:
             if frame.phase is Phase.DONE and now >= frame.deadline:
                 self._drop(frame.id)

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from robustdice.runtime.wire.security import TRANSPORTS
 LOOPBACK = "127.0.0.1"
 BASE_PORT = 27200
 """Of devices on other machines; below the ports that Linux hands out to outgoing connections."""
-LOCAL_PORTS = range(20_000, 2**15)
-"""Of devices on this machine: below those ports, too."""
+LOCAL_PORTS = range(20_000, 2**16)
+"""Of devices on this machine, but for those ports."""
+HANDED_OUT_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+HANDED_OUT = (2**15, 2**16 - 1)
+"""Where a system does not say it."""
 CLIENT = "client"
 """The name of the client whose key a build comes with."""
 
@@ -93,10 +96,14 @@ def write_cluster(
     return founding.cluster
 
 
-def free_ports(hosts: Sequence[str]) -> list[int]:
-    """For each of these hosts, which are this machine, a TCP port that nobody uses now; all different. None of those
-    that Linux hands out to connections and to whoever takes any port: while a device is down, nobody gets its."""
-    chances, found = random.SystemRandom().sample(LOCAL_PORTS, len(LOCAL_PORTS)), list[int]()
+def free_ports(hosts: Sequence[str], besides: Collection[int] = ()) -> list[int]:
+    """For each of these hosts, which are this machine, a TCP port that nobody uses now; all different, and none of
+    ``besides``. If there are others, none of those that the system hands out to connections and to whoever takes any
+    port: while a device is down, nobody gets its."""
+    first, last = _handed_out()
+    every = [port for port in LOCAL_PORTS if port not in besides]
+    lasting = [port for port in every if not first <= port <= last]
+    chances, found = random.SystemRandom().sample(lasting or every, len(lasting or every)), list[int]()
     error = ""
     for port in chances:
         if len(found) == len(hosts):
@@ -114,6 +121,15 @@ def free_ports(hosts: Sequence[str]) -> list[int]:
     if len(found) < len(hosts):
         raise ClusterError(f"no port of {', '.join(dict.fromkeys(hosts))} can be had: {error}; give one with --port")
     return found
+
+
+def _handed_out() -> tuple[int, int]:
+    """The first and the last port that this system hands out."""
+    try:
+        first, last = map(int, HANDED_OUT_FILE.read_text("ascii").split())
+    except (OSError, ValueError):
+        return HANDED_OUT
+    return first, last
 
 
 def _read_before(directory: Path) -> Cluster | None:
@@ -161,7 +177,8 @@ def _further(before: Cluster, devices: int) -> list[DeviceEntry]:
         )
     host = addresses[0].host
     if addresses[0].loopback:
-        ports: Sequence[int] = free_ports([LOOPBACK if addresses[0].ip is None else host] * len(numbers))
+        here = [LOOPBACK if addresses[0].ip is None else host] * len(numbers)
+        ports: Sequence[int] = free_ports(here, {address.port for address in addresses})
     else:
         ports = [max(address.port for address in addresses) + 1 + k for k in range(len(numbers))]
     return [

@@ -23,6 +23,8 @@ SAY_SECONDS = 60.0
 STOP_POLL_SECONDS = 0.05
 IN_USE_SECONDS = 1.0
 """So long another may listen at the port: a device that has just ended, and that this one takes the place of."""
+LONGEST_IN_USE_SECONDS = 60.0
+"""And so long whoever else has it: not everybody who listens can be found by asking."""
 NOT_YET = {errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENETDOWN, errno.ENETUNREACH}
 """What binding says while a network interface or its address is missing."""
 
@@ -32,7 +34,7 @@ def bind_in_time(router: zmq.Socket[Any], address: Address, device: int, stop: t
 
     As long as this machine has no such address, or cannot say what a name means, or a connection of somebody's happens
     to have the port, it is tried again, less and less often, and the log says so once a minute. ClusterError when
-    waiting would not help; where another listens at the port, after a moment.
+    waiting would not help; where another listens at the port, after a moment, and after a minute in any case.
     """
     wait, said_at, started = FIRST_WAIT_SECONDS, float("-inf"), time.monotonic()
     while True:
@@ -42,7 +44,7 @@ def bind_in_time(router: zmq.Socket[Any], address: Address, device: int, stop: t
                 return None
         if not lookup.found:
             reason = f"its name has no address ({lookup.error})"
-        elif (hindrance := _bind(router, lookup.found[0], time.monotonic() - started > IN_USE_SECONDS)) is None:
+        elif (hindrance := _bind(router, lookup.found[0], time.monotonic() - started)) is None:
             return lookup.found[0]
         else:
             reason = hindrance
@@ -72,8 +74,8 @@ def is_here(address: Address) -> bool:
     return True
 
 
-def _bind(router: zmq.Socket[Any], address: Address, waited: bool) -> str | None:
-    """Why not yet, if that may change; ``waited``: whoever was about to let go of the port has had time to."""
+def _bind(router: zmq.Socket[Any], address: Address, waited: float) -> str | None:
+    """Why not yet, if that may change; ``waited``: for so many seconds others could have let go of the port."""
     router.ipv6 = address.ipv6
     try:
         router.bind(str(address))
@@ -81,7 +83,7 @@ def _bind(router: zmq.Socket[Any], address: Address, waited: bool) -> str | None
         if error.errno in NOT_YET or (error.errno == errno.EINVAL and "%" in address.host):  # no such interface yet
             return f"this machine has no address {address.host}"
         if error.errno == errno.EADDRINUSE:
-            if not waited or not _somebody_listens(address):
+            if waited < LONGEST_IN_USE_SECONDS and (waited < IN_USE_SECONDS or not _somebody_listens(address)):
                 return f"port {address.port} is in use"
             reason, remedy = "it is in use", "stop the other program, or give the device another address"
         elif error.errno == errno.EACCES:
