@@ -15,7 +15,7 @@ import zmq
 
 from robustdice.errors import ClusterError
 from robustdice.runtime.wire import founding, listen
-from robustdice.runtime.wire.address import Address
+from robustdice.runtime.wire.address import ANY, Address
 from robustdice.runtime.wire.founding import LOOPBACK, free_ports
 
 
@@ -68,7 +68,7 @@ def test_a_port_that_another_has_at_one_address_is_not_waited_for_without_end(
     router = context.socket(zmq.ROUTER)
     try:
         with socket.create_server(("127.0.0.2", port)), pytest.raises(ClusterError, match="stop the other program"):
-            listen.bind_in_time(router, Address(listen.ANY, port), 0, threading.Event())
+            listen.bind_in_time(router, Address(ANY, port), 0, threading.Event())
     finally:
         router.close(0)
         context.term()
