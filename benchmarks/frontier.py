@@ -21,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from frontier_competitors import Competitors, Entry
-from frontier_report import AUTO, REFINED, write_report
+from frontier_report import AUTO, REFINED, expecting, write_report
 from numpy.typing import NDArray
 
 import robustdice as rd
@@ -120,16 +120,16 @@ def _text(budget: float | None) -> str:
 def autos(
     network: Network, images: NDArray[np.float32], more: NDArray[np.float32], budgets: tuple[float, ...]
 ) -> Iterator[Entry]:
-    """What ``plan --method auto`` answers with; where something can be lost, also what ``calibrate --passes`` makes of
-    that with ``more`` images."""
+    """What ``plan --method auto`` answers with, for any number of failures and with ``--survive`` for fewer; where
+    something can be lost, also what ``calibrate --passes`` makes of the first with ``more`` images."""
 
     @cache
     def table() -> Table:
         return tabulate(network, images, devices=DEVICES)
 
     @cache
-    def answer(budget: float) -> Plan:
-        return choose_from(table(), budget)[0].plan
+    def answer(budget: float, survive: int = DEVICES - 1) -> Plan:
+        return choose_from(replace(table(), survive=survive), budget)[0].plan
 
     def refined(budget: float) -> Plan:
         if not answer(budget).corrections:
@@ -138,6 +138,9 @@ def autos(
 
     for budget in budgets:
         yield Entry(AUTO, "", budget, partial(answer, budget))
+    for survive in range(DEVICES - 1):
+        for budget in budgets:
+            yield Entry(AUTO, expecting(survive), budget, partial(answer, budget, survive))
     for budget in budgets:
         yield Entry(REFINED, f"{len(more)} images, {PASSES} passes", budget, partial(refined, budget))
 

@@ -26,6 +26,13 @@ GOALS = {
 SIZES = (1, 2, 3)
 AUTO, REFINED = "auto", "auto, refined"
 """What ``plan --method auto`` answers with, and the same after ``calibrate --passes``."""
+
+
+def expecting(down: int) -> str:
+    """The variant of ``auto`` that is told (``--survive``) how many devices may be down; it is none when any may."""
+    return f"for up to {down} down"
+
+
 STYLES: dict[str, dict[str, Any]] = {
     "whole, nearest": {"color": COLOURS[5], "marker": "v", "linestyle": ":"},
     "whole, GPTQ": {"color": COLOURS[0], "marker": "o", "linestyle": "--"},
@@ -56,6 +63,11 @@ class Point:
     images: int
     commit: str
     machine: str
+
+    @property
+    def told(self) -> bool:
+        """Whether ``auto`` was told to expect so many failures and no more."""
+        return self.method == AUTO and self.variant != ""
 
     @property
     def name(self) -> str:
@@ -102,10 +114,13 @@ class Comparison:
         return self.gap > math.hypot(self.rival.worst - self.rival.low, self.auto.high - self.auto.worst)
 
 
-def comparisons(points: Sequence[Point]) -> Iterator[Comparison]:
-    """Every budget and number of failures, each with every competitor of which something fits."""
+def comparisons(points: Sequence[Point], told: bool = False) -> Iterator[Comparison]:
+    """Every budget and number of failures, each with every competitor of which something fits. ``told``: with the plan
+    that ``auto`` makes for so many failures, else with the one for any number."""
     for auto in points:
         if auto.method != AUTO or auto.budget is None:
+            continue
+        if auto.variant != (expecting(auto.down) if told and auto.down < max(SIZES) else ""):
             continue
         for method in STYLES:
             fitting = [
@@ -146,7 +161,7 @@ def picture(points: Sequence[Point]) -> Picture:
         found = sorted((100 * each.share, 100 * each.worst) for each in points if each.method == method)
         if found:
             axes.plot(*zip(*found, strict=True), label=method, markersize=4, linewidth=1, **style)
-    auto = sorted((each for each in points if each.method == AUTO), key=lambda each: each.share)
+    auto = sorted((each for each in points if each.method == AUTO and not each.told), key=lambda each: each.share)
     if auto:
         shares = [100 * each.share for each in auto]
         axes.fill_between(
@@ -185,7 +200,9 @@ def goals_table(points: Sequence[Point]) -> str:
     ]
     for budget, goals in GOALS.items():
         for method in (AUTO, REFINED):
-            by_size = {each.down: each for each in points if each.method == method and each.budget == budget}
+            by_size = {
+                each.down: each for each in points if each.method == method and each.budget == budget and not each.told
+            }
             if not by_size:
                 continue
             kept = [_kept(by_size[down], goal) for down, goal in zip(SIZES, goals, strict=True)]
@@ -194,7 +211,7 @@ def goals_table(points: Sequence[Point]) -> str:
                 f"| {100 * budget:g}{' refined' if method == REFINED else ''} | {100 * healthy.share:.2f} "
                 f"| {healthy.images} | {100 * healthy.clean:.1f} | {100 * healthy.worst:.1f} | {' | '.join(kept)} |"
             )
-    done = {each.budget for each in points if each.method == AUTO}
+    done = {each.budget for each in points if each.method == AUTO and not each.told}
     if missing := [f"{100 * budget:g}" for budget in GOALS if budget not in done]:
         lines += ["", f"Not measured: the budgets {', '.join(missing)}."]
     return "\n".join(lines)
@@ -210,17 +227,27 @@ def _kept(found: Point, goal: float) -> str:
 def comparison_table(points: Sequence[Point]) -> str:
     """Where ``auto`` is below a competitor that fits the same budget."""
     counted = [f"{method}: {sum(each.method == method and not each.down for each in points)}" for method in STYLES]
-    lines = [f"Plans of competitors: {'; '.join(counted)}."]
-    found = list(comparisons(points))
+    told = {each.budget for each in points if each.told}
+    return "\n\n".join(
+        [
+            f"Plans of competitors: {'; '.join(counted)}.",
+            "One plan for any number of failures: " + _below(list(comparisons(points))),
+            "A plan for each number of failures (`--survive`): "
+            + _below([each for each in comparisons(points, told=True) if each.auto.budget in told]),
+        ]
+    )
+
+
+def _below(found: Sequence[Comparison]) -> str:
     if not found:
-        return lines[0]
+        return "not measured."
     below = [each for each in found if each.gap > 0]
     certain = [each for each in below if each.certain]
     budgets = len({each.auto.budget for each in found})
-    lines.append(
-        f"{len(found)} comparisons with those that fit, at {budgets} budgets and 0 to 3 devices down: `auto` is below "
-        f"in {len(below)}, beyond the sampling error in {len(certain)}."
-    )
+    lines = [
+        f"{len(found)} comparisons with competitors that fit, at {budgets} budgets and 0 to 3 devices down; `auto` is "
+        f"below in {len(below)}, beyond the sampling error in {len(certain)}."
+    ]
     if below:
         most = max(below, key=lambda each: each.gap)
         lines.append(

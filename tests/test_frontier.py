@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from frontier_report import Point, comparison_table, comparisons, goals_table, picture, point, write_report
+from frontier_report import Point, comparison_table, comparisons, expecting, goals_table, picture, point, write_report
 
 from robustdice.plan.certificate import wilson
 
@@ -38,6 +38,23 @@ def test_competitors_are_compared_with_as_many_devices_down_and_on_as_many_image
     auto = measured("auto", 0.08, 400, down=2, budget=0.08)
     assert not list(comparisons([auto, measured("LOP", 0.08, 450, down=1)]))
     assert not list(comparisons([auto, measured("LOP", 0.08, 90, down=2, of=100)]))
+
+
+def test_a_plan_that_is_told_how_many_may_fail_is_compared_where_so_many_did_and_stands_in_no_other_table() -> None:
+    autos = [measured("auto", 0.08, 300, down, 0.08) for down in range(4)]
+    told = [
+        replace(measured("auto", 0.08, 300 + 10 * most if down == most else 100, down, 0.08), variant=expecting(most))
+        for most in range(3)
+        for down in range(4)
+    ]
+    rivals = [measured("LOP", 0.08, 340, down) for down in range(4)]
+    points = [*autos, *told, *rivals]
+    assert [each.auto.worst for each in comparisons(points)] == [0.6] * 4
+    assert [each.auto.worst for each in comparisons(points, told=True)] == [0.6, 0.6, 0.62, 0.64]
+    assert goals_table(points) == goals_table([*autos, *rivals])
+    lines = comparison_table(points).splitlines()
+    assert "for any number of failures: 4 comparisons" in lines[2]
+    assert any("(`--survive`): 4 comparisons" in line for line in lines)
 
 
 def test_the_goals_table_marks_what_is_met_what_may_be_and_what_is_not() -> None:
