@@ -90,6 +90,11 @@ def test_providers_that_are_not_there_are_refused_with_those_that_are(tmp_path: 
         assert "cpu" in said
 
 
+def test_libraries_of_a_gpu_that_are_not_there_are_nothing_to_talk_of(capfd: pytest.CaptureFixture[str]) -> None:
+    sessions._load_gpu_libraries()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_a_provider_cannot_is_computed_on_the_cpu_and_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,8 @@ and nobody could say what a device uses.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -82,6 +84,8 @@ def open_session(
             options.add_session_config_entry("session.use_env_allocators", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
     else:
+        if provider in GPU_PROVIDERS:
+            _load_gpu_libraries()
         options.log_severity_level = 4  # what it cannot do is an exception, and said once
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         wanted = next(each for each in onnxruntime.get_all_providers() if _short(each) == provider)
@@ -91,6 +95,15 @@ def open_session(
     if _short(session.get_providers()[0]) != provider:
         raise RuntimeError(f"{provider} cannot be used on this machine: its libraries or its processor are missing")
     return session
+
+
+@cache
+def _load_gpu_libraries() -> None:
+    """CUDA's libraries where they come from the package index, for the system does not look there; it prints what it
+    does not find, which a session says again when it needs it."""
+    if hasattr(onnxruntime, "preload_dlls"):  # not before ONNX Runtime 1.21
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
 
 
 @cache
