@@ -3,10 +3,14 @@
 Where inputs are rounded, a product of whole numbers times the two scales is the same as that of the real numbers, but
 for rounding errors. Whole numbers are exact on every processor: devices ask ONNX Runtime for its path without sums that
 saturate where it has another.
+
+Codes of inputs are unsigned, 0 to 255. The same less 128, that of zero included, are signed and give the same, bit for
+bit; which a device multiplies faster depends on its processor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -15,10 +19,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from robustdice.bundle.onnx_graph import Array, OnnxGraph, cut
+from robustdice.bundle.onnx_graph import Array, Cut, OnnxGraph, cut
 from robustdice.model.canonical import CONVOLUTIONS, arguments, aten, per_axis
 from robustdice.model.layers import NetworkLayer
 from robustdice.representation import Steps
+
+ZERO = "/@zero"
+"""So ends the name of what zero is among the codes of a layer's inputs; its type is that of them all."""
 
 COLUMN_BYTES = 2**22
 """A convolution is a product with a matrix that has all inputs of a filter for each of its outputs. Where that takes
@@ -60,7 +67,7 @@ def with_product(
     input, not scaled; ``shape`` is a filter's. The codes are among the graph's parameters."""
     source, name = layer.node.all_input_nodes[0].name, layer.node.name
     arrays = _steps(name, steps)
-    zero, columns = f"{name}/@zero", f"{name}/@codes of {source}"
+    zero, columns = name + ZERO, f"{name}/@codes of {source}"
     filters = codes.reshape(len(codes), *shape)
     nodes = [helper.make_node("QuantizeLinear", [source, *arrays], [columns])]
     convolution = layer.node.target in CONVOLUTIONS.values()
@@ -81,6 +88,21 @@ def with_product(
         nodes.append(helper.make_node("Transpose", [last], [name], perm=[0, axes - 1, *range(1, axes - 1)]))
     graph = _with(graph, nodes, arrays)
     return replace(graph, parameters=graph.parameters | {f"{name}/@codes"})
+
+
+def with_signed_codes(parts: Sequence[Cut]) -> list[Cut]:
+    """Parts of a graph with signed codes of inputs instead of unsigned ones; none where no input is rounded."""
+    found = [
+        replace(
+            part,
+            arrays={
+                name: (array.astype(np.int16) - 128).astype(np.int8) if name.endswith(ZERO) else array
+                for name, array in part.arrays.items()
+            },
+        )
+        for part in parts
+    ]
+    return found if any(name.endswith(ZERO) for part in parts for name in part.arrays) else []
 
 
 BLOCKS = (256, 128, 64, 32)
@@ -146,7 +168,7 @@ def _columns(
 
 
 def _steps(name: str, steps: Steps) -> dict[str, Array]:
-    return {f"{name}/@step": np.array(steps.scale, np.float32), f"{name}/@zero": np.array(steps.zero, np.uint8)}
+    return {f"{name}/@step": np.array(steps.scale, np.float32), name + ZERO: np.array(steps.zero, np.uint8)}
 
 
 def _with(graph: OnnxGraph, nodes: list[onnx.NodeProto], arrays: dict[str, Array]) -> OnnxGraph:

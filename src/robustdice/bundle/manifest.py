@@ -361,7 +361,7 @@ def _check(manifest: Manifest) -> None:
     require(
         all(0 <= d < manifest.devices for failed in manifest.calibrated for d in failed), "a calibrated failure set"
     )
-    named = {part.file for part in manifest.parts} | {part.apart for part in manifest.parts if part.apart is not None}
+    named = {file for part in manifest.parts for file in part.files}
     if any(extent(part) for part in manifest.parts):
         named.add(WEIGHTS_NAME)
     require(named == set(manifest.files), "its list of files")

@@ -36,7 +36,8 @@ class Taken:
 class Model:
     """An ONNX file to be written, the bytes of the network's parameters in it, and the ``layers`` for which it takes
     more than that. ``trial`` and ``work`` are a :class:`Part`'s. ``apart`` has its weights, where they are not in it:
-    the name of their file, and its content."""
+    the name of their file, and its content. ``signed`` is the file with signed codes of inputs, if it rounds any; else
+    empty."""
 
     content: bytes
     weight_bytes: int
@@ -46,6 +47,7 @@ class Model:
     trial: tuple[tuple[float, ...], ...] = ()
     apart: tuple[str, bytes] | None = None
     work: tuple[Work, ...] = ()
+    signed: bytes = b""
 
 
 def neurons_of(shards: Sequence[Shard]) -> Neurons:

@@ -6,14 +6,16 @@ when its bundle is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from onnx import helper
 
 from robustdice.bundle.copies import Copies
 from robustdice.bundle.expected import Expected
+from robustdice.bundle.integer_graph import with_signed_codes
 from robustdice.bundle.model import Model, Neurons, Taken, neurons_of
 from robustdice.bundle.neuron_inputs import scale_name, with_scale_and_shift
 from robustdice.bundle.onnx_graph import (
@@ -125,10 +127,12 @@ class Models:
         before_tail = index not in self.regions and self.exchanged[index].value is not layer.value
         return mask_name(layer) if before_tail else None
 
-    def locals(self, stages: Sequence[StageGraph]) -> list[Model]:
+    def locals(self, stages: Sequence[StageGraph], name: str) -> list[Model]:
         """What every device computes between two exchanges, in order. What fits into memory together is one model: each
-        takes a third of a megabyte, and some time, whatever it computes."""
+        takes a third of a megabyte, and some time, whatever it computes. Files of weights have names of their own that
+        begin with ``name``."""
         every = [local for stage in stages for local in self._locals(stage)]
+        apart = (f"{name}-{number}.bin" for number in count())
         models: list[Model] = []
         at = 0
         while at < len(every):
@@ -137,10 +141,10 @@ class Models:
                 end += 1
             index = every[at].layer
             if end == at + 1 and index is not None:
-                models.extend(self._whole(index))
+                models.extend(self._whole(index, apart))
             else:
                 needed = {name for local in every[end:] for name in local.inputs} | self._needed_after(stages)
-                models.append(self._together(every[at:end], needed))
+                models.append(self._together(every[at:end], needed, next(apart)))
             at = end
         return models
 
@@ -168,7 +172,7 @@ class Models:
         exchanged = [self.exchanged[index] for index in stages[-1].layers if index in self.exchanged]
         return needed | {used.name for layer in exchanged for used in tensors_used(self.network, layer.node)}
 
-    def _together(self, parts: Sequence[_Local], needed: set[str]) -> Model:
+    def _together(self, parts: Sequence[_Local], needed: set[str], apart: str) -> Model:
         """Parts that follow each other as one model that gives those of their values that are ``needed`` behind."""
         graph, taken = self._plain, {}
         for index in (part.layer for part in parts if part.layer is not None):
@@ -197,7 +201,7 @@ class Models:
             if self.plan.split(index) == "whole" and self.network.layers[index].node.name in computed
         ]
         inputs = [*sources, *(name for name in masks if name in read)]
-        return self._model([part], inputs, outputs, results, used, work=work)
+        return self._model([part], inputs, outputs, results, used, _shared(part, apart), work)
 
     def _work(self, index: int, neurons: int, kind: str = "float32") -> Work:
         exact = "float32" if index in self.plan.activations else kind
@@ -213,7 +217,7 @@ class Models:
         given += [name for taken in self._added.values() for name in self._copies.filters(taken)]
         return cut(graph or self._graph, [*sources, *masks, *given], outputs)
 
-    def _whole(self, index: int) -> list[Model]:
+    def _whole(self, index: int, apart: Iterator[str]) -> list[Model]:
         """A layer that all hold in coarse copies: a model for each representation, and one that puts them together."""
         layer, shards = self.network.layers[index], self.plan.shards[index]
         kinds: dict[str, list[int]] = {}
@@ -221,9 +225,12 @@ class Models:
             kinds.setdefault(shard.holders[0].representation, []).extend(shard.neurons)
         if len(kinds) == 1:
             ((kind, _),) = kinds.items()
-            return [self.of_layer(index, np.arange(layer.layer.neurons), kind, "")]
+            return [self.of_layer(index, np.arange(layer.layer.neurons), kind, "", next(apart))]
         prefixes = {kind: f"{layer.layer.name}/{kind}/" for kind in kinds}
-        models = [self.of_layer(index, np.array(sorted(mine)), kind, prefixes[kind]) for kind, mine in kinds.items()]
+        models = [
+            self.of_layer(index, np.array(sorted(mine)), kind, prefixes[kind], next(apart))
+            for kind, mine in kinds.items()
+        ]
         order = np.argsort(np.concatenate([sorted(mine) for mine in kinds.values()]))
         entries = (order[:, None] * layer.features + np.arange(layer.features)).ravel()
         names, value = [prefix + layer.value.name for prefix in prefixes.values()], layer.value.name
@@ -234,8 +241,9 @@ class Models:
         together = Cut(nodes, {f"{value}/@order": entries}, frozenset())
         return [*models, self._model([together], names, [value], [self._expected.value(value)])]
 
-    def of_layer(self, index: int, neurons: Neurons, kind: str, prefix: str) -> Model:
-        """The model of some neurons of a layer from their copies of one representation."""
+    def of_layer(self, index: int, neurons: Neurons, kind: str, prefix: str, apart: str) -> Model:
+        """The model of some neurons of a layer from their copies of one representation. ``apart`` is where its weights
+        are, if there are two forms of it."""
         layer = self.network.layers[index]
         source = arguments(layer.node)[0].name
         result, work = self._expected.of_layer(index, kind, neurons), self._work(index, len(neurons), kind)
@@ -245,7 +253,8 @@ class Models:
             return self._model([part], [source], [prefix + layer.value.name], [result], taken, work=[work])
         graph, whole = self._copies.put_into(self._plain, index, neurons, kind)
         part, whole = self._in_blocks(graph, whole, prefix, layer.layer.filter_weights)
-        return self._model([part], [source], [prefix + layer.value.name], [result], [whole], work=[work])
+        outputs, shared = [prefix + layer.value.name], _shared(part, apart)
+        return self._model([part], [source], outputs, [result], [whole], shared, [work])
 
     def of_pair(self, index: int, neurons: Neurons, kind: str, prefix: str) -> Model:
         """The model of what coarse copies of some neurons of a pair's first layer add to the second one."""
@@ -361,11 +370,21 @@ class Models:
         given = [
             name for each in layers for name in (*self._copies.scale_and_shift(each.layer), *self._copies.filters(each))
         ]
-        content = make_model(cuts, [*inputs, *given], outputs, self._graph.opset, self._graph.types, apart)
+        every, graph = [*inputs, *given], self._graph
+        content, signed = (
+            make_model(form, every, outputs, graph.opset, graph.types, apart) if form else b""
+            for form in (cuts, with_signed_codes(cuts))
+        )
         weight_bytes = 0 if apart else sum(part.weight_bytes for part in cuts)
         trial = tuple(map(summary, results)) if all(np.isfinite(result).all() for result in results) else ()
         beside = (apart, weights_apart(cuts)) if apart else None
-        return Model(content, weight_bytes, tuple(inputs), tuple(outputs), tuple(layers), trial, beside, tuple(work))
+        names = tuple(inputs), tuple(outputs)
+        return Model(content, weight_bytes, *names, tuple(layers), trial, beside, tuple(work), signed)
+
+
+def _shared(part: Cut, apart: str) -> str | None:
+    """Where the weights are of a part that comes in two forms, which share them."""
+    return apart if part.weights and with_signed_codes([part]) else None
 
 
 def _handed_over(network: Network, last: NetworkLayer, region: Region) -> NetworkLayer:

@@ -368,9 +368,10 @@ def weights_apart(cuts: Sequence[Cut]) -> bytes:
 
 
 def _offsets(cuts: Sequence[Cut]) -> dict[str, int]:
-    """Where each weight lies in a file apart."""
-    sizes = {name: part.arrays[name].nbytes for part in cuts for name in part.weights}
-    names = sorted(sizes)
+    """Where each weight lies in a file apart: the widest numbers first, so that all lie where processors like them."""
+    arrays = {name: part.arrays[name] for part in cuts for name in part.weights}
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    names = sorted(sizes, key=lambda name: (-arrays[name].itemsize, name))
     return dict(zip(names, np.cumsum([0, *(sizes[name] for name in names)]).tolist(), strict=False))
 
 

@@ -128,7 +128,8 @@ class Part:
     computed a few neurons at a time, there is one such layer and one output. ``trial`` has, for every output, what it
     amounts to when the device tries its bundle at the start (:func:`robustdice.bundle.trial.summary`); empty: it is
     not tried. ``apart`` is a file of weights that the model reads where they lie: those of strips, which share them, or
-    of linear layers. ``work`` is what of the model's layers it computes: that of tails that stand alone is not counted.
+    of linear layers, or of parts that round inputs. Of these, ``signed`` is another ONNX file that gives the same with
+    signed codes. ``work`` is what of the model's layers it computes: that of tails that stand alone is not counted.
     """
 
     file: str
@@ -138,6 +139,12 @@ class Part:
     trial: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
     apart: str | None = field(default=None, kw_only=True)
     work: tuple[Work, ...] = field(default=(), kw_only=True)
+    signed: str | None = field(default=None, kw_only=True)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that it comes in."""
+        return [file for file in (self.file, self.signed, self.apart) if file is not None]
 
     @property
     def in_strips(self) -> bool:
@@ -204,6 +211,7 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
         "affine": affine,
         "trial": trial,
         "apart": None if document["apart"] is None else str(document["apart"]),
+        "signed": None if document.get("signed") is None else str(document["signed"]),
         "work": tuple(map(_parse_work, document.get("work", ()))),
     }
 

@@ -67,7 +67,7 @@ def write_bundles(
     models = Models(network, plan, graph or export_onnx(network))
     dealt = models.exchanged | models.coarse_everywhere
     stages = merged(split_into_stages(network, dict(sorted(dealt.items()))), models.exchanged)
-    locals_ = [models.locals(stage) for stage in stages]
+    locals_ = [models.locals(stage, f"stage-{number:03d}-local") for number, stage in enumerate(stages)]
     names = [f"device-{device}" for device in range(plan.devices)]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -194,14 +194,28 @@ class _Device:
             apart, content = model.apart
             if apart not in self.files:
                 self._file(apart, content, len(content))
+        signed = None
+        if model.signed:
+            signed = file.replace(".onnx", "-signed.onnx")
+            self._file(signed, model.signed, 0)
         affine = tuple(map(self._affine, model.layers))
-        return Part(file, model.inputs, model.outputs, affine=affine, trial=model.trial, apart=apart, work=model.work)
+        return Part(
+            file,
+            model.inputs,
+            model.outputs,
+            affine=affine,
+            trial=model.trial,
+            apart=apart,
+            work=model.work,
+            signed=signed,
+        )
 
     def _piece(self, shards: Sequence[tuple[int, int]], kind: str, file: str) -> Piece:
         """``shards`` are (layer, shard) pairs, of one layer unless their representation, ``kind``, is float32; or its
         strips, where it is ``rows``, or what an ``owner`` adds up."""
+        apart = Path(file).with_suffix(".bin").name
         if kind == "float32":
-            model = self.models.piece(shards, Path(file).with_suffix(".bin").name)
+            model = self.models.piece(shards, apart)
         elif kind == "rows":
             model = self.models.strips(shards[0][0], [number for _, number in shards])
         elif kind == "owner":
@@ -210,20 +224,14 @@ class _Device:
             index = shards[0][0]
             of_layer = [self.plan.exchanged_shards(index)[number] for _, number in shards]
             neurons = neurons_of(of_layer[:1] if index in self.plan.pairs else of_layer)
-            make = self.models.of_pair if index in self.plan.pairs else self.models.of_layer
-            model = make(index, neurons, kind, f"{self.plan.layers[index].name}/")
+            prefix = f"{self.plan.layers[index].name}/"
+            if index in self.plan.pairs:
+                model = self.models.of_pair(index, neurons, kind, prefix)
+            else:
+                model = self.models.of_layer(index, neurons, kind, prefix, apart)
         order = list(self.models.exchanged)
         part = self._part(model, file)
-        return Piece(
-            part.file,
-            part.inputs,
-            part.outputs,
-            tuple((order.index(layer), number) for layer, number in shards),
-            affine=part.affine,
-            trial=part.trial,
-            apart=part.apart,
-            work=part.work,
-        )
+        return Piece(shards=tuple((order.index(layer), number) for layer, number in shards), **vars(part))
 
     def _affine(self, taken: Taken) -> Affine:
         index, neurons = taken.layer, taken.neurons

@@ -151,9 +151,9 @@ class Executor:
             found, wrong = self._judge(part, values, allowed)
         if wrong:
             raise BundleError(
-                f"{part.file} computes something else here than where it was built: {wrong}. ONNX Runtime "
-                f"{onnxruntime.__version__} has a wrong kernel for this processor ({platform.machine()}); install "
-                "another version of it"
+                f"{self._sessions.file_of(part)} computes something else here than where it was built: {wrong}. ONNX "
+                f"Runtime {onnxruntime.__version__} has a wrong kernel for this processor ({platform.machine()}); "
+                "install another version of it"
             )
         if self.stands_by(part):
             self._sessions.drop(part)
@@ -168,7 +168,8 @@ class Executor:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common root below Exception
             raise BundleError(
-                f"{part.file} cannot be computed: {first_line(error)}; build the bundle again, with this version"
+                f"{self._sessions.file_of(part)} cannot be computed: {first_line(error)}; build the bundle again, with "
+                "this version"
             ) from None
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:

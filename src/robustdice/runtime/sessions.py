@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import platform
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 CPU, AUTO = "cpu", "auto"
 GPU_PROVIDERS = frozenset({"cuda", "tensorrt"})
 """Those that compute on an NVIDIA GPU."""
+SIGNED_IS_FASTER = frozenset({"aarch64", "arm64"})
+"""Processors, as Python calls them, whose instructions multiply codes of inputs by those of weights (which are signed)
+when both are signed; those of x86 want unsigned inputs, and what they do not want takes up to seven times as long."""
 _SUFFIX = "ExecutionProvider"
 _ONLY_ON_REQUEST = ("azure", "tensorrt")
 """The first computes elsewhere, the second compiles every model for minutes."""
@@ -120,6 +124,7 @@ class Sessions:
     def __init__(self, bundle: Bundle, threads: int, provider: str = CPU) -> None:
         """``provider`` as :func:`provider_named` gives it; nothing is loaded yet."""
         self._bundle, self._threads, self._provider = bundle, threads, provider
+        self._signed = platform.machine().lower() in SIGNED_IS_FASTER
         self._opened: dict[str, Any] = {}
         self._on_cpu: dict[str, str] = {}
         """Models that are computed on the CPU against the wish, and why."""
@@ -133,6 +138,10 @@ class Sessions:
         """How many of the bundle's models each provider computes."""
         files = {part.file for part in self._bundle.manifest.parts}
         return dict(Counter(CPU if file in self._on_cpu else self._provider for file in sorted(files)))
+
+    def file_of(self, part: Part) -> str:
+        """The file of a part's model that is computed here."""
+        return part.signed if part.signed is not None and self._signed else part.file
 
     def load(self, part: Part) -> Any:
         """The session of a part's model, opened if it is not; BundleError when not even the CPU can."""
@@ -181,7 +190,7 @@ class Sessions:
         say(log, text, event="on-cpu", device=device, reason=reason, level=logging.WARNING)
 
     def _open(self, part: Part) -> Any:
-        path = self._bundle.path(part.file)
+        path = self._bundle.path(self.file_of(part))
         if part.apart is not None:
             self._bundle.path(part.apart)
         if self._provider != CPU and part.file not in self._on_cpu:
@@ -190,7 +199,8 @@ class Sessions:
             except Exception as error:
                 self.move_to_cpu(part, first_line(error))
         try:
-            return open_session(path, self._threads, shares_arena=True, packs=part.apart is None or part.in_strips)
+            packs = part.apart is None or part.in_strips or part.signed is not None
+            return open_session(path, self._threads, shares_arena=True, packs=packs)
         except Exception as error:
             needs = self._bundle.manifest.needs
             stated = "" if needs is None else f" ({needs}; this is ONNX Runtime {onnxruntime.__version__})"
