@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bundles import make_plan
-from robustdice.runtime.protocol.events import Received
-from robustdice.runtime.wire.messages import Mark, Shards
+from robustdice.runtime.protocol.contact import Contact
+from robustdice.runtime.protocol.events import Received, Settings
+from robustdice.runtime.wire.messages import MOST_MARKS, Mark, Pulse, Shards
 from scenarios import Fault, Scenario, play
 from simulation import World
 
@@ -36,6 +37,24 @@ def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, se
     assert set(world.coverage()) == {1.0}
     assert max(at for at, _ in world.answers[20]) - world.sent[20] < seconds
     assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+def test_marks_go_to_who_is_there_and_are_few_until_it_says_that_something_has_come() -> None:
+    contact, settings = Contact(), Settings()
+
+    def marks(first: float, last: float) -> list[float]:
+        times = [k / 10 for k in range(round(10 * first), round(10 * last) + 1)]
+        return [now for now in times if contact.mark(settings, now) is not None]
+
+    contact.hand_over(1, 1.0)
+    contact.heard(1.0)
+    assert marks(1.1, 3.0) == [], "nothing has come from it"
+    contact.heard(8.0)
+    assert len(marks(3.1, 8.0)) == MOST_MARKS
+    contact.take_pulse(Pulse(1, 8.0, None, False, 0, 1, ()), 8.0, 0.0)
+    contact.hand_over(2, 8.0)
+    contact.heard(20.0)
+    assert marks(8.1, 20.0) == [15.1], "it took 7 seconds until it said that something had come"
 
 
 def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:
