@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from bundles import make_plan
@@ -16,8 +18,8 @@ def backoffs(faults: int, cost: float, well_seconds: float) -> list[float]:
     """Of a device that is let in as soon as it may be, is well for so long, and then costs others so many seconds."""
     membership, waits, now = Membership(0, 2, Settings()), [], 100.0
     for _ in range(faults):
-        membership.hello(1, "0", now)
         membership.connected(1)
+        membership.hello(1, "0", now)
         now = max(now, membership.peers[1].not_before)
         assert membership.admit(now)[0] == {0, 1}
         now += well_seconds + cost
@@ -60,16 +62,28 @@ def test_silence_that_nobody_waited_for_costs_nothing() -> None:
     assert peer.not_before - peer.fault_at == pytest.approx(FIRST)
 
 
-def test_what_comes_late_from_a_process_that_is_gone_does_not_let_in_the_next_one() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        lambda membership: membership.evidence(1),
+        lambda membership: membership.hello(1, "0", 2.5),
+        lambda membership: [membership.told(1, hears) for hears in (False, True)],
+    ],
+    ids=["shards", "hello", "pulses"],
+)
+def test_what_comes_late_from_a_process_that_is_gone_does_not_let_in_the_next_one(
+    words: Callable[[Membership], object],
+) -> None:
     membership = Membership(0, 2, Settings())
     membership.connected(1)
     membership.hello(1, "0", 1.0)
     assert membership.admit(1.0)[0] == {0, 1}
     assert membership.disconnected(1, 2.0)
-    membership.evidence(1)
+    words(membership)
     membership.connected(1)
     membership.evidence(1)
     assert membership.admit(3.0)[0] == {0}
+    assert membership.unknown == [1], "it is asked who it is"
     membership.hello(1, "1", 3.0)
     assert membership.admit(3.0)[0] == {0, 1}
 

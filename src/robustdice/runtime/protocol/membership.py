@@ -76,7 +76,7 @@ class Membership:
         """A peer says whether it hears this device; True, and a fault is due, when it does not and was admitted."""
         peer = self.peers[device]
         if hears and not peer.hears:
-            peer.ready = True
+            self.evidence(device)
         peer.hears = hears
         return peer.admitted and not hears
 
@@ -90,13 +90,16 @@ class Membership:
         return admitted
 
     def hello(self, device: int, incarnation: str, now: float) -> bool:
-        """A peer introduces itself, which is evidence that it is well; True when it has restarted unnoticed."""
+        """A peer introduces itself, which is evidence that it is well; True when it has restarted unnoticed. Whoever is
+        not connected may be gone; when it is connected again it is asked who it is."""
         peer = self.peers[device]
+        if not peer.connected:
+            return False
         restarted = peer.admitted and peer.incarnation not in {None, incarnation}
         if restarted:
             self.fault(device, now)
         peer.incarnation = incarnation
-        peer.ready = True
+        self.evidence(device)
         return restarted
 
     def evidence(self, device: int) -> None:
