@@ -129,6 +129,22 @@ def test_a_crash_loses_no_shard_that_has_a_live_holder(seed: int) -> None:
         assert all(answer.coverage == 1.0 for answer in survivors), f"seed {seed}: frame {number}"
 
 
+def test_who_stands_in_for_a_device_that_died_is_asked_once() -> None:
+    world = World(make_plan(5), 5, window=4)
+    asked, transmit = list[Want](), world.transmit
+
+    def see(source: int, target: int, event: Received) -> None:
+        asked.extend([event.message] if isinstance(event.message, Want) else [])
+        transmit(source, target, event)
+
+    world.transmit = see  # type: ignore[method-assign]
+    world.at(1.0035, world.crash, 0)
+    world.start_client(0.2, 1.2)
+    world.run(2.5)
+    world.check()
+    assert len(asked) == len(set(asked)) > 5
+
+
 @pytest.mark.parametrize("spares", ["hot", "standby"])
 def test_a_frozen_device_blames_nobody_and_is_back_soon(spares: str) -> None:
     world = World(make_plan(4), 5, spares)

@@ -9,6 +9,7 @@ from robustdice.runtime.protocol.contact import Contact
 from robustdice.runtime.protocol.events import Received, Settings
 from robustdice.runtime.wire.messages import MOST_MARKS, Mark, Pulse, Shards
 from scenarios import Fault, Scenario, play
+from simulated_network import Network
 from simulation import World
 
 
@@ -37,6 +38,27 @@ def test_a_lost_message_is_asked_for_before_anybody_is_suspected(losses: int, se
     assert set(world.coverage()) == {1.0}
     assert max(at for at, _ in world.answers[20]) - world.sent[20] < seconds
     assert not [text for _, _, text in world.notes if "suspect" in text]
+
+
+def test_what_was_lost_of_several_frames_is_not_asked_for_at_every_word_while_words_take_long() -> None:
+    world = World(make_plan(3), 1, network=Network(delay=0.1, reordering=False), window=6)
+    world.interval, world.timeout_seconds = 0.02, 6.0
+    lost, transmit = set[int](), world.transmit
+
+    def lose_first(source: int, target: int, event: Received) -> None:
+        message = event.message
+        number = message.frame.number if isinstance(message, Shards) and message.stage == 1 else -1
+        if (source, target) == (0, 2) and 6 <= number < 12 and number not in lost:
+            lost.add(number)
+        else:
+            transmit(source, target, event)
+
+    world.transmit = lose_first  # type: ignore[method-assign]
+    world.start_client(0.2, 3.0)
+    world.run(9.0)
+    world.check()
+    assert set(world.coverage()) == {1.0}
+    assert len(lost) <= world.wants <= 8 * len(lost), "three devices wait for each, and some wait long"
 
 
 def test_marks_go_to_who_is_there_and_are_few_until_it_says_that_something_has_come() -> None:
