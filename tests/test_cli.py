@@ -10,13 +10,16 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from typer.models import OptionInfo
 
 from commands import COMMAND, fails, run, run_json
+from robustdice.cli.app import app
 from robustdice.model.digits import digits
 from robustdice.plan import Plan
 from robustdice.report.tables import plan_json
@@ -57,6 +60,20 @@ def running(work: Path) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
+
+
+def test_no_option_is_left_for_its_metavar_to_name() -> None:
+    """Some versions of typer that are allowed call an option --DATA whose metavar is that, unless its name is said."""
+    commands = [command.callback for command in app.registered_commands if command.callback is not None]
+    hints = [hint for command in commands for hint in get_type_hints(command, include_extras=True).items()]
+    found = [
+        (name, option.default)  # of an annotation that is where a name stands
+        for name, hint in hints
+        for option in getattr(hint, "__metadata__", ())
+        if isinstance(option, OptionInfo) and option.metavar and option.metavar.lower() == name
+    ]
+    assert ("data", "--data") in found
+    assert all(isinstance(said, str) for _, said in found), found
 
 
 def test_build_takes_a_host_for_each_device_and_keeps_what_is_there(work: Path, tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ Classes = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="names of the classes in the order of the outputs, one a line"),
 ]
-Data = Annotated[str, typer.Option(metavar="DATA", help="a folder or zip file with class folders, or 'digits'")]
+# A metavar that is the option's own name in capitals changes the name in some versions of typer (0.27): it is said.
+Data = Annotated[
+    str, typer.Option("--data", metavar="DATA", help="a folder or zip file with class folders, or 'digits'")
+]
 Images = Annotated[
     str, typer.Option("--data", metavar="DATA", help="a folder or zip file of images, or one, or 'digits'; no labels")
 ]

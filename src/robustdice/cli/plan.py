@@ -139,7 +139,8 @@ def plan(
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="what 'robustdice score' wrote")] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="unlabelled images to score with, and to round coarse copies by")
+        str | None,
+        typer.Option("--data", metavar="DATA", help="unlabelled images to score with, and to round coarse copies by"),
     ] = None,
     use: Use = "s1,s2,s3",
     s3: S3 = "auto",
