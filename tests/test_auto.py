@@ -9,10 +9,11 @@ import torch
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
 from robustdice import auto
-from robustdice.auto import Candidate, affordable, agreement, best_first, candidates, tabulate
+from robustdice.auto import Candidate, affordable, best_first, candidates, tabulate
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.profile import TYPICAL
 from robustdice.errors import PlanError
+from robustdice.failure.agreement import agreement, answers
 from robustdice.importance.divergence import kullback_leibler
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
@@ -88,7 +89,8 @@ def test_an_answer_that_has_lost_all_classes_costs_much_and_agrees_with_nothing(
     plan = rd.partition(network, devices=2, method="lop")
     last = (*plan.shards[:-1], (Shard(tuple(range(plan.layers[-1].neurons)), (Holder(0),)),))
     alone = replace(plan, shards=last)  # without device 0 there is no answer at all
-    assert agreement(network, alone, random_images(16, (1, 8, 8)), 1)[1] == 0.0
+    images = random_images(16, (1, 8, 8))
+    assert agreement(network, alone, images, answers(network, images), 1)[0][1] == 0.0
 
 
 def test_devices_with_more_room_hold_more_and_equal_amounts_are_one_amount() -> None:

@@ -55,7 +55,7 @@ def test_later_columns_make_up_for_earlier_ones(kind: str) -> None:
         steps = best_scales(filters, kind, 20).expand(-1, 20)
         lost += (
             loss(filters, to_levels(filters, steps, kind) * steps, inputs),
-            loss(filters, gptq(filters, Curvature.of(inputs), steps, kind) * steps, inputs),
+            loss(filters, gptq(filters, Curvature.of(inputs), steps, torch.arange(20), kind) * steps, inputs),
         )
     assert lost[1] < 0.7 * lost[0]
 
@@ -74,7 +74,7 @@ def test_few_inputs_say_the_same_by_themselves_and_by_their_second_moments(
     torch.testing.assert_close(*solved, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(few @ solved[0].T, wanted, rtol=0.1, atol=0.1 * float(wanted.std()))
     steps = best_scales(filters, "int3", weights).expand(-1, weights)
-    by_each = [gptq(filters, curvature, steps, "int3") * steps for curvature in curvatures]
+    by_each = [gptq(filters, curvature, steps, torch.arange(weights), "int3") * steps for curvature in curvatures]
     losses = [loss(filters, values, few) for values in by_each]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] < 0.5 * loss(filters, to_levels(filters, steps, "int3") * steps, few)
@@ -91,7 +91,7 @@ def test_gptq_comes_near_the_best_of_all_codes() -> None:
         losses = torch.einsum("nek,kl,nel->ne", difference, damped(inputs.T @ inputs / 64), difference)
         of_seed = float(losses.min(1).values.sum())
         best += of_seed
-        by_gptq = loss(filters, gptq(filters, Curvature.of(inputs), steps, "int3") * steps, inputs)
+        by_gptq = loss(filters, gptq(filters, Curvature.of(inputs), steps, torch.arange(4), "int3") * steps, inputs)
         assert by_gptq >= of_seed * 0.9999
         found += by_gptq
         nearest += loss(filters, to_levels(filters, steps, "int3") * steps, inputs)

@@ -6,27 +6,27 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
+from robustdice.failure.agreement import agreement, answers
 from robustdice.failure.calibrate import calibrate
-from robustdice.failure.copies import Copies, intact, state_of
-from robustdice.failure.evaluate import images_at_once
-from robustdice.failure.passes import run_under
+from robustdice.failure.copies import Copies
+from robustdice.failure.matching import Targets, targets_of
 from robustdice.failure.sensitivity import Sensitivity, measure
 from robustdice.importance.score import forward_macs, score
 from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
-from robustdice.model.network import Network, on_best_device
+from robustdice.model.network import Network
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.partitioning.budget import share_of
-from robustdice.plan import FailureSet, Layer, Plan, check_max_failed, failure_sets
+from robustdice.plan import Layer, Plan, check_max_failed
 from robustdice.progress import Progress, part, silent
 from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
 from robustdice.rounding.layer import Choice
-from robustdice.rounding.network import round_network
+from robustdice.rounding.network import Coarse, IntactInputs, Wanted, round_network, round_together
 
 TABLE_IMAGES = 64
 """Enough to tell what one layer's choices cost."""
@@ -100,6 +100,22 @@ class Table:
         chosen = self.importance.select(("s3",)) if "s3" in known else self.importance
         return [normalise(scores).mean(1) for scores in chosen.scores]
 
+    @cached_property
+    def inputs(self) -> IntactInputs:
+        """What plans are rounded by, of all images."""
+        return IntactInputs(self.network, range(len(self.network.layers)), self.images)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """What plans are corrected towards, of all images."""
+        return targets_of(self.network, Copies(self.network, {}), self.images)
+
+    @cached_property
+    def trial(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The images on which candidates are compared, and how the intact network answers them."""
+        images = affordable(self.network, self.images, TRIAL_IMAGES)
+        return images, answers(self.network, images)
+
 
 def tabulate(
     network: Network,
@@ -152,14 +168,16 @@ def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> ND
     return images[np.arange(chosen) * len(images) // chosen] if chosen < len(images) else images
 
 
-def candidates(table: Table, budget: int | Sequence[int], on_progress: Progress = silent) -> list[Candidate]:
+def candidates(
+    table: Table, budget: int | Sequence[int], on_progress: Progress = silent, *, to_the_end: bool = True
+) -> list[Candidate]:
     """Plans that keep to ``budget`` (bytes on each device: one number for all, or one for each) and are made for the
     table's number of failed devices, the best first.
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
     everywhere, with every number of failures counted the same (``even``) or small ones first (``early``); *fine first*
-    are those whose spares may be coarser than their primaries, which is for few failures too. PlanError when nothing
-    fits.
+    are those whose spares may be coarser than their primaries, which is for few failures too. Unless all are to be
+    measured ``to_the_end``, that stops where another one is sure to keep more. PlanError when nothing fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
@@ -174,21 +192,35 @@ def candidates(table: Table, budget: int | Sequence[int], on_progress: Progress 
         "fine first, everywhere": (whole, FINE_FIRST, early),
         "fine first, spread": (offered, FINE_FIRST, early),
     }
-    found: list[Candidate] = []
-    tried: list[list[Kept]] = []
-    for number, (family, (spreads, kinds, weights)) in enumerate(families.items()):
-        on_progress(number, len(families))
+    chosen: dict[str, tuple[list[Kept], Rooms]] = {}
+    for family, (spreads, kinds, weights) in families.items():
         try:
             kept, rooms = choose(table, spreads, kinds, weights, budgets)
         except PlanError:
             if spreads is whole:
                 continue
             kept, rooms = choose(table, [*spreads, *_thin(table.devices)], kinds, weights, budgets)
-        if kept in tried:
-            continue
-        tried.append(kept)
-        found.append(tried_out(table, family, _made(table, kept, rooms), budgets))
+        if all(kept != other for other, _ in chosen.values()):
+            chosen[family] = kept, rooms
+    coarse = round_together(
+        table.network,
+        [_wanted(kept) for kept, _ in chosen.values()],
+        table.images,
+        table.inputs,
+        part(on_progress, 0, 0.5),
+    )
+    found: list[Candidate] = []
+    for (family, of_family), rounded in zip(chosen.items(), coarse, strict=True):
+        on_progress(len(chosen) + len(found), 2 * len(chosen))
+        least = -1.0 if to_the_end else most(found)
+        found.append(tried_out(table, family, _made(table, *of_family, rounded), budgets, least))
     return best_first(found)
+
+
+def _wanted(kept: Sequence[Kept]) -> Wanted:
+    """The coarse weights that layers need which are kept so."""
+    kinds = {index: [kind for kind in dict.fromkeys(of.kinds) if kind != "float32"] for index, of in enumerate(kept)}
+    return {index: list(map(Choice, of_layer)) for index, of_layer in kinds.items() if of_layer}
 
 
 def best_first(found: Sequence[Candidate]) -> list[Candidate]:
@@ -196,12 +228,17 @@ def best_first(found: Sequence[Candidate]) -> list[Candidate]:
     return sorted(found, key=lambda candidate: (-candidate.merit, candidate.plan.exchanged_activations))
 
 
-def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int]) -> Candidate:
-    """The plan with what it keeps, where it fits."""
+def most(found: Sequence[Candidate]) -> float:
+    """What the best of them is worth."""
+    return max((each.merit for each in found), default=-1.0)
+
+
+def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int], to_beat: float = -1.0) -> Candidate:
+    """The plan with what it keeps, where it fits; on fewer images if it is sure to be worth less than ``to_beat``."""
     if any(held > allowed for held, allowed in zip(plan.bytes_per_device, budgets, strict=True)):
         return Candidate(family, plan)
-    seen = affordable(table.network, table.images, TRIAL_IMAGES)
-    return Candidate(family, plan, agreement(table.network, plan, seen, table.survive), len(seen))
+    images, right = table.trial
+    return Candidate(family, plan, *agreement(table.network, plan, images, right, table.survive, to_beat))
 
 
 def choose(
@@ -270,26 +307,6 @@ def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:
     return int(np.ceil((held * scale).max()))
 
 
-def agreement(network: Network, plan: Plan, images: NDArray[np.float32], survive: int) -> tuple[float, ...]:
-    """The share of ``images`` that the plan answers as the intact network does: in the worst failure set of 0, 1, ...,
-    ``survive`` devices."""
-    sets: list[FailureSet] = [f for size in range(survive + 1) for f in failure_sets(plan.devices, size)]
-    states = {failed: state_of(plan, failed) for failed in sets}
-    different = list({state.key: state for state in states.values()}.values())
-    right = np.zeros(len(different))
-    at_once = images_at_once(network)
-    for start in range(0, len(images), at_once):
-        batch = on_best_device(torch.from_numpy(images[start : start + at_once]))
-        (exact,) = run_under(network, batch, [intact(network)], Copies(network, {}))
-        for number, scores in enumerate(run_under(network, batch, different, Copies.of(network, plan))):
-            answered = scores.isfinite().any(1)
-            right[number] += int((answered & (scores.argmax(1) == exact.argmax(1))).sum())
-    by_key = {state.key: count / len(images) for state, count in zip(different, right, strict=True)}
-    return tuple(
-        min(by_key[states[failed].key] for failed in sets if len(failed) == size) for size in range(survive + 1)
-    )
-
-
 def _spreads(devices: int) -> list[Spread]:
     """What is worth considering: neurons on all devices, on three quarters or half of them, or the decisive on all;
     the one that takes most bytes first, that which takes least last."""
@@ -331,11 +348,9 @@ def _held(
     return everywhere, rest
 
 
-def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
-    """The plan with its coarse weights and corrections."""
+def _made(table: Table, kept: Sequence[Kept], rooms: Rooms, coarse: Coarse) -> Plan:
+    """The plan with its ``coarse`` weights, and corrections."""
     network, devices, images, survive = table.network, table.devices, table.images, table.survive
-    kinds = {i: [kind for kind in dict.fromkeys(of.kinds) if kind != "float32"] for i, of in enumerate(kept)}
-    wanted = {i: list(map(Choice, of_layer)) for i, of_layer in kinds.items() if of_layer}
     plan = Plan(
         devices=devices,
         layers=network.plan_layers,
@@ -354,7 +369,9 @@ def _made(table: Table, kept: Sequence[Kept], rooms: Rooms) -> Plan:
             "spare_precision": [of.kinds[1] for of in kept],
             "images": len(images),
         },
-        coarse=round_network(network, wanted, images),
+        coarse=coarse,
         wire=table.wire,
     )
-    return replace(plan, corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True))
+    return replace(
+        plan, corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True, targets=table.targets)
+    )

@@ -142,5 +142,7 @@ def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) ->
             corrections={},
             settings={**plan.settings, "split": split},
         )
-        corrections = calibrate(network, divided, table.images, max_failed=table.survive, lost_only=True)
+        corrections = calibrate(
+            network, divided, table.images, max_failed=table.survive, lost_only=True, targets=table.targets
+        )
         yield f"{family}, {split}", replace(divided, corrections=corrections)

@@ -95,8 +95,11 @@ class CoarseFilter:
         if self.representation == "float16":
             return np.asarray(self.codes, np.float32)
         levels = self.codes.astype(np.float32) + np.float32(code_offset(self.representation))
-        wide = np.repeat(self.scales.astype(np.float32), self.group, axis=1)[:, : levels.shape[1]]
-        return np.asarray(levels * wide, np.float32)
+        wide = self.scales.astype(np.float32)
+        if wide.shape[1] > 1:
+            wide = np.repeat(wide, self.group, axis=1)[:, : levels.shape[1]]
+        levels *= wide
+        return levels
 
     @property
     def neuron_bytes(self) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, Candidate, Table, tried_out
+from robustdice.auto import MEASURED, Candidate, Table, most, tried_out
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
 from robustdice.partitioning.paired import kinds_with_pairs
@@ -15,28 +15,35 @@ from robustdice.plan import Plan
 from robustdice.progress import Progress, silent
 from robustdice.representation import REPRESENTATIONS, CoarseLayer, neuron_bytes
 from robustdice.rounding.layer import Choice
-from robustdice.rounding.network import round_network
+from robustdice.rounding.network import round_network, round_together
 from robustdice.splits import NO_SPLITS, Splits
 
 Coarse = dict[tuple[int, str], CoarseLayer]
 
 
-def rivals(table: Table, budgets: Sequence[int], on_progress: Progress = silent) -> list[Candidate]:
+def rivals(
+    table: Table, budgets: Sequence[int], on_progress: Progress = silent, to_beat: float | None = None
+) -> list[Candidate]:
     """Whole copies in one representation, the finest that fits, rounded to the nearest and by GPTQ; the paper's method
     and plain slices in float32 and in 8 bits; coded slices. Those that do not fit into ``budgets`` (bytes of each
-    device) are made as small as they can be, for what they would need."""
+    device) are made as small as they can be, for what they would need. ``to_beat`` as for :func:`try_all`."""
     made = [*_whole(table, budgets), *_partitioned(table, budgets)]
-    return try_all(table, made, budgets, on_progress)
+    return try_all(table, made, budgets, on_progress, to_beat)
 
 
 def try_all(
-    table: Table, made: Sequence[tuple[str, Plan]], budgets: Sequence[int], on_progress: Progress = silent
+    table: Table,
+    made: Sequence[tuple[str, Plan]],
+    budgets: Sequence[int],
+    on_progress: Progress = silent,
+    to_beat: float | None = None,
 ) -> list[Candidate]:
-    """Plans, each with its family, one after another."""
+    """Plans, each with its family, one after another; with something ``to_beat``, or more, only as long as they may."""
     found: list[Candidate] = []
     for family, plan in made:
         on_progress(len(found), len(made))
-        found.append(tried_out(table, family, plan, budgets))
+        least = -1.0 if to_beat is None else max(to_beat, most(found))
+        found.append(tried_out(table, family, plan, budgets, least))
     return found
 
 
@@ -55,8 +62,10 @@ def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
     yield f"whole, {kind} to the nearest", nearest
     if kind in MEASURED:
         fits = held(kind) <= min(budgets)
-        fitted = replace(nearest, coarse=round_network(network, wanted, table.images)) if fits else nearest
-        yield f"whole, {kind} by GPTQ", fitted
+        if fits:
+            (coarse,) = round_together(network, [wanted], table.images, table.inputs)
+            nearest = replace(nearest, coarse=coarse)
+        yield f"whole, {kind} by GPTQ", nearest
 
 
 def _partitioned(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:

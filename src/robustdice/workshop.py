@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import Candidate, Table, best_first, candidates, tabulate
+from robustdice.auto import Candidate, Table, best_first, candidates, most, tabulate
 from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
@@ -197,8 +197,8 @@ def choose_from(
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
     if purpose is None:
-        made = candidates(table, budgets, part(on_progress, 0, 0.8))
-        found = best_first([*made, *rivals(table, budgets, part(on_progress, 0.8, 1))])
+        made = candidates(table, budgets, part(on_progress, 0, 0.8), to_the_end=False)
+        found = best_first([*made, *rivals(table, budgets, part(on_progress, 0.8, 1), most(made))])
     else:
         found = considered_for(purpose, table, budgets, on_progress)
     if not found[0].fits:

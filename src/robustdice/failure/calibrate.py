@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.failure.copies import Copies, state_of
-from robustdice.failure.matching import Corrections, fit
+from robustdice.failure.matching import Corrections, Targets, fit
 from robustdice.failure.refine import Refiner
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network
@@ -30,13 +30,15 @@ def calibrate(
     lost_only: bool = False,
     passes: int = 0,
     seed: int = 0,
+    targets: Targets | None = None,
     on_progress: Progress = silent,
 ) -> dict[FailureSet, Corrections]:
     """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it
     computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height, width], a
     few hundred). With ``lost_only`` not for sets in which all neurons are there, if only from coarser spares. What the
     plan's own corrections are does not matter. Gradient descent goes over the images ``passes``
-    times for each of them, in an order drawn with ``seed``. PlanError when the plan is of another model.
+    times for each of them, in an order drawn with ``seed``. ``targets`` as for
+    :func:`robustdice.failure.matching.fit`. PlanError when the plan is of another model.
     """
     check_plan_fits(network, plan)
     check_max_failed(plan.devices, max_failed)
@@ -53,7 +55,8 @@ def calibrate(
     copies, different = Copies.of(network, plan), [states[same[0]] for same in wanted.values()]
     refiner = Refiner.of(network, copies, images) if passes and different else None
     groups = list(wanted.values())
-    for done, (number, corrections, _) in enumerate(fit(network, copies, base, different, images), start=1):
+    fitted = fit(network, copies, base, different, images, targets)
+    for done, (number, corrections, _) in enumerate(fitted, start=1):
         if refiner is not None:
             corrections = refiner.refined(replace(different[number], corrections=corrections), passes, seed)  # noqa: PLW2901
         found |= dict.fromkeys(groups[number], corrections)

@@ -27,21 +27,35 @@ MAX_GAIN = 8.0
 Corrections = tuple[Correction | None, ...]
 """Of every layer; None where nothing is to be corrected."""
 
+Statistics = tuple[torch.Tensor, torch.Tensor]
+"""Every neuron's mean and standard deviation, [neurons] each."""
+
+Targets = Mapping[int, Statistics]
+"""Of every layer, by its position."""
+
 
 def fit(
-    network: Network, copies: Copies, base: State, states: Sequence[State], images: NDArray[np.float32]
+    network: Network,
+    copies: Copies,
+    base: State,
+    states: Sequence[State],
+    images: NDArray[np.float32],
+    targets: Targets | None = None,
 ) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
     """For each of ``states``, as they get done: its position, its corrections, and the class scores [n, outputs] that
     it then gives for ``images``. Layers before the first in which a state differs from ``base`` have no correction.
+    ``targets`` are :func:`targets_of` these images, where they are known.
     """
-    first = together(network, images)
+    if states:
+        with torch.no_grad():
+            known = targets_of(network, copies, images) if targets is None else targets
+            yield from Pass(network, copies, base).branches(together(network, images), states, known)
+
+
+def targets_of(network: Network, copies: Copies, images: NDArray[np.float32]) -> Targets:
+    """What every layer of the intact network gives for ``images``."""
     with torch.no_grad():
-        targets = dict(Pass(network, copies, intact(network)).statistics(first))
-        yield from Pass(network, copies, base).branches(first, states, targets)
-
-
-Statistics = tuple[torch.Tensor, torch.Tensor]
-"""Every neuron's mean and standard deviation, [neurons] each."""
+        return dict(Pass(network, copies, intact(network)).statistics(together(network, images)))
 
 
 def _statistics(layer: NetworkLayer, value: torch.Tensor) -> Statistics:
@@ -87,7 +101,7 @@ class Pass:
             self.after(node, values, left)
 
     def branches(
-        self, images: torch.Tensor, states: Sequence[State], targets: Mapping[int, Statistics]
+        self, images: torch.Tensor, states: Sequence[State], targets: Targets
     ) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
         """Runs ``states`` from the layers on in which they first differ from the pass's own."""
         firsts: dict[int, list[int]] = {}
@@ -101,10 +115,12 @@ class Pass:
         values = self.start(images)
         left = Counter(used for node in self.nodes for used in node.all_input_nodes)
         for at, node in enumerate(self.nodes):
-            for number in firsts.get(self.starts.get(node, -1), []):
+            for number in firsts.pop(self.starts.get(node, -1), []):
                 branch = Pass(self.network, self.copies, states[number])
                 corrections, scores = branch._corrected(at, dict(values), left.copy(), self.state, targets)
                 yield number, corrections, scores
+            if not firsts:
+                return
             self.compute(node, values)
             self.after(node, values, left)
 
@@ -114,7 +130,7 @@ class Pass:
         values: dict[fx.Node, Any],
         left: Counter[fx.Node],
         base: State,
-        targets: Mapping[int, Statistics],
+        targets: Targets,
     ) -> tuple[Corrections, torch.Tensor]:
         found: list[Correction | None] = [None] * len(self.network.layers)
         for node in self.nodes[start:]:

@@ -35,6 +35,7 @@ def considered_json(considered: Sequence[Candidate], judge: Judge) -> list[dict[
                 "modelled_speedup": costs.speedup,
                 "frames_per_second": modelled.frames_per_second,
                 "latency_seconds": modelled.latency_seconds,
+                "images": each.images,
                 "agreement": {str(size): share for size, share in enumerate(each.agreement)},
             }
         )
@@ -62,14 +63,17 @@ def considered_table(considered: Sequence[Candidate], judge: Judge) -> Sheet:
     for each in considered:
         costs = costs_of(each.plan)
         memory = percent(each.plan.memory_share)
+        family = each.family
+        if each.fits and each.images < considered[0].images:
+            family += f" (seen to be worse on {each.images})"
         if each.fits:
             exchanges = "none" if costs.frame_parallel else f"{costs.exchanges}"
             modelled = predict(each.plan, judge.profile, judge.link)
             figures = (percent(costs.compute_share), exchanges, f"{costs.exchanged_bytes / 1e3:.1f}")
             speed = (f"{modelled.frames_per_second:.3g}", f"{1e3 * modelled.latency_seconds:.3g}")
-            table.add_row(each.family, *map(percent, each.agreement), memory, *figures, *speed)
+            table.add_row(family, *map(percent, each.agreement), memory, *figures, *speed)
         else:
-            table.add_row(each.family, *("" for _ in sizes), f"needs {memory}")
+            table.add_row(family, *("" for _ in sizes), f"needs {memory}")
     return table
 
 

@@ -11,12 +11,15 @@ BLOCK = 64
 """Columns whose effect on all later ones is added up before it is applied."""
 
 
-def gptq(weights: torch.Tensor, curvature: Curvature, scales: torch.Tensor, kind: str) -> torch.Tensor:
+def gptq(
+    weights: torch.Tensor, curvature: Curvature, scales: torch.Tensor, groups: torch.Tensor, kind: str
+) -> torch.Tensor:
     """Levels [neurons, K] for ``weights`` (float32 [neurons, K]) with little error in what they give for inputs of this
-    ``curvature``. ``scales`` [neurons, K] are each weight's."""
+    ``curvature``. ``scales`` [neurons, groups] are those of groups of weights, ``groups`` [K] which one each is in."""
     order = curvature.order
     # Weights of one column follow each other in memory: columns are what is worked on.
-    left, steps = weights.T[order].contiguous(), scales.T[order].contiguous()
+    left, scales = weights[:, order].T.contiguous(), scales.T.contiguous()
+    steps = [scales[group] for group in groups[order].tolist()]
     levels = torch.empty_like(left)
     carried = curvature.nothing(len(weights))
     for start in range(0, len(left), BLOCK):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Intact:
+    """What a layer sees in the intact network: the ``mean`` of what its filters are multiplied with, [groups, K], and
+    for each of their blocks (:func:`_blocks`) what they give for it, ``answers`` [columns, neurons], float32."""
+
+    mean: torch.Tensor
+    answers: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, filters: torch.Tensor, seen: torch.Tensor) -> Intact:
+        """Of ``filters`` [neurons, K] that are multiplied with ``seen``, [groups, columns, K]."""
+        return cls(
+            seen.mean(1),
+            tuple(seen[number, :, at] @ filters[rows, at].T for number, rows, at in _blocks(filters, seen)),
+        )
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a layer's filters are multiplied with, float32 [groups, columns, K]: really (``own``), behind coarse
-    predecessors, and in the intact network (``intact``)."""
+    predecessors; and what is to come out, as in the intact network."""
 
     own: torch.Tensor
-    intact: torch.Tensor
+    intact: Intact
 
 
 @dataclass(frozen=True)
@@ -68,25 +85,30 @@ def target(filters: torch.Tensor, seen: Seen | None) -> Target:
     """The target of ``filters`` [neurons, K] on what they see."""
     if seen is None:
         return Target(filters)
-    neurons, weights = filters.shape
-    each = neurons // len(seen.own)
-    parts = []
-    for number, (own, intact) in enumerate(zip(seen.own, seen.intact, strict=True)):
-        rows = slice(number * each, (number + 1) * each)
-        at_once = weights if FEW * len(own) <= weights else MAX_BLOCK
-        for start in range(0, weights, at_once):
-            block = slice(start, min(start + at_once, weights))
-            parts.append(_part(filters[rows, block], rows, block, own[:, block], intact[:, block]))
-    means = [side.mean(1).repeat_interleave(each, 0) for side in (seen.own, seen.intact)]
+    parts = [
+        _part(filters[rows, block], rows, block, seen.own[number, :, block], answers)
+        for (number, rows, block), answers in zip(_blocks(filters, seen.own), seen.intact.answers, strict=True)
+    ]
+    means = [side.repeat_interleave(len(filters) // len(seen.own), 0) for side in (seen.own.mean(1), seen.intact.mean)]
     return Target(filters, tuple(parts), *means)
 
 
-def _part(filters: torch.Tensor, rows: slice, block: slice, own: torch.Tensor, intact: torch.Tensor) -> Part:
-    """``wanted`` are the filters that give on ``own`` inputs [columns, K] what ``filters`` give on the intact ones, as
-    nearly as least squares can, drawn a little towards ``filters``: earlier layers' coarseness is made up for before
-    rounding adds to it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
+def _blocks(filters: torch.Tensor, seen: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """The blocks in which ``filters`` [neurons, K] that are multiplied with ``seen`` [groups, columns, K] are rounded:
+    the group, and its neurons and weights."""
+    groups, columns, weights = seen.shape
+    each, at_once = len(filters) // groups, weights if FEW * columns <= weights else MAX_BLOCK
+    for number in range(groups):
+        for start in range(0, weights, at_once):
+            yield number, slice(number * each, (number + 1) * each), slice(start, min(start + at_once, weights))
+
+
+def _part(filters: torch.Tensor, rows: slice, block: slice, own: torch.Tensor, answers: torch.Tensor) -> Part:
+    """``wanted`` are the filters that give on ``own`` inputs [columns, K] the ``answers`` of ``filters`` on the intact
+    ones, as nearly as least squares can, drawn a little towards ``filters``: earlier layers' coarseness is made up for
+    before rounding adds to it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
     curvature = Curvature.of(own)
-    wanted = filters + curvature.solve(intact @ filters.T - own @ filters.T)
+    wanted = filters + curvature.solve(answers - own @ filters.T)
     return Part(rows, block, wanted, own.square().mean(0), curvature)
 
 
@@ -125,10 +147,11 @@ def _rounded(target: Target, choice: Choice) -> tuple[CoarseFilter, torch.Tensor
         wanted[part.rows, part.block] = part.wanted
         importance[part.rows, part.block] = part.importance
     scales = best_scales(wanted, kind, group, importance)
-    steps = scales.repeat_interleave(group, 1)[:, :weights]
-    levels = torch.empty_like(filters) if target.parts else to_levels(filters, steps, kind)
+    groups = torch.arange(weights) // group
+    levels = torch.empty_like(filters) if target.parts else to_levels(filters, scales[:, groups], kind)
     for part in target.parts:
-        levels[part.rows, part.block] = gptq(part.wanted, part.curvature, steps[part.rows, part.block], kind)
+        of_part = scales[part.rows], groups[part.block]
+        levels[part.rows, part.block] = gptq(part.wanted, part.curvature, *of_part, kind)
     codes = (levels - code_offset(kind)).to(torch.int8).numpy()
     found = CoarseFilter(kind, codes, as_float16(scales).numpy().astype(np.float16), group)
     return found, torch.from_numpy(found.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from robustdice.representation import code_offset, code_range
@@ -12,6 +14,8 @@ NORM = 2.4
 """The power of a weight's error that is summed up: between squares and the largest (BRECQ's choice)."""
 ENOUGH = 4096
 """Weights of a group that say what scale is best; of more, some are looked at, at even distances."""
+AT_ONCE = 2**18
+"""Weights that are looked at together: what is worked out of them stays in a processor's cache."""
 _SMALLEST = 2.0**-24
 """The least positive float16."""
 
@@ -35,17 +39,23 @@ def best_scales(weights: torch.Tensor, kind: str, group: int, importance: torch.
     widest = parts.abs().amax(2, keepdim=True) / (high + code_offset(kind))
     every = max(1, parts.shape[2] // ENOUGH)
     parts, weigh = parts[:, :, ::every].contiguous(), weigh[:, :, ::every]
+    neurons = max(1, AT_ONCE // max(1, parts[0].numel())) if len(parts) else 1
+    found = map(partial(_best, kind), *(torch.split(each, neurons) for each in (parts, weigh, widest)))
+    return as_float16(torch.cat(list(found)))[:, :, 0]
+
+
+def _best(kind: str, parts: torch.Tensor, weigh: torch.Tensor, widest: torch.Tensor) -> torch.Tensor:
     best = torch.full(widest.shape, torch.inf)
     scales = widest.clone()
     for shrink in torch.linspace(1.0, 0.2, SHRINKS).tolist():
         tried = as_float16(widest * shrink)
-        away = (to_levels(parts, tried, kind) * tried - parts).abs()
+        away = to_levels(parts, tried, kind).mul_(tried).sub_(parts).abs_()
         away = away.log2_().mul_(NORM).exp2_()  # the power, in a quarter of the time
-        error = (away * weigh).sum(2, keepdim=True)
+        error = away.mul_(weigh).sum(2, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, tried, scales)
-    return as_float16(scales)[:, :, 0]
+    return scales
 
 
 def as_float16(scales: torch.Tensor) -> torch.Tensor:
