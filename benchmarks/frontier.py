@@ -40,7 +40,7 @@ from robustdice.model.network import Network
 from robustdice.plan import Plan
 from robustdice.plan.certificate import wilson
 from robustdice.provenance import commit, processor
-from robustdice.representation import ROUNDING_SAMPLES
+from robustdice.representation import ROUNDING_SAMPLES, TRIAL_SAMPLES
 from robustdice.workshop import choose_from
 
 WORK = Path(__file__).parents[1] / "build" / "frontier"
@@ -118,14 +118,18 @@ def _text(budget: float | None) -> str:
 
 
 def autos(
-    network: Network, images: NDArray[np.float32], more: NDArray[np.float32], budgets: tuple[float, ...]
+    network: Network,
+    images: NDArray[np.float32],
+    others: NDArray[np.float32] | None,
+    more: NDArray[np.float32],
+    budgets: tuple[float, ...],
 ) -> Iterator[Entry]:
     """What ``plan --method auto`` answers with, for any number of failures and with ``--survive`` for fewer; where
     something can be lost, also what ``calibrate --passes`` makes of the first with ``more`` images."""
 
     @cache
     def table() -> Table:
-        return tabulate(network, images, devices=DEVICES)
+        return tabulate(network, images, devices=DEVICES, others=others)
 
     @cache
     def answer(budget: float, survive: int = DEVICES - 1) -> Plan:
@@ -249,16 +253,13 @@ def main() -> None:
             memory += residents(subject, network, options.work)
             write_csv(options.out / "resident.csv", memory)
             continue
-        train = rd.load_data(
-            str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
-        ).sample(ROUNDING_SAMPLES)
-        more = rd.load_data(
-            str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False
-        ).sample(REFINED_WITH)
+        every = rd.load_data(str(subject.train), network.preprocessing, network.outputs, split="train", labelled=False)
+        train, others = every.sample(ROUNDING_SAMPLES + TRIAL_SAMPLES).divide(ROUNDING_SAMPLES)
+        more = every.sample(REFINED_WITH)
         test = rd.load_data(str(subject.test), network.preprocessing, network.outputs).sample(options.images)
         images = train.images()
         entries = [
-            *autos(network, images, more.images(), budgets),
+            *autos(network, images, others.images() if len(others) else None, more.images(), budgets),
             *Competitors(network, images, DEVICES, budgets).entries(),
         ]
         for entry in entries:

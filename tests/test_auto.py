@@ -139,6 +139,27 @@ def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None
     assert families["whole, int8 by GPTQ"].merit > 0.95
 
 
+def test_plans_are_made_with_some_images_and_compared_on_others_where_there_are_enough() -> None:
+    network, budget = shared_network(Plain, 1, 8, 8), 0.25
+    images, others = random_images(24, (1, 8, 8)), 3 * random_images(auto.FEWEST_UNSEEN, (1, 8, 8))
+    table, alone = (tabulate(network, images, devices=3, survive=1, others=of) for of in (others, None))
+    np.testing.assert_array_equal(table.trial[0], others)
+    found, same = (choose_from(each, budget) for each in (table, alone))
+    assert {each.plan.digest for each in found} == {each.plan.digest for each in same}  # nothing is fitted to them
+    assert {(each.unseen, each.images) for each in found if each.fits} == {(True, len(others))}
+    assert {(each.unseen, each.images) for each in same if each.fits} == {(False, len(images))}
+    right = answers(network, others)
+    best = found[0]
+    assert best.agreement == agreement(network, best.plan, others, right, survive=1)[0]
+    for said, which in (
+        (found, "64 images that the plans were not made"),
+        (same, "24 images that the plans were made"),
+    ):
+        assert which in considered.considered_table(said, Judge()).title
+    few = tabulate(network, images, devices=3, survive=1, others=others[:-1])
+    assert few.others is None
+
+
 def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() -> None:
     network = shared_network(Plain, 1, 8, 8)
     made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
@@ -170,7 +191,7 @@ def test_considered_plans_say_what_they_cost() -> None:
 def test_large_networks_make_do_with_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images = shared_network(Plain, 1, 8, 8), random_images(64, (1, 8, 8))
     assert len(affordable(network, images, 48)) == 48
-    monkeypatch.setattr(auto, "PASS_MACS", forward_macs(network) * 64)
+    monkeypatch.setattr(auto, "PASS_MACS", forward_macs(network) * 128)
     assert len(affordable(network, images, 48)) == 24
     assert len(affordable(network, images, 8)) == 8  # no more than are wanted
     assert len(tabulate(network, images, devices=2).images) == 32

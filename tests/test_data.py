@@ -272,8 +272,19 @@ def test_a_sample_is_balanced_seeded_and_in_order() -> None:
     assert len(data.sample(20, seed=1).sample(5)) == 5
 
 
+def test_what_is_not_in_a_sample_is_what_is_left() -> None:
+    data = numbered([0] * 50 + [1] * 30 + [2] * 3)
+    sample, left = data.divide(18, seed=1)
+    np.testing.assert_array_equal(sample.images(), data.sample(18, seed=1).images())
+    numbers = [of.images().ravel().astype(int).tolist() for of in (sample, left)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(83))
+    assert numbers[1] == sorted(numbers[1])
+    np.testing.assert_array_equal(left.labels, data.labels[numbers[1]])
+
+
 def test_a_sample_of_everything_is_everything() -> None:
     data = numbered([0, 1, 0])
+    assert [len(of) for of in data.divide(3)] == [3, 0]
     assert data.sample(None) is data
     assert data.sample(3) is data
     assert len(data.sample(99)) == 3

@@ -24,7 +24,7 @@ from robustdice.partitioning.allocation import Kept, Spread, allocate, held_byte
 from robustdice.partitioning.budget import share_of
 from robustdice.plan import Layer, Plan, check_max_failed
 from robustdice.progress import Progress, part, silent
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, CoarseLayer
+from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, TRIAL_SAMPLES, CoarseLayer
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import Coarse, IntactInputs, Wanted, round_network, round_together
 
@@ -32,9 +32,9 @@ TABLE_IMAGES = 64
 """Enough to tell what one layer's choices cost."""
 ROUNDING_IMAGES = 128
 """Enough to round by for the table; the plan itself is rounded with all images."""
-TRIAL_IMAGES = 128
-"""On which candidates are compared."""
-PASS_MACS = 5 * 10**11
+FEWEST_UNSEEN = 64
+"""Of images that plans are not made with: on fewer, less could be told than on those that they are made with."""
+PASS_MACS = 10**12
 """What a pass over images may cost; large networks make do with fewer images."""
 FEWEST_IMAGES = 12
 """But not with less than so many."""
@@ -58,13 +58,15 @@ Rooms = tuple[float, ...] | None
 @dataclass(frozen=True)
 class Candidate:
     """A plan, what kind it is of (``family``), and how often it answers as the intact network does with 0, 1, 2, ...
-    devices down: in the worst failure set of each size, on the images that it was made with. Of a plan that does not
-    fit into the budget no ``agreement`` is measured, on no ``images``."""
+    devices down: in the worst failure set of each size, on so many ``images``. Those are ``unseen`` ones, or some that
+    it was made with, on which coarse copies do better than on others. Of a plan that does not fit into the budget no
+    ``agreement`` is measured, on no images."""
 
     family: str
     plan: Plan
     agreement: tuple[float, ...] = ()
     images: int = 0
+    unseen: bool = False
 
     @property
     def fits(self) -> bool:
@@ -81,8 +83,8 @@ class Candidate:
 class Table:
     """What plans for any budget are chosen from: the ``network`` on ``devices`` devices, of which up to ``survive`` may
     be down, its neurons' ``importance``, what each choice of each layer costs (``sensitivity``), and the coarse weights
-    that this was measured with (``rounded``, by layer and representation); ``wire`` is what values travel as. Made by
-    :func:`tabulate`."""
+    that this was measured with (``rounded``, by layer and representation); ``wire`` is what values travel as. Plans are
+    made with ``images``, and compared on ``others`` where there are enough. Made by :func:`tabulate`."""
 
     network: Network
     images: NDArray[np.float32]
@@ -92,6 +94,7 @@ class Table:
     rounded: Mapping[tuple[int, str], CoarseLayer]
     sensitivity: Sensitivity
     wire: str = "float32"
+    others: NDArray[np.float32] | None = None
 
     @property
     def units(self) -> list[NDArray[np.float64]]:
@@ -113,7 +116,8 @@ class Table:
     @cached_property
     def trial(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The images on which candidates are compared, and how the intact network answers them."""
-        images = affordable(self.network, self.images, TRIAL_IMAGES)
+        images = self.images if self.others is None else self.others
+        images = affordable(self.network, images, TRIAL_SAMPLES)
         return images, answers(self.network, images)
 
 
@@ -122,14 +126,17 @@ def tabulate(
     images: NDArray[np.float32],
     *,
     devices: int,
+    others: NDArray[np.float32] | None = None,
     survive: int | None = None,
     importance: Importance | None = None,
     wire: str = "float32",
     on_progress: Progress = silent,
 ) -> Table:
     """What :func:`candidates` chooses from, for any number of budgets. ``images`` are unlabelled, [n, channels, height,
-    width], a few hundred. ``survive`` is the number of devices that may be down at once (all but one). Scored with some
-    of the images where ``importance`` is not given. PlanError when there are not so many devices."""
+    width], a few hundred, and so are the ``others`` that nothing is fitted to: plans are compared on these, or on
+    ``images`` where they are fewer than ``FEWEST_UNSEEN``. ``survive`` is the number of devices that may be down at
+    once (all but one). Scored with some of the images where ``importance`` is not given. PlanError when there are not
+    so many devices."""
     check_max_failed(devices, survive)
     survive = devices - 1 if survive is None else survive
     images = affordable(network, images, len(images))
@@ -139,7 +146,8 @@ def tabulate(
     every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
     fitted = affordable(network, images, ROUNDING_IMAGES)
     rounded = round_network(network, every, fitted, part(on_progress, 0.1, 0.5))
-    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}, devices), wire)
+    unseen = None if others is None or len(others) < FEWEST_UNSEEN else others
+    table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}, devices), wire, unseen)
     spreads = [*_spreads(devices), *_thin(devices)]
     seen = affordable(network, images, TABLE_IMAGES)
     small = small_layers(network.plan_layers)
@@ -163,7 +171,7 @@ def small_layers(layers: Sequence[Layer]) -> frozenset[int]:
 def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
     """``wanted`` of the images, or fewer where one of them takes the network long; the fewer are wanted, the more
     passes there will be. At even distances, as images tend to come class by class."""
-    count = PASS_MACS * wanted // (TRIAL_IMAGES * forward_macs(network))
+    count = PASS_MACS * wanted // (TRIAL_SAMPLES * forward_macs(network))
     chosen = min(len(images), wanted, max(FEWEST_IMAGES, count))
     return images[np.arange(chosen) * len(images) // chosen] if chosen < len(images) else images
 
@@ -238,7 +246,8 @@ def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int], to_
     if any(held > allowed for held, allowed in zip(plan.bytes_per_device, budgets, strict=True)):
         return Candidate(family, plan)
     images, right = table.trial
-    return Candidate(family, plan, *agreement(table.network, plan, images, right, table.survive, to_beat))
+    kept, seen = agreement(table.network, plan, images, right, table.survive, to_beat)
+    return Candidate(family, plan, kept, seen, unseen=table.others is not None)
 
 
 def choose(

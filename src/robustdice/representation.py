@@ -31,6 +31,8 @@ LOST = -1
 
 ROUNDING_SAMPLES = 256
 """Images that coarse weights are fitted to unless somebody says otherwise."""
+TRIAL_SAMPLES = 256
+"""Images beyond these on which plans are compared."""
 CALIBRATION_SAMPLES = 256
 """Images that corrections are fitted to, likewise."""
 

@@ -159,6 +159,7 @@ def choose_plan(
     *,
     devices: int,
     memory: float | str | None = None,
+    others: NDArray[np.float32] | None = None,
     survive: int | None = None,
     wire: str = "float32",
     profile: Profile = TYPICAL,
@@ -170,7 +171,7 @@ def choose_plan(
     :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
     ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
-    as.
+    as. Plans are made with ``images`` and compared on ``others``, both unlabelled: [n, channels, height, width].
 
     The best is the most accurate one, or, for a ``goal``, one of :data:`robustdice.cost.purpose.PURPOSES`, what
     :func:`robustdice.divided.considered_for` says, by ``profile`` and ``link`` (such as ``"1Gbit"``): every split is
@@ -185,7 +186,7 @@ def choose_plan(
         memory = 1.0
     parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
     first, last = part(on_progress, 0, 0.4), part(on_progress, 0.4, 1)
-    table = tabulate(network, images, devices=devices, survive=survive, wire=wire, on_progress=first)
+    table = tabulate(network, images, devices=devices, others=others, survive=survive, wire=wire, on_progress=first)
     found = choose_from(table, memory, purpose, last)
     last(1, 1)
     return found

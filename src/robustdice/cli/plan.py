@@ -43,7 +43,7 @@ from robustdice.partitioning import METHODS, SPLITS, WITHOUT_SCORES, check_split
 from robustdice.plan import check_wire
 from robustdice.progress import silent
 from robustdice.report import plots
-from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES
+from robustdice.representation import ACTIVATIONS, REPRESENTATIONS, ROUNDING_SAMPLES, TRIAL_SAMPLES
 from robustdice.terminal import out, progress, waiting
 from robustdice.wire_format import WIRES
 
@@ -190,13 +190,16 @@ def plan(
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")
     if auto and data is not None:
-        images = load_data(data, network, ROUNDING_SAMPLES, seed, "train", labelled=False, skip_bad=skip_bad)
+        count = ROUNDING_SAMPLES + TRIAL_SAMPLES
+        both = load_data(data, network, count, seed, "train", labelled=False, skip_bad=skip_bad)
+        images, others = both.divide(ROUNDING_SAMPLES, seed)
         with progress("choosing") as advance:
             considered = rd.choose_plan(
                 network,
                 images.images(),
                 devices=devices,
                 memory=memory,
+                others=others.images() if len(others) else None,
                 survive=survive,
                 wire=wire,
                 profile=judge.profile,

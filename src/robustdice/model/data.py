@@ -91,8 +91,12 @@ class Dataset:
 
     def sample(self, count: int | None, seed: int = 0) -> Dataset:
         """A class-balanced subset: from every class as many, as far as it has them, in the original order."""
+        return self.divide(count, seed)[0]
+
+    def divide(self, count: int | None, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """A :meth:`sample`, and the images that are not in it."""
         if count is None or count >= len(self):
-            return self
+            return self, self._subset(np.array([], dtype=np.int64))
         if count < 1:
             raise DataError(f"--samples must be at least 1, not {count}")
         groups = self.labels if self.groups is None else self.groups
@@ -105,7 +109,8 @@ class Dataset:
             position[index] = seen.get(group, 0)
             seen[group] = position[index] + 1
         order = shuffled[np.argsort(position[shuffled], kind="stable")]
-        return replace(self._subset(np.sort(order[:count])), seed=seed)
+        taken, left = (self._subset(np.sort(of)) for of in (order[:count], order[count:]))
+        return replace(taken, seed=seed), left
 
     def checked(self, skip_bad: bool = False, on_progress: Progress = silent) -> Dataset:
         """The same images, none of which is known to be bad: DataError with a list of those that are.

@@ -36,6 +36,7 @@ def considered_json(considered: Sequence[Candidate], judge: Judge) -> list[dict[
                 "frames_per_second": modelled.frames_per_second,
                 "latency_seconds": modelled.latency_seconds,
                 "images": each.images,
+                "unseen": each.unseen,
                 "agreement": {str(size): share for size, share in enumerate(each.agreement)},
             }
         )
@@ -47,7 +48,7 @@ def considered_table(considered: Sequence[Candidate], judge: Judge) -> Sheet:
     sizes = range(len(considered[0].agreement))
     table = Sheet(
         "Answers like the intact network's, worst failure set (measured on "
-        f"{considered[0].images} of the images that the plans were made with)",
+        f"{considered[0].images} images that the plans were {'not ' if considered[0].unseen else ''}made with)",
         "considered",
         *("all up" if not size else f"{size} down" for size in sizes),
         "memory",
