@@ -39,7 +39,8 @@ class Device:
 
     def __init__(self, bundle: Bundle) -> None:
         self.me, devices = bundle.manifest.device, bundle.manifest.devices
-        self.engine, self.codec = Engine(bundle.manifest), Codec(bundle.manifest.plan_digest, bundle.manifest)
+        self.engine = Engine(bundle.manifest)
+        self.codec = Codec(bundle.manifest.plan_digest, bundle.manifest, self.engine.views)
         self.worker = Worker(Executor(bundle), lambda: None)
         self.sent: deque[tuple[int | str, Message | list[Any]]] = deque()
         self.said: list[tuple[int | str, Message]] = []

@@ -71,6 +71,8 @@ class Engine:
         self._deadlines = Deadlines(manifest, self.settings)
         self._contacts = Contacts(self.me, manifest.devices, self.settings)
         self._ancestry = Ancestry(manifest)
+        self.views = self._ancestry.views
+        """What is to be done in each view, worked out once: whoever reads and writes messages needs it, too."""
         self._record = Record()
         self._one_way = OneWay(self.settings)
         self._waking = False
@@ -81,10 +83,6 @@ class Engine:
         """The actions of the event being handled; empty between events."""
         known = self.membership, self._contacts, self._deadlines, self.frames
         self._waiting = Waiting(self.me, self.settings, *known, self._record, self._out)
-
-    def prepare(self) -> None:
-        """Work out what is to be done while one device is down: :meth:`Views.prepare`."""
-        self._ancestry.views.prepare()
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about ``event``, in order. ``now`` never goes back."""

@@ -18,6 +18,7 @@ import numpy as np
 from robustdice.bundle.manifest import Manifest
 from robustdice.errors import MessageError, OtherBuildError
 from robustdice.files import read_json
+from robustdice.runtime.protocol.views import Views
 from robustdice.runtime.wire.arrays import array_of, client_name, integers, raw, raw_shards, shards_of
 from robustdice.runtime.wire.messages import (
     DOCUMENT_LIMIT,
@@ -45,23 +46,20 @@ class Codec:
     """Messages of one plan <-> bytes. With a ``manifest`` (a device) shapes are checked against it; without one
     (a client) only replies can be decoded."""
 
-    def __init__(self, plan_digest: str, manifest: Manifest | None = None) -> None:
-        """A codec for messages of the plan with this digest."""
+    def __init__(self, plan_digest: str, manifest: Manifest | None = None, views: Views | None = None) -> None:
+        """A codec for messages of the plan with this digest. ``views`` are the manifest's, where somebody else works
+        them out as well."""
         self._plan = plan_digest
         self._manifest = manifest
         exchanges = manifest.exchanges if manifest else ()
         # The largest is a parcel of all shards of an exchange.
         sizes = [sum(e.form(number).nbytes for number in range(len(e.shards))) for e in exchanges]
         if manifest:
-            self._parcels = ParcelCodec(plan_digest, manifest)
+            self._parcels = ParcelCodec(plan_digest, manifest, views or Views(manifest))
         self.input_bytes = 4 * math.prod(manifest.input_shape) if manifest else 0
         """Of a client's frame."""
         self.frame_limit = max([DOCUMENT_LIMIT, HEADER_LIMIT, self.input_bytes, *sizes])
         """Bytes that no frame of a message of this plan exceeds."""
-
-    def prepare(self) -> None:
-        """Work out what messages look like while one device is down: :meth:`Views.prepare`."""
-        self._parcels.views.prepare()
 
     def encode(self, message: Message) -> list[Any]:
         """The frames of ``message``: bytes-like objects, arrays not copied where they need not be."""

@@ -77,11 +77,11 @@ class _Head(NamedTuple):
 class ParcelCodec:
     """Messages of shards of one plan <-> bytes."""
 
-    def __init__(self, plan_digest: str, manifest: Manifest) -> None:
-        """``manifest`` is that of the device that sends and receives."""
+    def __init__(self, plan_digest: str, manifest: Manifest, views: Views) -> None:
+        """``manifest`` is that of the device that sends and receives, and ``views`` are what follows from it."""
         self._manifest = manifest
         self._plan = plan_digest[:32].encode().ljust(32, b"\0")
-        self.views = Views(manifest)
+        self._views = views
         self._layouts = Layouts(manifest)
         self._earlier = [sum(len(s.exchanges) for s in manifest.stages[:n]) for n in range(len(manifest.stages))]
         self._differ = [any(manifest.exchanges[e].owners is not None for e in s.exchanges) for s in manifest.stages]
@@ -117,7 +117,7 @@ class ParcelCodec:
     def _head(self, lineage: Lineage, stage: int, sender: int, shards: tuple[ShardId, ...]) -> _Head:
         implied = None
         if lineage.view is not None and not self._differ[stage]:
-            implied = self.views.of(lineage.view).due[stage].get(sender)
+            implied = self._views.of(lineage.view).due[stage].get(sender)
         flags = IN_ONE_VIEW * (lineage.view is not None) | LISTED * (implied != shards)
         mask = sum(1 << device for device in lineage.view or ())
         head = ROUTE.pack(MAGIC, PROTOCOL_VERSION, flags, self._plan, stage, mask, sender)
@@ -176,7 +176,7 @@ class ParcelCodec:
             raise MessageError(f"a view of {mask:#b} or flags of {flags:#b}, of a plan for {manifest.devices} devices")
         lineage, shards, layout = None, None, None
         if flags & IN_ONE_VIEW:
-            view = self.views.of(tuple(device for device in range(manifest.devices) if mask >> device & 1))
+            view = self._views.of(tuple(device for device in range(manifest.devices) if mask >> device & 1))
             lineage, shards = view.lineage, view.due[stage].get(sender)
         if flags & LISTED:
             shards = None
