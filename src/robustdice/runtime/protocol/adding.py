@@ -126,13 +126,14 @@ def ask_for_sums_instead(frame: InFlight, owners: int, missing: dict[ShardId, in
 def _missing(frame: InFlight, exchange: int, shards: range) -> dict[ShardId, int]:
     """Sums of one slice whose turn it is, as long as they have neurons that no other has that is there."""
     sums, found = frame.ancestry.sums, dict[ShardId, int]()
+    whole, best = frame.whole_holders()[exchange], frame.holders()[exchange]
     absent = [s for s in shards if (exchange, s) not in frame.sources or frame.poor((exchange, s))]
     there = _addable(frame, exchange, set(shards) - set(absent))
     covered = sums.neurons(exchange, there)
     # What is poor is asked for again only where another holder than such as have built on less has it.
-    last = [s for s in absent if (d := frame.holder((exchange, s))) is not None and frame.outdone((exchange, s), d)]
-    for holder, wanted in ((frame.whole_holder, absent), (frame.holder, last)):
-        due = {s: device for s in wanted if (device := holder((exchange, s))) is not None}
+    last = [s for s in absent if (d := best[s]) is not None and frame.outdone((exchange, s), d)]
+    for holders, wanted in ((whole, absent), (best, last)):
+        due = {s: device for s in wanted if (device := holders[s]) is not None}
         new = [s for s in due if sums.neurons(exchange, [s]) & ~covered]
         found.update({(exchange, s): due[s] for s in new})
         covered |= sums.neurons(exchange, new)
@@ -142,7 +143,8 @@ def _missing(frame: InFlight, exchange: int, shards: range) -> dict[ShardId, int
 def _addable(frame: InFlight, exchange: int, shards: Iterable[int]) -> list[int]:
     """Of the sums of one slice that are there, those to be added up: of most neurons together, those first whose turn
     it is."""
-    sums, by_turn = frame.ancestry.sums, sorted(shards, key=lambda s: (frame.holder((exchange, s)) is None, s))
+    sums, holders = frame.ancestry.sums, frame.holders()[exchange]
+    by_turn = sorted(shards, key=lambda s: (holders[s] is None, s))
     options = [sums.apart(exchange, order) for order in (by_turn, sorted(by_turn))]
     return max(options, key=lambda some: sums.neurons(exchange, some).bit_count())
 

@@ -207,8 +207,7 @@ class Engine:
             frame.take(message)
             if message.stage == frame.stage and frame.phase is not Phase.READY:
                 self._waiting.weigh(frame, now)
-            self._waiting.complete(frame, now)
-            self._waiting.ask(frame, now)
+            self._waiting.ask(frame, self._waiting.complete(frame, now), now)
         else:
             adding.take_late(frame, message)
 
@@ -317,8 +316,7 @@ class Engine:
         if late := adding.to_ask_for(frame):
             self._out.want_sums(frame, late)
             frame.owes = True
-        self._waiting.complete(frame, now)
-        self._waiting.ask(frame, now)
+        self._waiting.ask(frame, self._waiting.complete(frame, now), now)
         if frame.hurried and frame.phase is Phase.WAITING and now >= self._deadlines.hurry_at(frame):
             self._waiting.hurry(frame, now)
 

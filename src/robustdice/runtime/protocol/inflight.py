@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from robustdice.runtime.protocol import adding
 from robustdice.runtime.protocol.events import RunPieces, RunStage
 from robustdice.runtime.protocol.lineage import TOLERANCE
 from robustdice.runtime.protocol.state import Phase, State
+from robustdice.runtime.protocol.views import Holders
 from robustdice.runtime.wire.messages import Array, Lineage, Parcel, ShardId, Shards
 
 
@@ -48,16 +49,20 @@ class InFlight(State):
 
     def holder(self, shard: ShardId) -> int | None:
         """The first live one of most worth."""
-        whole = self.whole_holder(shard)
-        return self._first_holder(shard, self.live) if whole is None and self.lesser else whole
+        return self.holders()[shard[0]][shard[1]]
 
     def whole_holder(self, shard: ShardId) -> int | None:
         """The first live one of those that have not built on less."""
-        return self._first_holder(shard, self.live - self.lesser)
+        return self.whole_holders()[shard[0]][shard[1]]
 
-    def _first_holder(self, shard: ShardId, among: set[int]) -> int | None:
-        """None also where others hand over what is in it."""
-        return self.ancestry.views.holders(frozenset(among))[shard[0]][shard[1]]
+    def holders(self) -> Holders:
+        """Of every shard the first live one of most worth."""
+        whole = self.live - self.lesser
+        return self.ancestry.views.holders(frozenset(whole), frozenset(self.live - whole))
+
+    def whole_holders(self) -> Holders:
+        """Of every shard the first live one of those that have not built on less."""
+        return self.ancestry.views.holders(frozenset(self.live - self.lesser))
 
     def replaceable(self, device: int) -> bool:
         """Whether this frame can have everything without ``device``, in its view: what this stage misses of it, and
@@ -210,7 +215,7 @@ class InFlight(State):
             absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
             if not absent:
                 continue
-            whole = self.ancestry.views.holders(frozenset(self.live - self.lesser))[exchange]
+            whole = self.whole_holders()[exchange]
             holders = {s: whole[s] for s in absent}
             # Of a parity shard counts what came, not who is up: a member's device may have died after sending it.
             lost = [s for s, device in holders.items() if device is None and not shards[s].parity_of]
@@ -244,12 +249,9 @@ class InFlight(State):
             return source not in self.live  # nobody counts on such a device: it may have built on next to nothing
         return self.ancestry.less(self.lineages[shard], said, stage)
 
-    def unaware(self) -> set[int]:
-        """Peers that may not know that this stage waits for shards of theirs: they have published without those, or are
-        to stand in for others that they may not miss."""
-        if self.straight is not None:
-            return set()
-        missing = self.missing()
+    def unaware(self, missing: Mapping[ShardId, int]) -> set[int]:
+        """Peers that may not know that this stage waits for shards of theirs, which are ``missing``: they have
+        published without those, or are to stand in for others that they may not miss."""
         without = {device for device in missing.values() if (self.stage, device) in self.said}
         for (exchange, number), device in missing.items():
             shard = self.manifest.exchanges[exchange].shards[number]

@@ -16,6 +16,8 @@ from robustdice.runtime.wire.messages import Lineage, ShardId
 REMEMBERED_VIEWS = 64
 Row = tuple[int, ...]
 """The device that each shard of an exchange came from; -1 where it was missing."""
+Holders = tuple[tuple[int | None, ...], ...]
+"""For every exchange and shard the first of some devices that holds it, if others do not hand over what is in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Views:
         self._manifest = manifest
         self._hot = manifest.spares == "hot"
         self._known: dict[tuple[int, ...], View] = {}
-        self._holders: dict[frozenset[int], tuple[tuple[int | None, ...], ...]] = {}
+        self._holders: dict[tuple[frozenset[int], frozenset[int]], Holders] = {}
 
     def prepare(self) -> None:
         """Work out at once the views that most devices will ever be in: all are up, or one is down. A frame would wait
@@ -61,16 +63,20 @@ class Views:
             self.of(tuple(sorted(devices)))
             self.holders(devices)
 
-    def holders(self, devices: frozenset[int]) -> tuple[tuple[int | None, ...], ...]:
-        """For every exchange and shard: its first holder among some devices, if it is its turn. Asked for many times in
-        every stage that is not straight."""
-        if (known := self._holders.get(devices)) is not None:
+    def holders(self, devices: frozenset[int], more: frozenset[int] = frozenset()) -> Holders:
+        """The first holders among some devices, and of what these do not hold among those and ``more``. Asked for many
+        times in every stage that is not straight."""
+        if (known := self._holders.get((devices, more))) is not None:
             return known
+        if more:
+            pairs = zip(self.holders(devices), self.holders(devices | more), strict=True)
+            found = tuple(tuple(b if a is None else a for a, b in zip(*rows, strict=True)) for rows in pairs)
+        else:
+            down = frozenset(range(self._manifest.devices)) - devices
+            found = tuple(tuple(s.publisher(down) for s in exchange.shards) for exchange in self._manifest.exchanges)
         if len(self._holders) == REMEMBERED_VIEWS:
             self._holders.clear()
-        down = frozenset(range(self._manifest.devices)) - devices
-        found = tuple(tuple(s.publisher(down) for s in exchange.shards) for exchange in self._manifest.exchanges)
-        self._holders[devices] = found
+        self._holders[devices, more] = found
         return found
 
     def of(self, devices: tuple[int, ...]) -> View:

@@ -7,7 +7,7 @@ no frame counts on it any longer, and its shards become the next holders' task a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from robustdice.runtime.protocol import notes
 from robustdice.runtime.protocol.contact import Contacts
@@ -19,7 +19,7 @@ from robustdice.runtime.protocol.lateness import judge
 from robustdice.runtime.protocol.membership import Membership
 from robustdice.runtime.protocol.outbox import Outbox
 from robustdice.runtime.protocol.state import Phase
-from robustdice.runtime.wire.messages import Message, Pass, Shards
+from robustdice.runtime.wire.messages import Message, Pass, ShardId, Shards
 
 
 class Waiting:
@@ -71,13 +71,23 @@ class Waiting:
             self.go_on(frame, now)
         return frame
 
-    def complete(self, frame: InFlight, now: float) -> None:
-        """Go on to the next stage when everything that has a live holder is there."""
-        if frame.phase is Phase.WAITING and frame.straight is None and self._me in frame.missing().values():
+    def complete(self, frame: InFlight, now: float) -> dict[ShardId, int]:
+        """Go on to the next stage when everything that has a live holder is there. What the frame waits for, if it does
+        and shards are looked after one by one, and who is to publish that."""
+        if frame.phase is not Phase.WAITING:
+            return {}
+        if frame.straight is not None:
+            if frame.complete:
+                self.go_on(frame, now)
+            return {}
+        missing = frame.missing()
+        if self._me in missing.values():
             frame.owes = True  # what has come may have made it this device's task
             self._out.publish_due(frame, frame.stage, now)
-        if frame.phase is Phase.WAITING and frame.complete:
+            missing = frame.missing()
+        if not missing:
             self.go_on(frame, now)
+        return missing
 
     def go_on(self, frame: InFlight, now: float) -> None:
         """Everything that has a live holder is there."""
@@ -96,12 +106,11 @@ class Waiting:
                 self._out.add(notes.poor(device, frame.id.number, frame.stage))
             self._revise(frame, set(), poorer, now)
 
-    def ask(self, frame: InFlight, now: float) -> None:
+    def ask(self, frame: InFlight, missing: Mapping[ShardId, int], now: float) -> None:
         """Ask those that would not send what is missing by themselves, once."""
-        if frame.phase is Phase.WAITING:
-            for device in sorted(frame.unaware() - frame.asked_again.keys()):
-                frame.asked_again[device] = now
-                self._out.want(frame, device)
+        for device in sorted(frame.unaware(missing) - frame.asked_again.keys()):
+            frame.asked_again[device] = now
+            self._out.want(frame, device)
 
     def ask_for_lost(self, device: int, now: float) -> None:
         """What a peer has sent is here. What was missed of it for long, and is not its work now, was lost."""
@@ -213,9 +222,9 @@ class Waiting:
         frame.owes, frame.clean = True, False
         for stage in range(frame.stage + (frame.phase is not Phase.READY)):
             self._out.publish_due(frame, stage, now)
-        self.complete(frame, now)
+        missing = self.complete(frame, now)
         if frame.phase is Phase.WAITING:
-            taken_over = {device for shard, device in frame.missing().items() if before.get(shard) != device}
+            taken_over = {device for shard, device in missing.items() if before.get(shard) != device}
             for device in taken_over:
                 frame.asked_again[device] = now
                 self._out.want(frame, device)
