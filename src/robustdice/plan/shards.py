@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from robustdice.errors import PlanError
 from robustdice.representation import BITS
@@ -75,7 +76,7 @@ class Shard:
     parity_of: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def devices(self) -> tuple[int, ...]:
         """The holders' device numbers, in order of preference."""
         return tuple(holder.device for holder in self.holders)

@@ -57,12 +57,19 @@ class InFlight(State):
 
     def holders(self) -> Holders:
         """Of every shard the first live one of most worth."""
-        whole = self.live - self.lesser
-        return self.ancestry.views.holders(frozenset(whole), frozenset(self.live - whole))
+        return self._holders()[1]
 
     def whole_holders(self) -> Holders:
         """Of every shard the first live one of those that have not built on less."""
-        return self.ancestry.views.holders(frozenset(self.live - self.lesser))
+        return self._holders()[0]
+
+    def _holders(self) -> tuple[Holders, Holders]:
+        """Those that have not built on less, and all live ones, for as long as these are the same."""
+        seen = len(self.live), len(self.lesser)
+        if self.looked_up is None or self.looked_up[0] != seen:
+            whole, find = frozenset(self.live - self.lesser), self.ancestry.views.holders
+            self.looked_up = seen, (find(whole), find(whole, frozenset(self.live) - whole))
+        return self.looked_up[1]
 
     def replaceable(self, device: int) -> bool:
         """Whether this frame can have everything without ``device``, in its view: what this stage misses of it, and
@@ -187,21 +194,20 @@ class InFlight(State):
     def poor(self, shard: ShardId) -> bool:
         """Whether a shard came from a device that has built on less than this one."""
         stage = self.ancestry.stage_of(shard)
-        return shard in self.sources and self.ancestry.less(self.lineages[shard], self.built[stage], stage)
+        return shard in self.sources and self._less(self.lineages[shard], stage)
+
+    def _less(self, lineage: Lineage, stage: int) -> bool:
+        """Whether it is worth less than what this device's part of a stage is built on. Nearly always it is that."""
+        built = self.built[stage]
+        return lineage != built and self.ancestry.less(lineage, built, stage)
 
     def poorer(self) -> set[int]:
         """Devices that this stage shows to have built on less, and that were not known to."""
-        held = [shard for shard in self.shards_of(self.stage) if shard in self.sources]
-        found = {self.sources[shard] for shard in held if self.poor(shard)}
-        for (stage, device), lineage in self.said.items():
-            if stage == self.stage and self.ancestry.less(lineage, self.built[stage], stage):
-                found.add(device)  # also where another's copy was there already, which is worth no less
-        return found - self.lesser
-
-    def shards_of(self, stage: int) -> list[ShardId]:
-        """All shards of a stage's exchanges."""
-        exchanges = self.manifest.exchanges
-        return [(e, s) for e in self.manifest.stages[stage].exchanges for s in range(len(exchanges[e].shards))]
+        stage, sources, lineages = self.stage, self.sources, self.lineages
+        held = [(sources[shard], lineages[shard]) for shard in self.ancestry.shards_of[stage] if shard in sources]
+        # Also where another's copy was there already, which is worth no less.
+        said = [(device, self.said.get((stage, device))) for device in range(self.manifest.devices)]
+        return {d for d, lineage in held + said if lineage is not None and self._less(lineage, stage)} - self.lesser
 
     def missing(self) -> dict[ShardId, int]:
         """What this stage still waits for: shards that have not come, and their live publishers. Of a shard that is
@@ -255,9 +261,10 @@ class InFlight(State):
         without = {device for device in missing.values() if (self.stage, device) in self.said}
         for (exchange, number), device in missing.items():
             shard = self.manifest.exchanges[exchange].shards[number]
-            before = shard.devices[: shard.devices.index(device)]
-            if shard.after or shard.parity_of or not self.discounted.get(device, set()).issuperset(before):
-                without.add(device)
+            if device not in without and (device != shard.devices[0] or shard.after or shard.parity_of):
+                before = shard.devices[: shard.devices.index(device)]
+                if shard.after or shard.parity_of or not self.discounted.get(device, set()).issuperset(before):
+                    without.add(device)
         return without - {self.manifest.device}
 
     def waits_long(self, now: float) -> bool:
@@ -309,7 +316,7 @@ class InFlight(State):
         exchanges = self.manifest.exchanges
         shards = [
             (e, s)
-            for e, s in self.shards_of(stage)
+            for e, s in self.ancestry.shards_of[stage]
             if exchanges[e].owners is None or (e, s % len(exchanges[e].slices)) in added_up
         ]
         parcel, built = self.gathered(stage, me, shards)

@@ -38,6 +38,11 @@ class Ancestry:
         self.sums = Sums(manifest)
         self.views = Views(manifest)
         self._stage_of = {e: number for number, stage in enumerate(manifest.stages) for e in stage.exchanges}
+        self.shards_of = [
+            tuple((e, s) for e in stage.exchanges for s in range(len(manifest.exchanges[e].shards)))
+            for stage in manifest.stages
+        ]
+        """For every stage, all shards of its exchanges."""
         self._before = [
             tuple(e for earlier in manifest.stages[:number] for e in earlier.exchanges)
             for number in range(len(manifest.stages) + 1)

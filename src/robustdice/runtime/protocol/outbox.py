@@ -73,7 +73,7 @@ class Outbox:
 
     def publish_due(self, frame: InFlight, stage: int, now: float) -> None:
         """Publish what is computed, was not published yet, and is this device's task in the frame's view."""
-        mine = [shard for shard in frame.shards_of(stage) if shard in frame.own]
+        mine = [shard for shard in frame.ancestry.shards_of[stage] if shard in frame.own]
         task = [shard for shard in mine if frame.publisher(shard) == self._me]
         due = [shard for shard in task if shard not in frame.published]
         peers = [device for device in self._membership.reachable if device not in frame.parted]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from robustdice.bundle.manifest import Manifest
 from robustdice.runtime.protocol.lineage import Ancestry
-from robustdice.runtime.protocol.views import View
+from robustdice.runtime.protocol.views import Holders, View
 from robustdice.runtime.wire.messages import Array, FrameId, Lineage, Parcel, ShardId
 
 
@@ -94,5 +94,7 @@ class State:
     """In this stage, a publisher that nobody can stand in for has been given more time."""
     hurried: tuple[int, float] | None = None
     """From which stage on, and since when, it waits for nothing."""
+    looked_up: tuple[tuple[int, int], tuple[Holders, Holders]] | None = field(default=None, init=False)
+    """Who holds shards, when ``live`` and ``lesser`` had so many devices: one only shrinks, the other only grows."""
     clean: bool = True
     """Nobody left the view during the current wait, so that its length may be learnt from."""
