@@ -133,6 +133,8 @@ class Worker(threading.Thread):
         inputs = self._inputs.setdefault(task.frame, {})
         outputs = None
         if isinstance(task, RunStage):
+            for before in [each for each in inputs if each < task.settled]:
+                del inputs[before]
             values = executor.run_local(stage, self._enter(task, manifest), task.down)
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):

@@ -370,7 +370,7 @@ class InFlight(State):
         """What has to be computed of stages that were entered; nothing more once that has failed."""
         lacking_from = self.lacking_from()
         own = adding.own_sums(self, lacking_from)
-        for stage in range(0 if self.failed else self.stage + (self.phase is not Phase.READY)):
+        for stage in range(self.settled, 0 if self.failed else self.stage + (self.phase is not Phase.READY)):
             if pieces := self.pieces_due(stage, me, stage >= lacking_from, own):
                 return RunPieces(self.id, stage, pieces, self.down)
             if owned := adding.ready(self, stage):
@@ -390,9 +390,18 @@ class InFlight(State):
             pieces = (*self.pieces_due(stage, me), *adding.pieces_of(self.manifest, stage, owned))
         else:
             pieces = straight.pieces[stage]
-        task = RunStage(self.id, stage, self.array, gathered, pieces, self.down, due, owned)
+            self._settle(straight.settled[stage], me)
+        task = RunStage(self.id, stage, self.array, gathered, pieces, self.down, due, owned, self.settled)
         self.array, self.phase = None, Phase.COMPUTING
         return task
+
+    def _settle(self, stage: int, me: int) -> None:
+        """While straight: no device lacks anything of the stages before this one."""
+        for before in range(self.settled, stage):
+            self.parcels.pop((before, me), None)
+        self.settled = max(self.settled, stage)
+        if self.spared:
+            self.spared = [of for of in self.spared if self.ancestry.stage_of(of.shards[0]) >= self.settled]
 
     def coverage(self) -> tuple[float, float, tuple[tuple[int, ...], ...]]:
         """Least share of neurons present and largest share from a spare, over the exchanges, in all that the output is

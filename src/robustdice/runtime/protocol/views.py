@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from robustdice.bundle.manifest import Manifest, Stage
 from robustdice.plan import publishers
@@ -39,6 +40,9 @@ class View:
     rows: tuple[Row, ...]
     had: tuple[Row, ...]
     """The same without sums that others add up."""
+    settled: tuple[int, ...]
+    """For every stage: whoever enters it knows of all devices, if all are up, that they have entered this one, and so
+    have all they need of those before it."""
     down: frozenset[int]
     """The other devices."""
     lineage: Lineage
@@ -119,8 +123,10 @@ class Views:
         here = {shard: device for of_me in due for device, shards in of_me.items() for shard in shards}
         had = tuple(source_row(manifest, e, here) for e in range(len(published)))
         awaited = tuple(frozenset((stage, device) for device in of_me) for stage, of_me in enumerate(due))
+        shown = [0, *(stage if len(of_me) == manifest.devices else 0 for stage, of_me in enumerate(due))]
+        settled = tuple(accumulate(shown[:-1], max))
         made = tuple(due), awaited, tuple(parcels), tuple(receivers), pieces, owned
-        view = View(devices, *made, rows, had, frozenset(down), Lineage(devices))
+        view = View(devices, *made, rows, had, settled, frozenset(down), Lineage(devices))
         self._known[devices] = view
         return view
 
