@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -76,7 +77,7 @@ class Dying(Device):
             super().send(to, message)
 
 
-def run(devices: list[Device], now: float) -> list[Message]:
+def run(devices: Sequence[Device], now: float) -> list[Message]:
     """Let everything arrive that was sent; what clients were sent."""
     answers: list[Message] = []
     while any(device.sent for device in devices):
