@@ -300,6 +300,22 @@ def _negated(content: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def test_parts_that_compute_other_neurons_of_a_layer_from_what_they_are_given_are_one_model(tmp_path: Path) -> None:
+    network, plan = of_kind("int3")
+    for bundle in bundles_of(network, plan, "plain", tmp_path):
+        pieces = [piece for stage in bundle.manifest.stages for piece in stage.pieces]
+        files = {
+            piece.shards[0][0]: {p.file for p in pieces if p.shards[0][0] == piece.shards[0][0]} for piece in pieces
+        }
+        assert len(files) == 3
+        assert all(len(of_layer) == 1 for of_layer in files.values())
+        assert len(pieces) > 3
+        executor = Executor(bundle)
+        executor.try_out()  # each with filters of its own
+        assert executor.loaded == len({part.file for part in bundle.manifest.parts})
+        assert {path.name for path in bundle.directory.glob("*.onnx")} == {part.file for part in bundle.manifest.parts}
+
+
 @pytest.fixture(scope="module")
 def coarse_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network, plan = of_kind("int3")

@@ -182,13 +182,19 @@ class _Device:
         )
         (self.target / MANIFEST_NAME).write_bytes(manifest.to_json())
 
-    def _file(self, name: str, content: bytes, weight_bytes: int) -> None:
+    def _file(self, name: str, content: bytes, weight_bytes: int) -> str:
+        """The file with this content: a new one, or one that is there already and has no weights of its own. What
+        computes other neurons of a layer from filters that it is given is the same model, and in memory once."""
+        entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        if not weight_bytes and (same := next((file for file, of in self.files.items() if of == entry), None)):
+            return same
         (self.target / name).write_bytes(content)
-        self.files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        self.files[name] = entry
         self.weight_bytes += weight_bytes
+        return name
 
     def _part(self, model: Model, file: str) -> Part:
-        self._file(file, model.content, model.weight_bytes)
+        name = self._file(file, model.content, model.weight_bytes)
         apart = None
         if model.apart is not None:
             apart, content = model.apart
@@ -196,11 +202,10 @@ class _Device:
                 self._file(apart, content, len(content))
         signed = None
         if model.signed:
-            signed = file.replace(".onnx", "-signed.onnx")
-            self._file(signed, model.signed, 0)
+            signed = self._file(file.replace(".onnx", "-signed.onnx"), model.signed, 0)
         affine = tuple(map(self._affine, model.layers))
         return Part(
-            file,
+            name,
             model.inputs,
             model.outputs,
             affine=affine,

@@ -38,22 +38,22 @@ def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
             "build it again with 'robustdice build'"
         )
     executor.try_out()
-    files = {part.file for part, _ in best.values()} | {part.file for stage in manifest.stages for part in stage.local}
-    runs = [(part, values) for part, values in _inputs(executor) if part.file in files]
-    taken: dict[str, list[float]] = {part.file: [] for part, _ in runs}
+    wanted = {part for part, _ in best.values()} | {part for stage in manifest.stages for part in stage.local}
+    runs = [(part, values) for part, values in _inputs(executor) if part in wanted]
+    taken: dict[Part, list[float]] = {part: [] for part, _ in runs}
     start, rounds, done = time.perf_counter(), FEWEST_ROUNDS, 0
     while done < rounds:
         for part, values in runs:
             # Of this thread alone, in which ONNX Runtime computes: other jobs of the device do not count.
             before = time.thread_time()
             executor.run_part(part, values)
-            taken[part.file].append(time.thread_time() - before)
+            taken[part].append(time.thread_time() - before)
         done += 1
         rounds = int(np.clip(ENOUGH_SECONDS * done / (time.perf_counter() - start), FEWEST_ROUNDS, MOST_ROUNDS))
         on_progress(min(done, rounds), rounds)
-    seconds = {file: median(each) for file, each in taken.items()}
+    seconds = {part: median(each) for part, each in taken.items()}
     layers = {
-        manifest.layers[index].name: _layer_seconds(manifest.layers, part, work, seconds[part.file])
+        manifest.layers[index].name: _layer_seconds(manifest.layers, part, work, seconds[part])
         for index, (part, work) in sorted(best.items())
     }
     macs = sum(layer.neurons * layer.neuron_macs for layer in manifest.layers if layer.name in layers)
@@ -62,7 +62,7 @@ def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
         TYPICAL,
         macs_per_second=macs / sum(each.whole for each in layers.values()),
         layers=layers,
-        rest_seconds=sum(seconds[part.file] for part in local if not part.work),
+        rest_seconds=sum(seconds[part] for part in local if not part.work),
         model_digest=manifest.model_digest,
     )
 
