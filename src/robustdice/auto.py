@@ -382,5 +382,6 @@ def _made(table: Table, kept: Sequence[Kept], rooms: Rooms, coarse: Coarse) -> P
         wire=table.wire,
     )
     return replace(
-        plan, corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True, targets=table.targets)
+        plan,
+        corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True, targets=lambda: table.targets),
     )

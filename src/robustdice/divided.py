@@ -143,6 +143,6 @@ def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) ->
             settings={**plan.settings, "split": split},
         )
         corrections = calibrate(
-            network, divided, table.images, max_failed=table.survive, lost_only=True, targets=table.targets
+            network, divided, table.images, max_failed=table.survive, lost_only=True, targets=lambda: table.targets
         )
         yield f"{family}, {split}", replace(divided, corrections=corrections)

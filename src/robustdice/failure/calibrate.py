@@ -6,6 +6,7 @@ where it is asked for, the answers themselves (:mod:`robustdice.failure.refine`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,7 @@ def calibrate(
     lost_only: bool = False,
     passes: int = 0,
     seed: int = 0,
-    targets: Targets | None = None,
+    targets: Callable[[], Targets] | None = None,
     on_progress: Progress = silent,
 ) -> dict[FailureSet, Corrections]:
     """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it

@@ -5,7 +5,7 @@ intact network, layer by layer in the network's order, with the corrections befo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,15 @@ def fit(
     base: State,
     states: Sequence[State],
     images: NDArray[np.float32],
-    targets: Targets | None = None,
+    targets: Callable[[], Targets] | None = None,
 ) -> Iterator[tuple[int, Corrections, torch.Tensor]]:
     """For each of ``states``, as they get done: its position, its corrections, and the class scores [n, outputs] that
     it then gives for ``images``. Layers before the first in which a state differs from ``base`` have no correction.
-    ``targets`` are :func:`targets_of` these images, where they are known.
+    ``targets`` gives :func:`targets_of` these images, where they are known.
     """
     if states:
         with torch.no_grad():
-            known = targets_of(network, copies, images) if targets is None else targets
+            known = targets_of(network, copies, images) if targets is None else targets()
             yield from Pass(network, copies, base).branches(together(network, images), states, known)
 
 
