@@ -218,7 +218,11 @@ class InFlight(State):
                 found.update(adding.missing_here(self, exchange))
                 continue
             shards = self.manifest.exchanges[exchange].shards
-            absent = [s for s in range(len(shards)) if (exchange, s) not in self.sources or self.poor((exchange, s))]
+            absent = [
+                number
+                for number in range(len(shards))
+                if (shard := (exchange, number)) not in self.sources or self._less(self.lineages[shard], self.stage)
+            ]
             if not absent:
                 continue
             whole = self.whole_holders()[exchange]
