@@ -128,12 +128,14 @@ def autos(
     something can be lost, also what ``calibrate --passes`` makes of the first with ``more`` images."""
 
     @cache
-    def table() -> Table:
+    def table(survive: int) -> Table:
+        if survive < DEVICES - 1:
+            return replace(table(DEVICES - 1), survive=survive)  # it holds for fewer failures too
         return tabulate(network, images, devices=DEVICES, others=others)
 
     @cache
     def answer(budget: float, survive: int = DEVICES - 1) -> Plan:
-        return choose_from(replace(table(), survive=survive), budget)[0].plan
+        return choose_from(table(survive), budget)[0].plan
 
     def refined(budget: float) -> Plan:
         if not answer(budget).corrections:

@@ -251,6 +251,8 @@ def computed(node: Node, task: RunStage | RunPieces) -> Computed:
             earlier = stages[task.stage - 1]
             before = assembled(node.manifest, task.stage - 1, earlier, task.gathered, task.owned)
         stages[task.stage] = before.in_view(task.down)
+        for settled in [stage for stage in stages if stage < task.settled]:
+            del stages[settled]
     assert task.stage in stages, f"the values of stage {task.stage} are gone"
     built_on = stages[task.stage].in_view(task.down)
     shards = {

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundles import INPUT_SHAPE, Network, make_plan, write_bundles
+from bundles import INPUT_SHAPE, Network, make_manifest, make_plan, write_bundles
 from robustdice.bundle.read import Bundle
-from robustdice.runtime.protocol.events import Event, PeerDown, Received
+from robustdice.runtime.protocol.events import Event, PeerDown, PeerUp, Received, Tick
 from robustdice.runtime.protocol.inflight import InFlight
+from robustdice.runtime.protocol.views import Views
 from robustdice.runtime.wire.messages import Answer, Frame, FrameId
 from test_straight import Device, Dying, run
 
@@ -51,7 +52,8 @@ def test_what_no_device_can_lack_any_more_is_given_up_while_the_frame_is_under_w
     run(devices, 0.0)
     assert [answer.coverage for answer in ran(devices)] == [1.0] * 3
     assert len(devices[0].engine.manifest.exchanges) == 3
-    assert [device.most for device in devices] == [(2, 2)] * 3  # the stage that all are in, and the one before
+    # What was published is kept, and what spares would read of the stage that all are in and the one before.
+    assert [device.most for device in devices] == [(3, 2)] * 3
 
 
 def test_while_a_device_is_down_everything_is_kept_for_it(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_while_a_device_is_down_everything_is_kept_for_it(tmp_path: Path) -> Non
     for device in devices[:2]:
         device.handle(PeerDown(2), 0.5)
     assert [answer.coverage for answer in ran(devices[:2])] == [1.0] * 2
-    assert [device.most[0] for device in devices[:2]] == [3, 3]
+    assert [device.most[1] for device in devices[:2]] == [0, 3]  # the first stands in for the one that is down
 
 
 class LateDying(Watched, Dying):
@@ -82,3 +84,33 @@ def test_who_dies_when_much_was_given_up_is_replaced_all_the_same(
         device.handle(PeerDown(2), 1.1)
     answers = [message for message in run(survivors, 1.1) if isinstance(message, Answer)]
     assert [(answer.coverage, answer.down) for answer in answers] == [(1.0, (2,))] * 2
+
+
+def test_who_restarts_in_the_middle_is_given_what_it_missed(tmp_path: Path) -> None:
+    bundles = write_bundles(tmp_path, make_plan(3), Network())
+    devices = [Watched(bundle) for bundle in bundles]
+    run(devices, 0.0)
+    assert len(ran(devices)) == 3
+    newcomer = Watched(bundles[2])
+    for device in devices[:2]:
+        device.handle(PeerDown(2), 1.1)
+        device.handle(PeerUp(2), 1.2)
+    together = [*devices[:2], newcomer]
+    run(together, 1.2)
+    image = np.random.default_rng(0).standard_normal((1, *INPUT_SHAPE)).astype(np.float32)
+    newcomer.handle(Received(Frame(FRAME, 1, 5.0, image)), 1.2)
+    answers = run(together, 1.2)
+    for now in np.arange(1.25, 3.0, 0.05).tolist():
+        for device in together:
+            device.handle(Tick(now), now)
+        answers += run(together, now)
+    assert [(a.sender, a.coverage) for a in answers if isinstance(a, Answer)] == [(2, 1.0)]
+
+
+@pytest.mark.parametrize("spares", ["standby", "hot"])
+def test_nothing_is_given_up_where_sums_have_owners(spares: str) -> None:
+    """Who stands in for an owner that has died needs the sums of the stage before, which only that one was sent."""
+    everyone = (0, 1, 2)
+    for owned in (False, True):
+        manifest = make_manifest(make_plan(3, 3, pair=True, owned=owned), 0, spares)
+        assert (max(Views(manifest).of(everyone).settled) == 0) == owned

@@ -90,9 +90,13 @@ def test_providers_that_are_not_there_are_refused_with_those_that_are(tmp_path: 
         assert "cpu" in said
 
 
-def test_libraries_of_a_gpu_that_are_not_there_are_nothing_to_talk_of(capfd: pytest.CaptureFixture[str]) -> None:
-    sessions._load_gpu_libraries()
-    assert capfd.readouterr() == ("", "")
+def test_libraries_of_a_gpu_that_are_not_there_are_nothing_to_talk_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "Failed to load libcudart.so"  # as ONNX Runtime's package for GPUs does where there is none
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(said), raising=False)
+    sessions._load_gpu_libraries.__wrapped__()
+    assert capsys.readouterr().out == ""
 
 
 def test_what_a_provider_cannot_is_computed_on_the_cpu_and_said_once(

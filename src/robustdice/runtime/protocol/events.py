@@ -80,7 +80,7 @@ class RunStage(NamedTuple):
     """Enter a stage: assemble the previous stage's exchanges from ``gathered`` (stage 0: take ``array`` as the input),
     run the local parts and ``pieces``, while the devices ``down`` take no part. Each of the ``due`` is shards of what
     the pieces compute that are wanted as one parcel; ``owned`` are those that this device has the sums for, of
-    exchanges of what owners add up. Of stages before the one that is ``settled`` nothing will be asked for any more."""
+    exchanges of what owners add up. Of stages before the one that is ``settled`` no more pieces will be run."""
 
     frame: FrameId
     stage: int

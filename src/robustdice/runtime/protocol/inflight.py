@@ -394,15 +394,13 @@ class InFlight(State):
             pieces = (*self.pieces_due(stage, me), *adding.pieces_of(self.manifest, stage, owned))
         else:
             pieces = straight.pieces[stage]
-            self._settle(straight.settled[stage], me)
+            self._settle(straight.settled[stage])
         task = RunStage(self.id, stage, self.array, gathered, pieces, self.down, due, owned, self.settled)
         self.array, self.phase = None, Phase.COMPUTING
         return task
 
-    def _settle(self, stage: int, me: int) -> None:
-        """While straight: no device lacks anything of the stages before this one."""
-        for before in range(self.settled, stage):
-            self.parcels.pop((before, me), None)
+    def _settle(self, stage: int) -> None:
+        """While straight: nobody will have to stand in for another in the stages before this one."""
         self.settled = max(self.settled, stage)
         if self.spared:
             self.spared = [of for of in self.spared if self.ancestry.stage_of(of.shards[0]) >= self.settled]

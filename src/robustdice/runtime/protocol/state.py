@@ -63,7 +63,8 @@ class State:
     own_lineages: dict[ShardId, Lineage] = field(default_factory=dict)
     """Of shards of ``own`` that were not built on what this device's part of their stage was."""
     own: dict[ShardId, Array] = field(default_factory=dict)
-    """Everything computed here, kept until the frame is forgotten, published or not; but see ``settled``."""
+    """Everything computed here, kept until the frame is forgotten, published or not, but for spares of stages that are
+    ``settled``."""
     published: set[ShardId] = field(default_factory=set)
     """Those of ``own`` that all peers have been sent, or of sums the one that owned them then."""
     wanted: dict[ShardId, set[int]] = field(default_factory=dict)
@@ -71,7 +72,8 @@ class State:
     owes: bool = False
     """There may be pieces of an entered stage that have to be computed now: looked at when the executor is free."""
     settled: int = 0
-    """No device lacks anything of the stages before this one: what was computed here for them is kept no longer."""
+    """Nobody has to stand in for another in the stages before this one: what that takes is kept no longer. What was
+    published is, for devices that restart in the middle."""
     failed: bool = False
     """It could not be computed, and is not tried again."""
     since: dict[int, float] = field(default_factory=dict)

@@ -42,7 +42,7 @@ class View:
     """The same without sums that others add up."""
     settled: tuple[int, ...]
     """For every stage: whoever enters it knows of all devices, if all are up, that they have entered this one, and so
-    have all they need of those before it."""
+    have all they need of those before it. None where sums have owners: who stands in for one needs sums of before."""
     down: frozenset[int]
     """The other devices."""
     lineage: Lineage
@@ -123,7 +123,8 @@ class Views:
         here = {shard: device for of_me in due for device, shards in of_me.items() for shard in shards}
         had = tuple(source_row(manifest, e, here) for e in range(len(published)))
         awaited = tuple(frozenset((stage, device) for device in of_me) for stage, of_me in enumerate(due))
-        shown = [0, *(stage if len(of_me) == manifest.devices else 0 for stage, of_me in enumerate(due))]
+        known = [len(of_me) == manifest.devices and not manifest.sums_of for of_me in due]
+        shown = [0, *(stage if of_all else 0 for stage, of_all in enumerate(known))]
         settled = tuple(accumulate(shown[:-1], max))
         made = tuple(due), awaited, tuple(parcels), tuple(receivers), pieces, owned
         view = View(devices, *made, rows, had, settled, frozenset(down), Lineage(devices))
