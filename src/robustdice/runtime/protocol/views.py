@@ -123,8 +123,8 @@ class Views:
         here = {shard: device for of_me in due for device, shards in of_me.items() for shard in shards}
         had = tuple(source_row(manifest, e, here) for e in range(len(published)))
         awaited = tuple(frozenset((stage, device) for device in of_me) for stage, of_me in enumerate(due))
-        known = [len(of_me) == manifest.devices and not manifest.sums_of for of_me in due]
-        shown = [0, *(stage if of_all else 0 for stage, of_all in enumerate(known))]
+        from_all = [len(of_me) == manifest.devices and not manifest.sums_of for of_me in due]
+        shown = [0, *(stage if all_say_so else 0 for stage, all_say_so in enumerate(from_all))]
         settled = tuple(accumulate(shown[:-1], max))
         made = tuple(due), awaited, tuple(parcels), tuple(receivers), pieces, owned
         view = View(devices, *made, rows, had, settled, frozenset(down), Lineage(devices))
