@@ -79,6 +79,16 @@ def test_marks_go_to_who_is_there_and_are_few_until_it_says_that_something_has_c
     assert marks(8.1, 20.0) == [15.1], "it took 7 seconds until it said that something had come"
 
 
+@pytest.mark.parametrize(("awake_since", "waking"), [(0.0, True), (30.5, False)])
+def test_how_long_this_device_stood_still_is_not_how_long_shards_take(awake_since: float, waking: bool) -> None:
+    contact, settings = Contact(), Settings()
+    contact.hand_over(1, 1.0)
+    contact.heard(31.0)
+    contact.take_pulse(Pulse(1, 2.0, None, False, 0, 1, ()), 31.0, awake_since, waking)
+    contact.hand_over(2, 31.0)
+    assert contact.mark(settings, 31.22) is not None
+
+
 def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:
     """Two devices lose some of what they say to each other about several frames, and wait for different ones first:
     each for what the other one has only when it has what it is not asked for."""

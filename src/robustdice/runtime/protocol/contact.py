@@ -84,7 +84,10 @@ class Contact:
         if not waking:
             self._clock = pulse.clock, now
         while self._underway and self._underway[0][0] <= pulse.got:
-            self._took, self._marks = now - self._underway.popleft()[1], 0
+            _, sent_at = self._underway.popleft()
+            self._marks = 0
+            if awake_since <= sent_at and not waking:
+                self._took = now - sent_at
         if pulse.echo is not None and awake_since <= pulse.echo <= now:
             self.round_trip.observe(now - pulse.echo)
 
