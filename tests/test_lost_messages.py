@@ -79,6 +79,18 @@ def test_marks_go_to_who_is_there_and_are_few_until_it_says_that_something_has_c
     assert marks(8.1, 20.0) == [15.1], "it took 7 seconds until it said that something had come"
 
 
+def test_while_frames_go_on_without_a_peer_marks_do_not_wait_for_as_long_as_its_shards_took() -> None:
+    for parted in (False, True):
+        contact, settings = Contact(), Settings()
+        contact.hand_over(1, 1.0)
+        contact.heard(3.0)
+        contact.take_pulse(Pulse(1, 2.0, None, False, 0, 1, ()), 3.0, 0.0)
+        contact.hand_over(2, 3.0)
+        if parted:
+            contact.part()
+        assert (contact.mark(settings, 3.22) is not None) == parted
+
+
 @pytest.mark.parametrize(("awake_since", "waking"), [(0.0, True), (30.5, False)])
 def test_how_long_this_device_stood_still_is_not_how_long_shards_take(awake_since: float, waking: bool) -> None:
     contact, settings = Contact(), Settings()

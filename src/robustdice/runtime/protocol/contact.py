@@ -106,8 +106,9 @@ class Contact:
     def mark(self, settings: Settings, now: float) -> int | None:
         """The serial number of a mark that is to go to it now; None where none is. Shards tell as much of those before
         them as a mark does. So it takes the place of shards that do not come: when the last that went this way did so
-        for longer ago than it takes a peer that has it to say so, and the peer is there to say it."""
-        patience = max(2 * settings.pulse, self._took)
+        for longer ago than it takes a peer that has it to say so, and the peer is there to say it. While frames go on
+        without the peer no shards come that it could be in the way of, and the next ones wait for what it says."""
+        patience = 2 * settings.pulse if self._in_the_way else max(2 * settings.pulse, self._took)
         if not self._underway or self._marks == MOST_MARKS or now - self._said_at <= patience:
             return None
         if now >= self.silent_at(settings):
@@ -127,6 +128,10 @@ class Contact:
         """Whether such shards are still under way."""
         while self._underway and now - self._underway[0][1] > settings.given_up:
             self._underway.popleft()
+        return self._in_the_way
+
+    @property
+    def _in_the_way(self) -> bool:
         return bool(self._underway) and self._underway[0][0] <= self._of_no_use
 
     def stood_still(self, seconds: float, now: float) -> None:
