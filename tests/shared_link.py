@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -34,18 +33,11 @@ class SharedLink:
         self.bytes_per_second, self._delay, self._at = bytes_per_second, delay, at
         self._queues: OrderedDict[Hashable, deque[list[Any]]] = OrderedDict()
         self.carried = 0
-        self.dropped = 0
-        """Messages that found their queue full."""
 
-    def send(self, queue: Hashable, size: int, arrive: Callable[[], None], most: float = math.inf) -> None:
-        """Carry ``size`` bytes behind what waits in ``queue``, then call ``arrive``; not where ``most`` messages wait
-        there."""
+    def send(self, queue: Hashable, size: int, arrive: Callable[[], None]) -> None:
+        """Carry ``size`` bytes behind what waits in ``queue``, then call ``arrive``."""
         idle = not self._queues
-        waiting = self._queues.setdefault(queue, deque())
-        if len(waiting) >= most:
-            self.dropped += 1
-            return
-        waiting.append([size, arrive])
+        self._queues.setdefault(queue, deque()).append([size, arrive])
         if idle:
             self._carry()
 

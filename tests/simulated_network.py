@@ -10,8 +10,7 @@ from functools import partial
 
 from robustdice.errors import MessageError
 from robustdice.runtime.protocol.events import Event, PeerDown, PeerUp, Received
-from robustdice.runtime.wire.line import QUEUED_MESSAGES
-from robustdice.runtime.wire.messages import MOST_MARKS, Mark, Pulse, Shards
+from robustdice.runtime.wire.messages import Mark, Pulse, Shards
 from shared_link import SharedLink, size_of
 from simulated_devices import Devices, Node
 from wire_check import garbled, travels
@@ -72,8 +71,7 @@ class ConnectedDevices(Devices):
     def carry(self, queue: Hashable, message: object, arrive: Callable[[], None]) -> None:
         """Something is under way, behind what is in the same queue unless it may be overtaken."""
         if self.link is not None:
-            most = QUEUED_MESSAGES + MOST_MARKS if isinstance(message, Shards | Mark) else math.inf
-            self.link.send(queue, size_of(message, self._sizes), arrive, most)
+            self.link.send(queue, size_of(message, self._sizes), arrive)
             return
         at = self.now + self._delay()
         if not self.network.reordering:

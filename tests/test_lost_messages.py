@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bundles import make_plan
-from robustdice.runtime.protocol.contact import Contact
-from robustdice.runtime.protocol.events import Received, Settings
-from robustdice.runtime.wire.messages import MOST_MARKS, Mark, Pulse, Shards
+from robustdice.runtime.protocol.events import Received
+from robustdice.runtime.wire.messages import Mark, Shards
 from scenarios import Fault, Scenario, play
 from simulated_network import Network
 from simulation import World
@@ -59,46 +58,6 @@ def test_what_was_lost_of_several_frames_is_not_asked_for_at_every_word_while_wo
     world.check()
     assert set(world.coverage()) == {1.0}
     assert len(lost) <= world.wants <= 8 * len(lost), "three devices wait for each, and some wait long"
-
-
-def test_marks_go_to_who_is_there_and_are_few_until_it_says_that_something_has_come() -> None:
-    contact, settings = Contact(), Settings()
-
-    def marks(first: float, last: float) -> list[float]:
-        times = [k / 10 for k in range(round(10 * first), round(10 * last) + 1)]
-        return [now for now in times if contact.mark(settings, now) is not None]
-
-    contact.hand_over(1, 1.0)
-    contact.heard(1.0)
-    assert marks(1.1, 3.0) == [], "nothing has come from it"
-    contact.heard(8.0)
-    assert len(marks(3.1, 8.0)) == MOST_MARKS
-    contact.take_pulse(Pulse(1, 8.0, None, False, 0, 1, ()), 8.0, 0.0)
-    contact.hand_over(2, 8.0)
-    contact.heard(20.0)
-    assert marks(8.1, 20.0) == [15.1], "it took 7 seconds until it said that something had come"
-
-
-def test_while_frames_go_on_without_a_peer_marks_do_not_wait_for_as_long_as_its_shards_took() -> None:
-    for parted in (False, True):
-        contact, settings = Contact(), Settings()
-        contact.hand_over(1, 1.0)
-        contact.heard(3.0)
-        contact.take_pulse(Pulse(1, 2.0, None, False, 0, 1, ()), 3.0, 0.0)
-        contact.hand_over(2, 3.0)
-        if parted:
-            contact.part()
-        assert (contact.mark(settings, 3.22) is not None) == parted
-
-
-@pytest.mark.parametrize(("awake_since", "waking"), [(0.0, True), (30.5, False)])
-def test_how_long_this_device_stood_still_is_not_how_long_shards_take(awake_since: float, waking: bool) -> None:
-    contact, settings = Contact(), Settings()
-    contact.hand_over(1, 1.0)
-    contact.heard(31.0)
-    contact.take_pulse(Pulse(1, 2.0, None, False, 0, 1, ()), 31.0, awake_since, waking)
-    contact.hand_over(2, 31.0)
-    assert contact.mark(settings, 31.22) is not None
 
 
 def test_no_frame_stands_still_behind_a_cut_that_is_over() -> None:

@@ -6,8 +6,6 @@ import pytest
 
 from bundles import make_plan
 from robustdice.runtime.choice import Pace
-from robustdice.runtime.protocol.events import Received
-from robustdice.runtime.wire.messages import Mark
 from simulated_network import Network
 from simulation import World
 
@@ -79,28 +77,6 @@ def test_a_crash_behind_a_slow_link_is_still_found_and_made_up_for() -> None:
     first = min(at for at, _, _ in suspicions(world))
     assert 3.0 < first < 4.0
     assert {text[:8] for _, device, text in suspicions(world) if device != 2} == {"device 2"}
-
-
-@pytest.mark.parametrize(("window", "seconds_per_frame"), [(4, 0.2), (8, 0.4)])
-def test_marks_take_no_place_from_shards_in_the_queues_of_slow_links(window: int, seconds_per_frame: float) -> None:
-    """What is behind them says as much, so there are none while shards are on their way."""
-    world = World(make_plan(3), 1, network=Network(delay=0.005, bytes_per_second=1.0), window=window)
-    assert world.link is not None
-    world.link.bytes_per_second = 3 * 400 * (128 + 192 + 10) / seconds_per_frame
-    world.timeout_seconds = 4.0
-    transmit, marks = world.transmit, list[Mark]()
-
-    def see(source: int, target: int, event: Received) -> None:
-        marks.extend([event.message] if isinstance(event.message, Mark) else [])
-        transmit(source, target, event)
-
-    world.transmit = see  # type: ignore[method-assign]
-    world.start_client(0.2, 2.5)
-    world.run(7.0)
-    world.check()
-    assert len(world.sent) > 7
-    assert not world.link.dropped
-    assert len(marks) < 5
 
 
 @pytest.mark.parametrize("idle", [True, False])

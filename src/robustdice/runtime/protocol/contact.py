@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from robustdice.runtime.protocol.deadlines import Estimate
 from robustdice.runtime.protocol.events import Settings
-from robustdice.runtime.wire.messages import MOST_MARKS, FrameId, Pulse
+from robustdice.runtime.wire.messages import FrameId, Pulse
 
 REMEMBERED_SHARDS = 256
 
@@ -44,12 +44,6 @@ class Contact:
     """The serial number of the last shards that were handed over for it."""
     _underway: deque[tuple[int, float]] = field(default_factory=deque)
     """Shards that it has not said to have got: serial number, and when they were handed over."""
-    _said_at: float = 0.0
-    """When shards, or a mark behind them, were handed over for it last."""
-    _marks: int = 0
-    """Marks that went its way since it said last that shards have come."""
-    _took: float = 0.0
-    """Seconds until it said so of the shards that it named last."""
     _of_no_use: int = 0
     """Shards up to this serial number are of frames that went on without it."""
     round_trip: Estimate = field(default_factory=Estimate)
@@ -64,7 +58,6 @@ class Contact:
         """A new connection stands: it has time to say something."""
         self.heard_at, self._told, self._clock, self.got = now, None, None, 0
         self._underway.clear()
-        self._marks, self._took = 0, 0.0
 
     def heard(self, now: float) -> bool:
         """Anything has come; True when it was lost."""
@@ -84,10 +77,7 @@ class Contact:
         if not waking:
             self._clock = pulse.clock, now
         while self._underway and self._underway[0][0] <= pulse.got:
-            _, sent_at = self._underway.popleft()
-            self._marks = 0
-            if awake_since <= sent_at and not waking:
-                self._took = now - sent_at
+            self._underway.popleft()
         if pulse.echo is not None and awake_since <= pulse.echo <= now:
             self.round_trip.observe(now - pulse.echo)
 
@@ -97,24 +87,14 @@ class Contact:
 
     def hand_over(self, serial: int, now: float) -> None:
         """Shards are sent to it."""
-        self._marks = self._marks if self._underway else 0
-        self.sent, self._said_at = serial, now
+        self.sent = serial
         self._underway.append((serial, now))
         if len(self._underway) > REMEMBERED_SHARDS:
             self._underway.popleft()
 
-    def mark(self, settings: Settings, now: float) -> int | None:
-        """The serial number of a mark that is to go to it now; None where none is. Shards tell as much of those before
-        them as a mark does. So it takes the place of shards that do not come: when the last that went this way did so
-        for longer ago than it takes a peer that has it to say so, and the peer is there to say it. While frames go on
-        without the peer no shards come that it could be in the way of, and the next ones wait for what it says."""
-        patience = 2 * settings.pulse if self._in_the_way else max(2 * settings.pulse, self._took)
-        if not self._underway or self._marks == MOST_MARKS or now - self._said_at <= patience:
-            return None
-        if now >= self.silent_at(settings):
-            return None
-        self._marks, self._said_at = self._marks + 1, now
-        return self.sent
+    def unacknowledged(self, settings: Settings, now: float) -> bool:
+        """Whether the first shards under way have been so for longer than it takes a peer that has them to say so."""
+        return bool(self._underway) and now - self._underway[0][1] > 2 * settings.pulse
 
     def take_mark(self, serial: int) -> None:
         """All shards up to this one are here, or lost."""
@@ -128,10 +108,6 @@ class Contact:
         """Whether such shards are still under way."""
         while self._underway and now - self._underway[0][1] > settings.given_up:
             self._underway.popleft()
-        return self._in_the_way
-
-    @property
-    def _in_the_way(self) -> bool:
         return bool(self._underway) and self._underway[0][0] <= self._of_no_use
 
     def stood_still(self, seconds: float, now: float) -> None:

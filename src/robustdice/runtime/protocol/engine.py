@@ -350,8 +350,9 @@ class Engine:
     def _keep_contact(self, now: float) -> None:
         self._contacts.pulse_at = now + self.settings.pulse
         for device in self.membership.reachable:
-            if (serial := self._contacts.of[device].mark(self.settings, now)) is not None:
-                self._out.send(device, Mark(self.me, serial))
+            contact = self._contacts.of[device]
+            if contact.unacknowledged(self.settings, now):
+                self._out.send(device, Mark(self.me, contact.sent))
         self._out.pulse(self.membership.reachable, self.frames.owing(), now)
         for note in self._one_way.look(self.membership, self._contacts, now):
             self._out.add(note)

@@ -10,14 +10,13 @@ from typing import Any
 import zmq
 
 from robustdice.runtime.wire.address import Address, Lookup
-from robustdice.runtime.wire.messages import MOST_MARKS
 from robustdice.runtime.wire.security import ANOTHER_MECHANISM, Greeting, secure
 from robustdice.runtime.wire.watch import NOW, NOW_AND_MORE, Watch
 
 COPIED_BYTES = 2**18
 """What is smaller is copied when it is sent: to be told when it is no longer in use takes longer."""
 QUEUED_MESSAGES = 16
-"""On each connection, beside marks; beyond it messages are dropped, and asked for again where they matter."""
+"""Per outgoing connection; beyond it messages are dropped, and asked for again where they matter."""
 CURVE_OVERHEAD = 64
 """Bytes, rounded up, that encryption adds to a frame: command name, nonce, flags, authentication (RFC 26)."""
 NO_MORE = 500
@@ -62,15 +61,14 @@ def set_options(
     without a limit.
     """
     socket.linger = 0
+    socket.sndhwm = QUEUED_MESSAGES
     socket.maxmsgsize = limit + CURVE_OVERHEAD
     socket.handshake_ivl = int(1000 * HANDSHAKE_SECONDS)
     socket.tcp_keepalive = 1
     if server_key is None:
-        socket.sndhwm = QUEUED_MESSAGES
         socket.rcvhwm = 16 * QUEUED_MESSAGES
         socket.tcp_keepalive_idle = 30
     else:
-        socket.sndhwm = QUEUED_MESSAGES + MOST_MARKS
         socket.rcvhwm = 0
         socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = PROBE_SECONDS
         socket.tcp_maxrt = GIVEN_UP_MS

@@ -14,8 +14,6 @@ HEADER_LIMIT = 64 * 2**10
 DOCUMENT_LIMIT = 2**20
 OUTPUTS_LIMIT = 2**20
 MAX_TIMEOUT_SECONDS = 3600.0
-MOST_MARKS = 8
-"""That wait for a peer's word on them: beside shards there is room for so many in the queue to it."""
 
 ShardId = tuple[int, int]
 """(position in ``Manifest.exchanges``, position in that exchange's ``shards``)."""
