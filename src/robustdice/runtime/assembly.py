@@ -27,7 +27,7 @@ class Assembly:
         for block, shard in zip(self._single, exchange.shards, strict=True):
             if shard.neurons and not exchange.sums:
                 _ = block.index
-        self._singly_only = exchange.sums or bool(exchange.shards[-1].parity_of)
+        self._singly_only = bool(exchange.shards[-1].parity_of)
 
     def value(self, parcels: Sequence[Parcel], batch: int = 1) -> dict[str, Array]:
         """The exchange's value, float32 [batch, *shape], and its mask if it has one, from what ``parcels`` have of it.
@@ -35,15 +35,21 @@ class Assembly:
         A single missing shard follows from the parity shard; ``fill`` stands for what is missing otherwise. Sums are
         added up in the order of the shards, so that all devices have the same.
         """
-        exchange, parts = self._exchange, self._parts(parcels)
+        exchange, missing = self._exchange, self._shards
         if exchange.sums:
-            total = np.zeros((batch, *exchange.shape), np.float32)
-            for block, array in sorted(parts, key=lambda part: part[0].numbers):
-                total[block.index if exchange.slices else ...] += array
-            return {exchange.value: total}
-        missing = self._shards
-        for block, _ in parts:
-            missing -= len(block.numbers)
+            return {exchange.value: self._sum(parcels, batch)}
+        parts: list[tuple[Block, Array]] = []
+        for parcel in parcels:
+            arrays = parcel.arrays
+            if self._singly_only or not isinstance(arrays, Packed):
+                parts = self._singly(parcels)
+                missing = self._shards - len(parts)
+                break
+            plain = arrays.layout.plain
+            for block, sent in zip(arrays.layout.blocks, arrays.blocks, strict=True):
+                if block.exchange == self._position:
+                    parts.append((block, sent if plain else block.form.widen(sent)))
+                    missing -= len(block.numbers)
         if self._shards == 1 and not missing:
             value = parts[0][1]
         else:
@@ -60,18 +66,11 @@ class Assembly:
                 mask[list(exchange.shards[number].neurons)] = True
         return {exchange.value: value, exchange.mask: mask}
 
-    def _parts(self, parcels: Sequence[Parcel]) -> list[tuple[Block, Array]]:
-        """What there is of the exchange, as it is worth."""
-        parts = []
-        for parcel in parcels:
-            arrays = parcel.arrays
-            if self._singly_only or not isinstance(arrays, Packed):
-                return self._singly(parcels)
-            plain = arrays.layout.plain
-            for block, sent in zip(arrays.layout.blocks, arrays.blocks, strict=True):
-                if block.exchange == self._position:
-                    parts.append((block, sent if plain else block.form.widen(sent)))
-        return parts
+    def _sum(self, parcels: Sequence[Parcel], batch: int) -> Array:
+        total = np.zeros((batch, *self._exchange.shape), np.float32)
+        for block, array in sorted(self._singly(parcels), key=lambda part: part[0].numbers):
+            total[block.index if self._exchange.slices else ...] += array
+        return total
 
     def _singly(self, parcels: Sequence[Parcel]) -> list[tuple[Block, Array]]:
         """Every shard by itself; those with neurons, whether they have come or follow from what has."""

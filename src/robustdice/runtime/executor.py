@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from robustdice.bundle.manifest import WEIGHTS_NAME
+from robustdice.bundle.manifest import WEIGHTS_NAME, Exchange, Stage
 from robustdice.bundle.parts import Part, Piece
 from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import ROUNDED_TOLERANCE, TOLERANCE, deviation, stand_in, stand_ins, summary
@@ -44,9 +44,11 @@ class Executor:
                 self._sessions.load(part)
         give_back()
         self.layouts = Layouts(manifest)
-        self._assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
+        self.assemblies = [Assembly(k, exchange, self.layouts) for k, exchange in enumerate(manifest.exchanges)]
+        """Put the value of each exchange together."""
         self._pieces = [[(piece, self.layouts.of(piece.shards)) for piece in stage.pieces] for stage in manifest.stages]
         """What each piece of a stage computes, and how that lies in memory."""
+        self._kept = [_kept(stage, manifest.exchanges) for stage in manifest.stages]
         self._read = [{name for piece in stage.pieces for name in piece.inputs} for stage in manifest.stages]
         self._sums_of = manifest.sums_of
         self._calibrated = lru_cache(64)(manifest.calibrated_for)
@@ -79,7 +81,7 @@ class Executor:
         """The piece's shards, while the devices ``down`` are: one array [batch, ...] for each exchange, as it travels,
         which single ones are cut out of."""
         part, layout = self._pieces[stage][piece]
-        blocks = tuple(self.run_part(part, values, down).values())
+        blocks = tuple(self._outputs(part, values, down))
         if not layout.plain:
             blocks = tuple(b.form.narrow(array) for b, array in zip(layout.blocks, blocks, strict=True))
         return Parcel(part.shards, Packed(layout, blocks))
@@ -107,10 +109,6 @@ class Executor:
             return parcel
         some = {shard: array for shard, array in zip(parcel.shards, parcel.arrays, strict=True) if shard in owned}
         return self.layouts.packed(tuple(some), list(some.values())) if some else Parcel((), ())
-
-    def assemble(self, exchange: int, parcels: Sequence[Parcel], batch: int = 1) -> Values:
-        """The exchange's value, and its mask if it has one: :meth:`robustdice.runtime.assembly.Assembly.value`."""
-        return self._assemblies[exchange].value(parcels, batch)
 
     def read_by_pieces(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that a stage's pieces read."""
@@ -174,26 +172,34 @@ class Executor:
 
     def keep(self, stage: int, values: Mapping[str, Array]) -> Values:
         """Those of ``values`` that the stages after ``stage`` still need."""
-        names = self.manifest.stages[stage].keep
+        names = self._kept[stage]
         return {name: values[name] for name in names if name in values} if names else {}
 
     def run_part(self, part: Part, values: Mapping[str, Array], down: Iterable[int] = ()) -> Values:
         """A part's outputs from ``values``, while the devices ``down`` are."""
+        return dict(zip(part.outputs, self._outputs(part, values, down), strict=True))
+
+    def _outputs(self, part: Part, values: Mapping[str, Array], down: Iterable[int]) -> list[Array]:
         inputs = {name: values[name] for name in part.inputs}
         if not part.affine:
-            return dict(zip(part.outputs, self._sessions.run(part, inputs), strict=True))
+            return self._sessions.run(part, inputs)
         affine = self._weights.affine(part, self._calibrated(frozenset(down)))
         layer = next((each for each in part.affine if each.coarse and each.coarse.at_once < each.neurons), None)
         if layer is None or layer.coarse is None:
-            outputs = self._sessions.run(part, {**inputs, **affine, **self._weights.filters(part)})
-            return dict(zip(part.outputs, outputs, strict=True))
-        (output,), coarse, found = part.outputs, layer.coarse, list[Array]()
+            return self._sessions.run(part, {**inputs, **affine, **self._weights.filters(part)})
+        coarse, found = layer.coarse, list[Array]()
         for start in range(0, layer.neurons, coarse.at_once):
             of_rows = {name: affine[name][start : start + coarse.at_once] for name in (layer.scale, layer.shift)}
             found += self._sessions.run(part, {**inputs, **affine, **of_rows, **self._weights.filters(part, start)})
             if coarse.pair == "first" and start:
                 found = [np.add(*found)]
-        return {output: found[0] if coarse.pair == "first" else np.concatenate(found, coarse.axis)}
+        return [found[0] if coarse.pair == "first" else np.concatenate(found, coarse.axis)]
+
+
+def _kept(stage: Stage, exchanges: Sequence[Exchange]) -> tuple[str, ...]:
+    """What the stages after a stage need that is there before its exchanges are assembled."""
+    assembled = {name for number in stage.exchanges for name in (exchanges[number].value, exchanges[number].mask)}
+    return tuple(name for name in stage.keep if name not in assembled)
 
 
 def _wrong(part: Part, found: Values, allowed: float) -> str | None:

@@ -58,7 +58,8 @@ class InProcess:
                     continue
                 kept = executor.keep(number, values[device])
                 for exchange in stage.exchanges:
-                    kept.update(executor.assemble(exchange, self._given(device, exchange, parcels, down), batch))
+                    given = self._given(device, exchange, parcels, down)
+                    kept.update(executor.assemblies[exchange].value(given, batch))
                 values[device] = kept
         outputs = [values[device][manifest.output].reshape(batch, -1) for device in live]
         if any(not np.array_equal(outputs[0], other, equal_nan=True) for other in outputs[1:]):

@@ -133,8 +133,9 @@ class Worker(threading.Thread):
         inputs = self._inputs.setdefault(task.frame, {})
         outputs = None
         if isinstance(task, RunStage):
-            for before in [each for each in inputs if each < task.settled]:
-                del inputs[before]
+            if inputs:
+                for before in [each for each in inputs if each < task.settled]:
+                    del inputs[before]
             values = executor.run_local(stage, self._enter(task, manifest), task.down)
             self._kept[task.frame] = executor.keep(stage, values)
             if stage + 1 == len(manifest.stages):
@@ -155,7 +156,7 @@ class Worker(threading.Thread):
         values = dict(inputs)
         sums_of = self._executor.manifest.sums_of
         for exchange in {sums_of[owners] for owners, _ in task.owned}:
-            values.update(self._executor.assemble(exchange, task.gathered))
+            values.update(self._executor.assemblies[exchange].value(task.gathered))
         return values
 
     def _enter(self, task: RunStage, manifest: Manifest) -> Values:
@@ -163,7 +164,7 @@ class Worker(threading.Thread):
             return {manifest.input: task.array}
         values = self._kept.pop(task.frame)
         for exchange in manifest.stages[task.stage - 1].exchanges:
-            values.update(self._executor.assemble(exchange, task.gathered))
+            values.update(self._executor.assemblies[exchange].value(task.gathered))
         return values
 
 
