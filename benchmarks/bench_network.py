@@ -34,8 +34,9 @@ DEVICES = 4
 
 
 def link_bytes(plan: Plan, input_shape: tuple[int, ...]) -> float:
-    """Bytes that the busiest device sends, or receives, for a frame."""
-    sent, received = 0.0, 4.0 * math.prod(input_shape)
+    """Bytes that the busiest device sends, or receives, for a frame. Without exchanges frames go to devices in turn."""
+    exchanging = any(map(plan.exchanged, range(len(plan.layers))))
+    sent, received = 0.0, 4.0 * math.prod(input_shape) / (1 if exchanging else plan.devices)
     for index in range(len(plan.layers)):
         if values := plan.exchanged(index):
             published = handed_over(plan, index) * plan.exchanged_bytes(index) / values
