@@ -177,15 +177,16 @@ def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> ND
 
 
 def candidates(
-    table: Table, budget: int | Sequence[int], on_progress: Progress = silent, *, to_the_end: bool = True
+    table: Table, budget: int | Sequence[int], on_progress: Progress = silent, to_beat: float | None = None
 ) -> list[Candidate]:
     """Plans that keep to ``budget`` (bytes on each device: one number for all, or one for each) and are made for the
     table's number of failed devices, the best first.
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
     everywhere, with every number of failures counted the same (``even``) or small ones first (``early``); *fine first*
-    are those whose spares may be coarser than their primaries, which is for few failures too. Unless all are to be
-    measured ``to_the_end``, that stops where another one is sure to keep more. PlanError when nothing fits.
+    are those whose spares may be coarser than their primaries, which is for few failures too. With something
+    ``to_beat``, each is measured only as long as it may be worth more than that and those before it (-1: than those
+    alone), without to the end. PlanError when nothing fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
@@ -220,7 +221,7 @@ def candidates(
     found: list[Candidate] = []
     for (family, of_family), rounded in zip(chosen.items(), coarse, strict=True):
         on_progress(len(chosen) + len(found), 2 * len(chosen))
-        least = -1.0 if to_the_end else most(found)
+        least = -1.0 if to_beat is None else max(to_beat, most(found))
         found.append(tried_out(table, family, _made(table, *of_family, rounded), budgets, least))
     return best_first(found)
 

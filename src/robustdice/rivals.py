@@ -26,7 +26,8 @@ def rivals(
 ) -> list[Candidate]:
     """Whole copies in one representation, the finest that fits, rounded to the nearest and by GPTQ; the paper's method
     and plain slices in float32 and in 8 bits; coded slices. Those that do not fit into ``budgets`` (bytes of each
-    device) are made as small as they can be, for what they would need. ``to_beat`` as for :func:`try_all`."""
+    device) are made as small as they can be, for what they would need. ``to_beat`` as for
+    :func:`robustdice.auto.candidates`."""
     made = [*_whole(table, budgets), *_partitioned(table, budgets)]
     return try_all(table, made, budgets, on_progress, to_beat)
 
@@ -38,7 +39,7 @@ def try_all(
     on_progress: Progress = silent,
     to_beat: float | None = None,
 ) -> list[Candidate]:
-    """Plans, each with its family, one after another; with something ``to_beat``, or more, only as long as they may."""
+    """Plans, each with its family, one after another; ``to_beat`` as for :func:`robustdice.auto.candidates`."""
     found: list[Candidate] = []
     for family, plan in made:
         on_progress(len(found), len(made))

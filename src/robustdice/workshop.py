@@ -198,7 +198,7 @@ def choose_from(
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
     if purpose is None:
-        made = candidates(table, budgets, part(on_progress, 0, 0.8), to_the_end=False)
+        made = candidates(table, budgets, part(on_progress, 0, 0.8), to_beat=-1.0)
         found = best_first([*made, *rivals(table, budgets, part(on_progress, 0.8, 1), most(made))])
     else:
         found = considered_for(purpose, table, budgets, on_progress)
