@@ -26,6 +26,7 @@ from robustdice.bundle.read import load_bundle
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import BundleError, PlanError
 from robustdice.importance.values import LIMIT_BYTES, Importance
+from robustdice.plan.file import corrections_from
 from robustdice.runtime.client import Client
 from robustdice.runtime.cluster import LocalCluster
 from robustdice.runtime.executor import Executor
@@ -59,6 +60,24 @@ def test_whatever_comes_in_a_parser_gives_something_or_says_what_is_wrong(name: 
         assert problem(parser, case(parser, name, 1, number)) is None
 
     check()
+
+
+@pytest.mark.parametrize(("name", "number"), [("plans", 15196), ("plans", 902841)])
+def test_what_a_million_cases_found_does_not_come_back(name: str, number: int, room: Path) -> None:
+    """Corrections of a layer that the plan does not have."""
+    parser = parser_of(name, room)
+    assert problem(parser, case(parser, name, 1, number)) is None
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 10**9])
+def test_corrections_of_a_layer_that_the_plan_does_not_have_are_an_error(layer: int) -> None:
+    body = {"layers": [{}] * 2, "corrections": [{"failed": [0], "layers": [layer]}]}
+    arrays = {
+        f"corrections/0/{layer}/codes": np.zeros((2, 3), np.int8),
+        f"corrections/0/{layer}/steps": np.ones(2, np.float16),
+    }
+    with pytest.raises(ValueError, match="the plan has 2"):
+        corrections_from(body, arrays)
 
 
 @pytest.mark.parametrize("stands_still", [lambda _: [None for _ in iter(int, 1)], lambda _: time.sleep(99)])

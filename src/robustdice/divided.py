@@ -64,7 +64,8 @@ def divided(table: Table, budgets: Sequence[int], judge: Judge, on_progress: Pro
     made: dict[object, tuple[str, Plan]] = {}
     for family, plan in _by_every_split(table, budgets, judge, part(on_progress, 0, 0.8)):
         if plan.exchanges:
-            made.setdefault((plan.shards, plan.strips, tuple(plan.pairs.items())), (family, plan))
+            how = plan.shards, plan.strips, tuple(plan.pairs.items()), frozenset(plan.owned)
+            made.setdefault(how, (family, plan))
     return try_all(table, [*made.values()], budgets, part(on_progress, 0.8, 1))
 
 

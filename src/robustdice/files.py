@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tokenize import TokenError
@@ -68,8 +69,10 @@ def read_json(content: bytes) -> Any:
 def read_array(content: bytes) -> NDArray[Any]:
     """The array of a ``.npy`` file that is not pickled; ValueError for anything else."""
     try:
-        found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, EOFError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as for a header of Python 2, which nobody writes
+            found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, EOFError, Warning) as error:
         # NumPy reads the header as Python's words, and makes room for as much as that says.
         raise ValueError(f"no array: {error}") from None
     return found

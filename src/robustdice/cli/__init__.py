@@ -45,7 +45,8 @@ def main() -> None:
         status = 130
     except BrokenPipeError:
         status = 141
-    except OSError as error:  # of files of ours there are errors of our own: what is left is standard output
-        print_error(f"cannot write to standard output: {error.strerror}")
+    except OSError as error:  # of files of ours there are errors of our own: mostly what is left is standard output
+        where = "cannot write to standard output" if error.filename is None else error.filename
+        print_error(f"{where}: {error.strerror}")
         status = 1
     sys.exit(close_output(status))

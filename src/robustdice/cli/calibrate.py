@@ -10,7 +10,7 @@ import typer
 
 import robustdice as rd
 from robustdice.cli.app import app
-from robustdice.cli.options import Data, Json, MovedModel, Samples, Seed, SkipBad, load_data
+from robustdice.cli.options import Images, Json, MovedModel, Samples, Seed, SkipBad, load_data
 from robustdice.cli.usage import number
 from robustdice.report import tables
 from robustdice.representation import CALIBRATION_SAMPLES
@@ -20,7 +20,7 @@ from robustdice.terminal import out, print_json, progress, waiting
 @app.command(epilog="Example: robustdice calibrate plan.json --data cifar10-train.zip -o calibrated.json")
 def calibrate(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="what 'robustdice plan' wrote")],
-    data: Data,
+    data: Images,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PLAN", help="where to write it (over the plan)")
     ] = None,
@@ -40,10 +40,11 @@ def calibrate(
     """Failure calibration: what the survivors of each failure scale and shift their neurons by.
 
     From unlabelled images, without retraining: each neuron that is left gets back the mean and the deviation that it
-    has in the intact network. With --passes (15, say) all scales and shifts of a failure set are then fitted further,
-    together, to what the intact network answers: this takes minutes, and brings most where most is lost. Devices apply
-    a failure set's corrections from the next stage on; a larger set that has none takes those of the nearest set within
-    it. Measure with 'robustdice evaluate' what it brings: where little is left of a layer, it may bring nothing.
+    has in the intact network. With --passes (5, say, and --samples 1024) all scales and shifts of a failure set are
+    then fitted further, together, to what the intact network answers: this takes minutes, and brings most where most
+    is lost. Devices apply a failure set's corrections from the next stage on; a larger set that has none takes those of
+    the nearest set within it. Measure with 'robustdice evaluate' what it brings: where little is left of a layer, it
+    may bring nothing.
     """
     made = rd.Plan.load(plan)
     with waiting("loading the model"):

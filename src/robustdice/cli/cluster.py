@@ -58,7 +58,10 @@ def up(
         while not stop.wait(0.2):
             for number, pid in pids.items():
                 if pid is not None and cluster.process(number) is None:
-                    say(f"device {number} has ended; the others go on", event="ended", device=number)
+                    last = cluster.last_words(number)
+                    say(
+                        f"device {number} has ended; the others go on ({last})", event="ended", device=number, last=last
+                    )
                     pids[number] = None
     say("All devices are stopped.", event="stopped")
 
@@ -66,9 +69,13 @@ def up(
 @app.command(epilog="Example: robustdice infer build photo.jpg other.png")
 def infer(
     directory: BuildDirectory,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files, and folders of them")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="image files, folders and zip files of them")
+    ],
     timeout: Annotated[float, number("--timeout", "seconds to wait for each answer", float, least=0.01)] = 2.0,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object for each image, as it is answered")
+    ] = False,
 ) -> None:
     """Ask the running devices of a build: class, probability, coverage, latency.
 
@@ -144,7 +151,9 @@ def bench(
         int | None, number("--samples", "images that are streamed in each measurement, however long it takes", least=1)
     ] = None,
     rounds: Annotated[int, number("--rounds", "pairs of measurements", least=1)] = 5,
-    window: Annotated[int, number("--window", "frames in flight", least=1)] = 4,
+    window: Annotated[
+        int, number("--window", "frames in flight (up to 8 where each goes to all devices)", least=1)
+    ] = 4,
     provider: Provider = "auto",
     running: Annotated[bool, typer.Option("--running", help="measure devices that run already, wherever")] = False,
     idle: Annotated[float, number("--idle", "seconds to measure energy at rest, which is subtracted", float, 0)] = 0.0,

@@ -20,7 +20,6 @@ from robustdice.cli.options import (
     ModelArgument,
     Plot,
     RandomWeights,
-    Samples,
     Scheduler,
     Seed,
     Size,
@@ -70,7 +69,7 @@ def plan(
         ),
     ] = None,
     survive: Annotated[
-        int | None, number("--survive", "for auto: devices down at once that it is made for (all but one)", least=1)
+        int | None, number("--survive", "for auto: devices down at once that it is made for (all but one)", least=0)
     ] = None,
     threshold: Annotated[
         str | None,
@@ -146,7 +145,9 @@ def plan(
     s3: S3 = "auto",
     scheduler: Scheduler = None,
     plot: Plot = None,
-    samples: Samples = SCORING_SAMPLES,
+    samples: Annotated[
+        int | None, number("--samples", f"images of DATA to score with ({SCORING_SAMPLES})", least=1)
+    ] = None,
     skip_bad: SkipBad = False,
     random_weights: RandomWeights = False,
     size: Size = None,
@@ -166,6 +167,7 @@ def plan(
     _check_activations(activations, data, method, {precision, spare_precision or precision})
     given = {"--scores": scores, "--threshold": threshold, "--survive": survive, "--spare-precision": spare_precision}
     given["--precision"] = None if precision == "float32" else precision
+    given["--samples"] = samples
     given["--split"] = None if split == "neurons" else split
     _check_of_use(method, {option for option, value in given.items() if value is not None})
     judge, purpose = _judge_and_purpose(profile, link, goal, auto)
@@ -185,7 +187,8 @@ def plan(
         if scores is not None:
             importance = rd.Importance.load(scores)
         elif data is not None:
-            images = load_data(data, network, samples, seed, "train", labelled=False, skip_bad=skip_bad)
+            count = samples or SCORING_SAMPLES
+            images = load_data(data, network, count, seed, "train", labelled=False, skip_bad=skip_bad)
             importance = score_with(network, images, columns, s3, scheduler)
         elif method == "robustdice":
             raise RobustdiceError("robustdice plans by importance: give --scores FILE, or --data DATA to score with")

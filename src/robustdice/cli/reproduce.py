@@ -54,7 +54,7 @@ def reproduce(
         typer.Option(metavar="DIR", help="ImageNet's validation images in WNID folders, or a folder with val"),
     ] = None,
     models: Annotated[list[str] | None, typer.Option(metavar="MODEL...", help="other models, with --data")] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="MODEL", hidden=True)] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="images for --models")] = None,
     scoring_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="score with these images, not with some that are evaluated on")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdice.errors import ClusterError, ModelError, workshop_missing
+from robustdice.errors import ClusterError, ModelError, OutputError, workshop_missing
 from robustdice.progress import Progress, silent
 from robustdice.runtime.answer import Answer
 from robustdice.runtime.client import Client
@@ -106,7 +106,13 @@ def bench_build(
     alone: list[float] = []
     with tempfile.TemporaryDirectory(prefix="robustdice-bench-") as temporary:
         alone_model = Path(temporary) / "model.onnx"
-        alone_model.write_bytes(whole)
+        try:
+            alone_model.write_bytes(whole)
+        except OSError as error:
+            raise OutputError(
+                f"the whole model cannot be written to {temporary}: {error.strerror}; say where there is room with "
+                "TMPDIR=DIR"
+            ) from None
         with LocalCluster(root, 1, cores, 30.0, window, provider) as cluster:
             runs = _Runs(cluster.client, seed, idle_seconds, complete=True)
             runs.warm_up(min(seconds, 1.0))
@@ -177,7 +183,11 @@ def measure_processes(
     command = [sys.executable, "-m", "robustdice.meter.single", str(model), ",".join(map(str, shape))]
     command += ["--seconds", str(seconds), "--core"]
     processes = [subprocess.Popen([*command, str(core)], stdout=subprocess.PIPE, text=True) for core in cores]  # noqa: S603
-    said = (process.communicate()[0].split() for process in processes)
+    said = [process.communicate()[0].split() for process in processes]
+    if any(len(words) != 2 for words in said):
+        raise ClusterError(
+            "the whole model could not be computed in one process: there may not be memory enough for it"
+        )
     return [(float(rate), float(busy)) for rate, busy in said]
 
 

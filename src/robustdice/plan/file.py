@@ -178,11 +178,15 @@ def corrections_from(body: Mapping[str, Any], arrays: Arrays) -> dict[FailureSet
     found: dict[FailureSet, tuple[Correction | None, ...]] = {}
     for entry in body.get("corrections", ()):
         failed = [int(device) for device in entry["failed"]]
-        of_layers: list[Correction | None] = [None] * len(body["layers"])
-        for index in entry["layers"]:
-            name = f"corrections/{'-'.join(map(str, sorted(failed)))}/{index}"
-            of_layers[index] = Correction(arrays[f"{name}/codes"], arrays[f"{name}/steps"])
-        found[frozenset(failed)] = tuple(of_layers)
+        name = f"corrections/{'-'.join(map(str, sorted(failed)))}"
+        known = {
+            int(index): Correction(arrays[f"{name}/{index}/codes"], arrays[f"{name}/{index}/steps"])
+            for index in entry["layers"]
+        }
+        layers = range(len(body["layers"]))
+        if not known.keys() <= set(layers):
+            raise ValueError(f"corrections of layers {sorted(known)}, the plan has {len(layers)}")
+        found[frozenset(failed)] = tuple(map(known.get, layers))
     return found
 
 

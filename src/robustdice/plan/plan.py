@@ -377,7 +377,7 @@ def _load(path: Path) -> Plan:
             certificate=Certificate.from_json(document.get("certificate")),
             wire=str(body["wire"]),
         )
-    except (PlanError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (PlanError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"{path} is a damaged plan ({type(error).__name__}: {error}); {file.REMEDY}") from None
     if plan.digest != document.get("digest"):
         raise PlanError(f"{path} does not have the digest that it states: it was changed by hand; {file.REMEDY}")

@@ -42,7 +42,8 @@ def answer_json(path: str, answer: Answer, classes: Sequence[str], activation: s
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> Sheet:
     """What ``infer`` prints. Images are named from the folder on that they have in common."""
     paths = [str(answer["path"]) for answer in answers]
-    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if len(paths) > 1 else ""  # noqa: PTH120
+    alike = len(paths) > 1 and len(set(map(os.path.isabs, paths))) == 1
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if alike else ""  # noqa: PTH120
     headings = ("class", "sure %", "coverage %", "spares %", "down", "ms", "image")
     caption = f"Images in {folder}" if folder else None
     sheet = Sheet("Answers", *headings, caption=caption, texts=["image"], folds=True)

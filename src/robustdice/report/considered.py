@@ -83,6 +83,7 @@ def considered_summary(considered: Sequence[Candidate], judge: Judge, purpose: P
     taken = considered[0]
     costs = costs_of(taken.plan)
     kept = ", ".join(f"{percent(share)} with {size} down" for size, share in enumerate(taken.agreement) if size)
+    kept = kept or f"{percent(taken.agreement[0])} while all are up"
     served = (
         "each frame is computed by one device alone, and frames go to the devices in turn"
         if costs.frame_parallel

@@ -12,6 +12,7 @@ from robustdice.markup import html_table
 from robustdice.plan.certificate import wilson
 from robustdice.report import paper
 from robustdice.report.results import ModelResults, scenario_name
+from robustdice.report.tables import NOTHING_TO_CLAIM
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{border-bottom:1px solid #ddd;padding:.2rem .6rem;
@@ -46,7 +47,7 @@ def render(
         "<h2>Do the paper's trends hold?</h2>",
         html_table(("Model", "Claim", "Holds"), [[*map(escape, claim)] for claim in claims])
         if claims
-        else "<p>These weights are random, or what the claims are about was not compared: nothing to claim.</p>",
+        else f"<p>{NOTHING_TO_CLAIM}</p>",
         "<h2>Figure 2: accuracy under failures</h2>",
         figure[figure.index("<svg") :],
         *(f"<h3>{escape(model.name)}</h3>{_figure2(model)}" for model in results),
@@ -127,7 +128,7 @@ def _table1(results: Sequence[ModelResults]) -> str:
                 row.append(f"{_best(worst) if marked else worst}<small>memory {_percent(one.memory_share)}</small>")
             if model.as_in_paper:
                 every = scores == "s1+s2+s3"
-                row.append(_known(paper.ACCURACY.get((model.source, 4, 1, "robustdice")) if every else None))
+                row.append(_known(paper.ACCURACY.get((model.source, one.devices, 1, "robustdice")) if every else None))
         rows.append(row)
     devices = next(iter(shown[0].table1.values())).devices
     return (

@@ -279,13 +279,16 @@ def comparison_table(names: Sequence[str], results: Sequence[Evaluation]) -> She
     return sheet
 
 
+NOTHING_TO_CLAIM = "These weights are random, or what the claims are about was not compared: nothing to claim."
+
+
 def trends_table(verdicts: Sequence[Mapping[str, Any]]) -> Sheet:
     """What ``reproduce`` prints."""
     table = Sheet("Do the paper's trends hold?", "model", "claim", "holds")
     for verdict in verdicts:
         table.add_row(verdict["model"], verdict["claim"], "yes" if verdict["holds"] else ", ".join(verdict["fails"]))
     if not verdicts:
-        table.caption = "The weights are random: nothing to claim."
+        table.caption = NOTHING_TO_CLAIM
     return table
 
 

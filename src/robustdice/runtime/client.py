@@ -19,6 +19,7 @@ from robustdice.errors import ClusterError, DataError, MessageError, OtherBuildE
 from robustdice.runtime.answer import Answer, Model, probabilities_of
 from robustdice.runtime.choice import Choice, Pace
 from robustdice.runtime.pending import Pending
+from robustdice.runtime.protocol.events import Settings
 from robustdice.runtime.turns import Turns
 from robustdice.runtime.wire import messages
 from robustdice.runtime.wire.codec import Codec
@@ -28,6 +29,8 @@ from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.messages import Frame, FrameId, Refused, Status, StatusRequest
 from robustdice.runtime.wire.watch import Watch, received
 
+ASKED_AGAIN_SECONDS = 0.2
+"""So long a device has to say what it serves, before all are asked again."""
 CONNECT_SECONDS = 0.5
 """How long the first frame waits for more devices once one is connected."""
 NEWCOMERS_AFTER = 0.25
@@ -41,7 +44,8 @@ class Client:
     """Sends frames to the devices of ``cluster_toml`` and collects the best answers.
 
     ``key`` is the client's secret key file (default: ``client.key`` beside the cluster file). Up to ``window`` frames
-    are in flight at once in :meth:`stream`; fewer where they would take too long. ClusterError when the files are not
+    are in flight at once in :meth:`stream`; fewer where they would take too long, and no more than devices work on at
+    once (``Settings.window``) where each frame goes to all of them. ClusterError when the files are not
     valid. Not thread-safe. Close it, or use it in a ``with`` statement; what is left open is closed when collected.
     """
 
@@ -101,8 +105,9 @@ class Client:
             end = time.monotonic() + max(self.timeout_seconds, 1.0)
             while self._model is None:
                 self._connect(end)
-                if time.monotonic() >= end or not self.status(0.2):
+                if (left := end - time.monotonic()) <= 0:
                     raise ClusterError(self.unreachable())
+                self.status(min(left, ASKED_AGAIN_SECONDS))
         return self._model
 
     def status(self, timeout_seconds: float = 1.0) -> dict[int, Mapping[str, Any]]:
@@ -121,9 +126,12 @@ class Client:
         DataError when the shape is not the model's; ClusterError when no device was ever reached.
         """
         number = self._submit(array)
-        while number not in self._done:
-            self._pump(self._next_due())
-        return self._done.pop(number)
+        try:
+            while number not in self._done:
+                self._pump(self._next_due())
+            return self._done.pop(number)
+        finally:
+            self._pending.pop(number, None)
 
     def stream(self, frames: Iterable[NDArray[np.float32]]) -> Iterator[Answer]:
         """Answers in the order of ``frames``, with up to ``window`` of them in flight. Errors as :meth:`infer`'s."""
@@ -138,7 +146,10 @@ class Client:
                     if frame is not None:
                         order.append(self._submit(frame))
                 if not order:
-                    return
+                    if not more:
+                        return
+                    self._pump(self._next_due())  # frames of another call have all the room
+                    continue
                 while order[0] not in self._done:
                     self._pump(self._next_due())
                 yield self._done.pop(order.pop(0))
@@ -150,7 +161,7 @@ class Client:
     # -- sending
 
     def _has_room(self) -> bool:
-        return self.model.in_turn or len(self._pending) < self._pace.allowed
+        return self.model.in_turn or len(self._pending) < min(self._pace.allowed, Settings.window)
 
     def _submit(self, array: NDArray[np.float32]) -> int:
         model = self.model

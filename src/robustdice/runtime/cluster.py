@@ -71,6 +71,8 @@ class LocalCluster:
             for device in range(self.devices):
                 self._start(device)
             self.wait()
+            if killed := [device for device in range(self.devices) if self.process(device) is None]:
+                raise ClusterError(f"device {killed[0]} was killed while it started: memory may have run out")
         except BaseException:
             self.close()
             raise
@@ -104,6 +106,11 @@ class LocalCluster:
             file.seek(start)
             return file.read().decode("utf-8", "replace")
 
+    def last_words(self, device: int) -> str:
+        """The last lines that a device has written to its log."""
+        lines = self.log(device).strip().splitlines()
+        return " | ".join(lines[-3:]) if lines else "it said nothing"
+
     def kill(self, device: int) -> None:
         """End a device at once, as a power cut would (SIGKILL)."""
         process = self._running(device)
@@ -130,14 +137,14 @@ class LocalCluster:
         while True:
             running = {device for device in self._processes if self.process(device) is not None}
             if ended := [d for d, process in self._processes.items() if process.poll() not in {None, -signal.SIGKILL}]:
-                raise ClusterError(f"device {ended[0]} could not start: {self._last_words(ended[0])}")
+                raise ClusterError(f"device {ended[0]} could not start: {self.last_words(ended[0])}")
             views = {device: set(status["up"]) for device, status in self.client.status(0.2).items()}
             if all(running <= views.get(device, set()) for device in running):
                 return
             if time.monotonic() > end:
                 late = min(device for device in running if not running <= views.get(device, set()))
                 raise ClusterError(
-                    f"device {late} does not see all others after {timeout_seconds:.0f} s: {self._last_words(late)}"
+                    f"device {late} does not see all others after {timeout_seconds:.0f} s: {self.last_words(late)}"
                 )
             time.sleep(0.02)
 
@@ -180,7 +187,3 @@ class LocalCluster:
         if process.stdin is not None:
             process.stdin.close()
         del self._processes[device]
-
-    def _last_words(self, device: int) -> str:
-        lines = self.log(device).strip().splitlines()
-        return " | ".join(lines[-3:]) if lines else "it said nothing"
