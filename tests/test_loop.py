@@ -27,6 +27,7 @@ class Arithmetic:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.assemblies: list[Any] = [self] * len(manifest.exchanges)
         self.threads: list[int] = []
 
     def run_local(self, *_: Any) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Arithmetic:
     def keep(self, *_: Any) -> dict[str, Any]:
         return {}
 
-    def assemble(self, *_: Any) -> dict[str, Any]:
+    def value(self, *_: Any) -> dict[str, Any]:
         return {}
 
     def run_pieces(self, stage: int, pieces: tuple[int, ...], *_: Any) -> tuple[Parcel, ...]:
