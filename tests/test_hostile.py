@@ -10,12 +10,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import fuzzing
 from bundles import INPUT_SHAPE, Network, make_manifest, make_plan, write_bundles
@@ -72,7 +74,7 @@ def test_what_a_million_cases_found_does_not_come_back(name: str, number: int, r
 @pytest.mark.parametrize("layer", [-1, 2, 10**9])
 def test_corrections_of_a_layer_that_the_plan_does_not_have_are_an_error(layer: int) -> None:
     body = {"layers": [{}] * 2, "corrections": [{"failed": [0], "layers": [layer]}]}
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         f"corrections/0/{layer}/codes": np.zeros((2, 3), np.int8),
         f"corrections/0/{layer}/steps": np.ones(2, np.float16),
     }
