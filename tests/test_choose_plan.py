@@ -1,10 +1,11 @@
 """Choosing a plan for a budget, as people do it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from commands import fails, run_json
+from commands import fails, run, run_json
 from robustdice.plan import Plan
 
 DEMO = "robustdice.demo.network:digits_cnn"
@@ -24,6 +25,14 @@ def test_auto_says_what_it_considered_and_takes_the_best_within_the_budget(tmp_p
     assert merits == sorted(merits, reverse=True)
     assert {"whole, mixed"} <= {each["family"] for each in found["considered"]}
     assert all(set(each["agreement"]) == {"0", "1", "2"} for each in found["considered"] if each["fits"])
+
+
+@pytest.mark.slow
+def test_auto_for_devices_that_do_not_fail_says_what_is_kept_while_all_are_up(tmp_path: Path) -> None:
+    auto = ("plan", DEMO, "--devices", "3", "--method", "auto", "--memory", "0.1", "--survive", "0", "--data", "digits")
+    said = run(*auto, "-o", tmp_path / "plan.json").stdout
+    assert re.search(r"answers like the intact network in [\d.]+ % while all are up;", " ".join(said.split()))
+    assert "leave out --samples" in fails(*auto, "--samples", "5", "-o", tmp_path / "plan.json")
 
 
 def test_amounts_of_each_device_are_for_auto(tmp_path: Path) -> None:

@@ -449,3 +449,19 @@ def test_demo_leaves_nothing_behind_on_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert not psutil.wait_procs(devices, timeout=10)[1]
     assert not list(tmp_path.glob("robustdice*"))  # libraries have caches of their own there
+
+
+def test_up_says_what_a_device_that_ends_said_last(work: Path) -> None:
+    process = subprocess.Popen([*COMMAND, "up", str(work / "build"), "--json"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        pids = {}
+        while (said := json.loads(process.stdout.readline()))["event"] != "ready":
+            pids[said["device"]] = said["process"]
+        os.kill(pids[1], signal.SIGKILL)
+        ended = json.loads(process.stdout.readline())
+        assert (ended["event"], ended["device"]) == ("ended", 1)
+        assert "device-1" in ended["last"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)

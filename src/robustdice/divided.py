@@ -64,7 +64,7 @@ def divided(table: Table, budgets: Sequence[int], judge: Judge, on_progress: Pro
     made: dict[object, tuple[str, Plan]] = {}
     for family, plan in _by_every_split(table, budgets, judge, part(on_progress, 0, 0.8)):
         if plan.exchanges:
-            how = plan.shards, plan.strips, tuple(plan.pairs.items()), frozenset(plan.owned)
+            how = plan.shards, plan.strips, tuple(plan.pairs.items()), plan.owned
             made.setdefault(how, (family, plan))
     return try_all(table, [*made.values()], budgets, part(on_progress, 0.8, 1))
 

@@ -70,9 +70,9 @@ def read_array(content: bytes) -> NDArray[Any]:
     """The array of a ``.npy`` file that is not pickled; ValueError for anything else."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # such as for a header of Python 2, which nobody writes
+            warnings.simplefilter("ignore")  # a header as Python 2 wrote it is read, and nobody's business
             found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, EOFError, Warning) as error:
+    except (TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, EOFError) as error:
         # NumPy reads the header as Python's words, and makes room for as much as that says.
         raise ValueError(f"no array: {error}") from None
     return found

@@ -119,6 +119,6 @@ def _plan(
         shards=tuple(represented(shards, of, plan.devices) for shards, of in zip(plan.shards, kinds, strict=True)),
         coarse={} if kind == "float32" else coarse,
         settings={**plan.settings, "precision": [of.primary for of in kinds]},
-        owned=splits.owned & plan.pairs.keys(),
+        owned=splits.owned.intersection(plan.pairs),
         wire="float32" if method == "cdc" else table.wire,  # sums travel as they are
     )

@@ -89,7 +89,7 @@ def choose_splits(network: Network, devices: int, judge: Judge, wire: str, pairs
                 best, least = other, needed
         if best == before:
             break
-    return replace(best, owned=best.owned & best.pairs.keys())
+    return replace(best, owned=best.owned.intersection(best.pairs))
 
 
 def _changes(network: Network, runs: Sequence[Strips], owned: Sequence[bool]) -> Iterator[Callable[[Splits], Splits]]:
@@ -156,4 +156,4 @@ def even_plan(network: Network, devices: int, splits: Splits, wire: str) -> Plan
         run=splits.run,
         whole=splits.whole,
     )
-    return replace(plan, wire=wire, owned=splits.owned & plan.pairs.keys())
+    return replace(plan, wire=wire, owned=splits.owned.intersection(plan.pairs))

@@ -97,7 +97,7 @@ def partition(
         run=splits.run,
         whole=splits.whole,
     )
-    plan = replace(plan, wire=wire, owned=splits.owned & plan.pairs.keys())
+    plan = replace(plan, wire=wire, owned=splits.owned.intersection(plan.pairs))
     if split == "hidden" and not plan.pairs:
         why = (
             f"in this plan of method {plan.method} every device holds the layers that pairs begin with"

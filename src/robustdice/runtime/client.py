@@ -45,8 +45,8 @@ class Client:
 
     ``key`` is the client's secret key file (default: ``client.key`` beside the cluster file). Up to ``window`` frames
     are in flight at once in :meth:`stream`; fewer where they would take too long, and no more than devices work on at
-    once (``Settings.window``) where each frame goes to all of them. ClusterError when the files are not
-    valid. Not thread-safe. Close it, or use it in a ``with`` statement; what is left open is closed when collected.
+    once (``Settings.window``) where each frame goes to all of them. ClusterError when the files are not valid. Not
+    thread-safe. Close it, or use it in a ``with`` statement; what is left open is closed when collected.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Client:
             return self._done.pop(number)
         finally:
             self._pending.pop(number, None)
+            self._done.pop(number, None)
 
     def stream(self, frames: Iterable[NDArray[np.float32]]) -> Iterator[Answer]:
         """Answers in the order of ``frames``, with up to ``window`` of them in flight. Errors as :meth:`infer`'s."""
