@@ -37,8 +37,7 @@ from robustdice.partitioning.precision import Kinds, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, part, shown, silent
 from robustdice.rivals import rivals
-from robustdice.rounding.layer import Choice
-from robustdice.rounding.network import round_network
+from robustdice.rounding.network import round_network, wanted_of
 from robustdice.runtime.inprocess import InProcess
 from robustdice.runtime.wire.founding import found_cluster
 from robustdice.splits import splits_of
@@ -128,22 +127,11 @@ def with_precision(
 ) -> Plan:
     """The plan with every layer's primaries and spares in the representations ``kinds``, fitted to ``images``."""
     shards = tuple(represented(of_layer, kind, plan.devices) for of_layer, kind in zip(plan.shards, kinds, strict=True))
-    wanted: dict[int, list[Choice]] = {}
-    for index, of_layer in enumerate(shards):
-        # The primaries' first: the layers behind are fitted to what these give.
-        # Of a pair's second one there are weights for whatever is held of the first.
-        first = next((a for a, b in plan.pairs.items() if b == index), index)
-        used = dict.fromkeys(
-            holder.representation
-            for position in range(plan.devices)
-            for shard in (*of_layer, *shards[first])
-            for holder in shard.holders[position : position + 1]
-        )
-        wanted[index] = [Choice(kind) for kind in used if kind != "float32"]
+    wanted = wanted_of(shards, plan.pairs)
     return replace(
         plan,
         shards=shards,
-        coarse=round_network(network, {i: choices for i, choices in wanted.items() if choices}, images, on_progress),
+        coarse=round_network(network, wanted, images, on_progress),
         settings={
             **plan.settings,
             "precision": [kind.primary for kind in kinds],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,19 @@ def execute(module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.No
             arguments = fx.map_arg(node.args, values.__getitem__)
             keywords = fx.map_arg(node.kwargs, values.__getitem__)
             values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+
+
+def readers(nodes: Sequence[fx.Node]) -> Counter[fx.Node]:
+    """By how many of the ``nodes`` each value is read."""
+    return Counter(used for node in nodes for used in node.all_input_nodes)
+
+
+def forget(node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
+    """Drop the ``values`` that nobody reads any more behind a node; ``left`` counts those who still will."""
+    for used in node.all_input_nodes:
+        left[used] -= 1
+        if not left[used]:
+            values.pop(used, None)
 
 
 def measure_shapes(module: fx.GraphModule, example: torch.Tensor) -> tuple[torch.Tensor, Shapes]:

@@ -117,30 +117,38 @@ def coarse_layer(
 ) -> CoarseLayer:
     """A layer in one representation; ``target`` is that of the folded filters.
 
-    Where it is known what the layer sees the codes are GPTQ's, and the shift makes up for what is left on average (bias
-    correction); else each weight is rounded to its nearest level. ``tail`` are the tail's depthwise filters
-    [neurons, ...] by name; ``shifts`` says whether the layer can have a shift at all.
+    Where it is known what the layer sees the codes are GPTQ's; else each weight is rounded to its nearest level.
+    ``tail`` are the tail's depthwise filters [neurons, ...] by name; ``shifts`` says whether the layer can have a shift
+    at all.
     """
-    own, values = _rounded(target, choice)
+    return with_filters(_rounded(target, choice), folded, tail, target, shifts)
+
+
+def with_filters(
+    own: CoarseFilter, folded: Folded, tail: Mapping[str, torch.Tensor], target: Target, shifts: bool
+) -> CoarseLayer:
+    """A layer with its ``own`` filters, rounded: the shift makes up for what is left on average (bias correction) where
+    it is known what the layer sees; other arguments as for :func:`coarse_layer`."""
     shift = folded.shift
     if target.own is not None and target.intact is not None and shifts:
+        values = torch.from_numpy(own.values())
         shift = shift + (folded.filters * target.intact).sum(1) - (values * target.own).sum(1)
     eight = Choice(TAIL_REPRESENTATION)
     return CoarseLayer(
         own,
         shift.numpy().astype(np.float32),
-        {name: _rounded(Target(each.reshape(len(each), -1)), eight)[0] for name, each in tail.items()},
+        {name: _rounded(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
     )
 
 
-def _rounded(target: Target, choice: Choice) -> tuple[CoarseFilter, torch.Tensor]:
-    """The filters in a representation, and what they are worth."""
+def _rounded(target: Target, choice: Choice) -> CoarseFilter:
+    """The filters in a representation."""
     kind = choice.representation
     filters = target.filters
     neurons, weights = filters.shape
     if kind == "float16":
         values = filters.clamp(-65504.0, 65504.0).to(torch.float16)
-        return CoarseFilter(kind, values.numpy(), np.empty((neurons, 0), np.float16), weights), values.float()
+        return CoarseFilter(kind, values.numpy(), np.empty((neurons, 0), np.float16), weights)
     group = min(choice.group or weights, weights)
     wanted, importance = filters.clone(), torch.ones_like(filters)
     for part in target.parts:
@@ -152,6 +160,10 @@ def _rounded(target: Target, choice: Choice) -> tuple[CoarseFilter, torch.Tensor
     for part in target.parts:
         of_part = scales[part.rows], groups[part.block]
         levels[part.rows, part.block] = gptq(part.wanted, part.curvature, *of_part, kind)
+    return of_levels(levels, scales, kind, group)
+
+
+def of_levels(levels: torch.Tensor, scales: torch.Tensor, kind: str, group: int) -> CoarseFilter:
+    """The filters whose weights have these ``levels`` [neurons, K], ``scales`` [neurons, groups] apart."""
     codes = (levels - code_offset(kind)).to(torch.int8).numpy()
-    found = CoarseFilter(kind, codes, as_float16(scales).numpy().astype(np.float16), group)
-    return found, torch.from_numpy(found.values())
+    return CoarseFilter(kind, codes, as_float16(scales).numpy().astype(np.float16), group)

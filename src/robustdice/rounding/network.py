@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.model.execute import attribute, execute
+from robustdice.model.execute import attribute, execute, forget, readers
 from robustdice.model.network import Network, together
+from robustdice.plan import Shard
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseLayer
 from robustdice.rounding.affine import can_shift, coarse_parameters, fold
@@ -24,6 +26,20 @@ Wanted = Mapping[int, Sequence[Choice]]
 are fitted behind."""
 Coarse = dict[tuple[int, str], CoarseLayer]
 """By layer and representation."""
+
+
+def wanted_of(shards: Sequence[Sequence[Shard]], pairs: Mapping[int, int]) -> Wanted:
+    """The coarse weights that the holders of all layers' ``shards`` have, the primaries' first. Of the second layer of
+    one of the ``pairs`` there are weights for whatever is held of the first."""
+    found: dict[int, list[Choice]] = {}
+    firsts = {second: first for first, second in pairs.items()}
+    for index in range(len(shards)):
+        held = [shard.holders for shard in (*shards[index], *shards[firsts.get(index, index)])]
+        by_turn = itertools.zip_longest(*held)
+        used = dict.fromkeys(holder.representation for turn in by_turn for holder in turn if holder is not None)
+        if choices := [Choice(kind) for kind in used if kind != "float32"]:
+            found[index] = choices
+    return found
 
 
 def round_network(
@@ -65,7 +81,7 @@ def round_together(
     own: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
     if layers:
         with torch.no_grad():
-            walk.run(0, own, _readers(network), range(len(wanted)))
+            walk.run(0, own, readers(network.nodes), range(len(wanted)))
     return walk.found
 
 
@@ -93,14 +109,14 @@ class IntactInputs:
         network, first = self._network, together(self._network, self._images)
         values: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
         layers = {network.layers[index].node: index for index in self._layers}
-        left = _readers(network)
+        left = readers(network.nodes)
         for node in network.nodes:
             if (index := layers.get(node)) is not None:
-                seen = _inputs(network, index, values)
+                seen = filter_inputs(network, index, values)
                 yield index, None if seen is None else Intact.of(fold(network, network.layers[index]).filters, seen)
             with torch.no_grad():
                 execute(network.module, [node], values)
-            _forget(node, values, left)
+            forget(node, values, left)
 
 
 class _Walk:
@@ -133,13 +149,13 @@ class _Walk:
                     return
                 self._publish(index, own, members[0])
             execute(self._network.module, [node], own)
-            _forget(node, own, left)
+            forget(node, own, left)
 
     def _round(self, index: int, own: Mapping[fx.Node, Any], members: Sequence[int]) -> None:
         choices = list(dict.fromkeys(choice for member in members for choice in self._wanted[member].get(index, ())))
         if not choices:
             return
-        intact, seen = self._intact.of(index), _inputs(self._network, index, own)
+        intact, seen = self._intact.of(index), filter_inputs(self._network, index, own)
         both = None if intact is None or seen is None else Seen(seen, intact)
         coarse = _coarse(self._network, index, choices, both)
         for member in members:
@@ -165,24 +181,11 @@ class _Walk:
                 own[self._parameters[name]] = tensor.to(device)
 
 
-def _inputs(network: Network, index: int, values: Mapping[fx.Node, Any]) -> torch.Tensor | None:
+def filter_inputs(network: Network, index: int, values: Mapping[fx.Node, Any]) -> torch.Tensor | None:
     """What a layer's filters are multiplied with: :func:`robustdice.rounding.inputs.columns`."""
     layer = network.layers[index]
     size = tuple(attribute(network.module, layer.own_filter).shape)
     return columns(layer, values[layer.node.all_input_nodes[0]].cpu(), size)
-
-
-def _readers(network: Network) -> Counter[fx.Node]:
-    """By how many nodes each value is read."""
-    return Counter(used for node in network.nodes for used in node.all_input_nodes)
-
-
-def _forget(node: fx.Node, values: dict[fx.Node, Any], left: Counter[fx.Node]) -> None:
-    """What nobody reads any more behind a node."""
-    for used in node.all_input_nodes:
-        left[used] -= 1
-        if not left[used]:
-            values.pop(used, None)
 
 
 def _coarse(network: Network, index: int, choices: Sequence[Choice], seen: Seen | None) -> dict[Choice, CoarseLayer]:
