@@ -184,14 +184,16 @@ def candidates(
 
     *Whole* copies are held by all devices, and coarse as the budget says; *spread* copies are finer, but not
     everywhere, with every number of failures counted the same (``even``) or small ones first (``early``); *fine first*
-    are those whose spares may be coarser than their primaries, which is for few failures too. With something
+    are those whose spares may be coarser than their primaries, which is for few failures too. Neurons that one device
+    alone has are offered where nothing else fits, and to the *thin*: costs of single layers say too little of what the
+    loss of them does to be believed where there is a choice. With something
     ``to_beat``, each is measured only as long as it may be worth more than that and those before it (-1: than those
     alone), without to the end. PlanError when nothing fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
         raise PlanError(f"{len(budgets)} budgets for {table.devices} devices; give one for each")
-    offered = _spreads(table.devices)
+    offered, thin = _spreads(table.devices), _thin(table.devices)
     whole = offered[:1]
     even, early = ([share**size for size in range(table.survive + 1)] for share in (1.0, 0.5))
     families = {
@@ -200,6 +202,7 @@ def candidates(
         "spread, early": (offered, ALIKE, early),
         "fine first, everywhere": (whole, FINE_FIRST, early),
         "fine first, spread": (offered, FINE_FIRST, early),
+        "spread thin": ([*offered, *thin], ALIKE, even),
     }
     chosen: dict[str, tuple[list[Kept], Rooms]] = {}
     for family, (spreads, kinds, weights) in families.items():
@@ -208,7 +211,9 @@ def candidates(
         except PlanError:
             if spreads is whole:
                 continue
-            kept, rooms = choose(table, [*spreads, *_thin(table.devices)], kinds, weights, budgets)
+            kept, rooms = choose(table, [*spreads, *thin], kinds, weights, budgets)
+        if family == "spread thin" and not any(of.spread in thin for of in kept):
+            continue
         if all(kept != other for other, _ in chosen.values()):
             chosen[family] = kept, rooms
     coarse = round_together(

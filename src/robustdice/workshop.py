@@ -17,7 +17,7 @@ from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
 from robustdice.cost.model import Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
-from robustdice.cost.purpose import Purpose
+from robustdice.cost.purpose import Purpose, ordered_for
 from robustdice.divided import considered_for
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.activations import activation_steps
@@ -26,6 +26,7 @@ from robustdice.failure.copies import Copies, state_of
 from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
 from robustdice.importance.values import Importance
+from robustdice.learning import learned
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network
@@ -185,11 +186,14 @@ def choose_from(
 ) -> list[Candidate]:
     """As :func:`choose_plan`, from a table that several budgets share."""
     budgets = parse_memories(memory, 4 * table.network.parameters, table.devices)
+    first, last = part(on_progress, 0, 0.7), part(on_progress, 0.7, 1)
     if purpose is None:
-        made = candidates(table, budgets, part(on_progress, 0, 0.8), to_beat=-1.0)
-        found = best_first([*made, *rivals(table, budgets, part(on_progress, 0.8, 1), most(made))])
+        made = candidates(table, budgets, part(first, 0, 0.8), to_beat=-1.0)
+        found = best_first([*made, *rivals(table, budgets, part(first, 0.8, 1), most(made))])
     else:
-        found = considered_for(purpose, table, budgets, on_progress)
+        found = considered_for(purpose, table, budgets, first)
+    if again := learned(table, found[0], budgets, last):
+        found = best_first([*found, again]) if purpose is None else ordered_for(purpose, [*found, again])
     if not found[0].fits:
         raise PlanError(f"no plan was found that keeps to {memory}; allow a little more")
     return found
