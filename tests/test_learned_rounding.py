@@ -165,9 +165,10 @@ def test_the_best_plan_is_learned_where_it_loses_by_rounding(monkeypatch: pytest
     assert [each.merit for each in found] == sorted((each.merit for each in found), reverse=True)
 
     budgets = [max(first.plan.bytes_per_device)] * 3
-    assert learned(table, replace(first, agreement=(0.99, 0.0)), budgets) is None
+    (same,) = learned(table, [replace(first, agreement=(0.99, 0.0)), first, first], budgets)
+    assert (same.plan.digest, same.agreement) == (again.plan.digest, again.agreement)
     monkeypatch.setattr(learning, "MOST_MACS", 1000)
-    assert learned(table, first, budgets) is None
+    assert learned(table, [first], budgets) == []
 
 
 def test_plans_of_fine_copies_have_nothing_to_learn() -> None:
@@ -175,4 +176,4 @@ def test_plans_of_fine_copies_have_nothing_to_learn() -> None:
     table = tabulate(network, random_images(24, (1, 8, 8)), devices=3)
     best = candidates(table, 4 * network.parameters)[0]
     fine = partition(network, devices=3, method="lop", precision="int8", images=random_images(24, (1, 8, 8)))
-    assert learned(table, replace(best, plan=fine, agreement=(0.5, 0.0)), [10**6] * 3) is None
+    assert learned(table, [replace(best, plan=fine, agreement=(0.5, 0.0))], [10**6] * 3) == []

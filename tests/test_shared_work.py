@@ -118,8 +118,7 @@ def test_what_is_chosen_is_what_would_be_chosen_if_all_were_measured_to_the_end(
     fewer = 0
     for share in (0.15, 0.3):
         thorough = best_first([*candidates(table, int(share * total)), *rivals(table, [int(share * total)] * 4)])
-        if again := learned(table, thorough[0], [int(share * total)] * 4):
-            thorough = best_first([*thorough, again])
+        thorough = best_first([*thorough, *learned(table, thorough, [int(share * total)] * 4)])
         found = choose_from(table, share)
         assert found[0].plan.digest == thorough[0].plan.digest
         assert (found[0].agreement, found[0].images) == (thorough[0].agreement, thorough[0].images)

@@ -1,4 +1,4 @@
-"""The best plan once more, with learned rounding, where rounding is what it loses by and learning takes minutes."""
+"""The best plans once more, with learned rounding, where rounding is what they lose by and learning takes minutes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from robustdice.auto import Candidate, Table, tried_out
 from robustdice.failure.calibrate import calibrate
-from robustdice.progress import Progress, silent
+from robustdice.progress import Progress, part, silent
 from robustdice.rounding.learned import LEARNT, learned_network, steps_macs
 from robustdice.rounding.network import wanted_of
 
@@ -18,27 +18,42 @@ MOST_MACS = 2 * 10**13
 """Of multiply-adds in all, forwards and back: minutes on two cores."""
 
 
-def learned(table: Table, best: Candidate, budgets: Sequence[int], on_progress: Progress = silent) -> Candidate | None:
-    """The ``best`` plan with learned rounding; None where that is not worth it."""
-    wanted = wanted_of(best.plan.shards, best.plan.pairs)
+FIRST = 2
+"""So many plans are learned: those of which much is coarse gain most, and often the order changes."""
+
+
+def learned(
+    table: Table, found: Sequence[Candidate], budgets: Sequence[int], on_progress: Progress = silent
+) -> list[Candidate]:
+    """The first of the plans that were ``found``, the best first, with learned rounding, as far as that is worth it."""
+    chosen = [each for each in found[:FIRST] if _is_worth_it(table, each)]
+    return [
+        _with_learned_rounding(table, each, budgets, part(on_progress, number / FIRST, (number + 1) / FIRST))
+        for number, each in enumerate(chosen)
+    ]
+
+
+def _is_worth_it(table: Table, candidate: Candidate) -> bool:
+    wanted = wanted_of(candidate.plan.shards, candidate.plan.pairs)
     coarse = any(choice.representation in LEARNT for choices in wanted.values() for choice in choices)
-    loses = best.fits and best.agreement[0] <= 1 - WORTH_IT
-    if not (loses and coarse and steps_macs(table.network, wanted) <= MOST_MACS):
-        return None
+    loses = candidate.fits and candidate.agreement[0] <= 1 - WORTH_IT
+    return loses and coarse and steps_macs(table.network, wanted) <= MOST_MACS
+
+
+def _with_learned_rounding(
+    table: Table, candidate: Candidate, budgets: Sequence[int], on_progress: Progress
+) -> Candidate:
+    before = candidate.plan
+    wanted = wanted_of(before.shards, before.pairs)
     plan = replace(
-        best.plan,
+        before,
         coarse=learned_network(table.network, wanted, table.images, on_progress=on_progress),
-        settings={**best.plan.settings, "rounding": f"learned on {len(table.images)} images"},
+        settings={**before.settings, "rounding": f"learned on {len(table.images)} images"},
         corrections={},
     )
-    if best.plan.corrections:
+    if before.corrections:
         fitted = calibrate(
-            table.network,
-            plan,
-            table.images,
-            max_failed=table.survive,
-            lost_only=True,
-            targets=lambda: table.targets,
+            table.network, plan, table.images, max_failed=table.survive, lost_only=True, targets=lambda: table.targets
         )
         plan = replace(plan, corrections=fitted)
-    return tried_out(table, f"{best.family}, learned rounding", plan, budgets)
+    return tried_out(table, f"{candidate.family}, learned rounding", plan, budgets)

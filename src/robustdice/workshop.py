@@ -192,8 +192,8 @@ def choose_from(
         found = best_first([*made, *rivals(table, budgets, part(first, 0.8, 1), most(made))])
     else:
         found = considered_for(purpose, table, budgets, first)
-    if again := learned(table, found[0], budgets, last):
-        found = best_first([*found, again]) if purpose is None else ordered_for(purpose, [*found, again])
+    found += learned(table, found, budgets, last)
+    found = best_first(found) if purpose is None else ordered_for(purpose, found)
     if not found[0].fits:
         raise PlanError(f"no plan was found that keeps to {memory}; allow a little more")
     return found
