@@ -19,8 +19,8 @@ import torch
 from paired import paired, record
 
 import robustdice as rd
-from robustdice.failure.evaluate import choose_failure_sets, images_at_once
-from robustdice.model.network import Network, on_best_device
+from robustdice.failure.evaluate import choose_failure_sets
+from robustdice.model.network import Network, images_at_once, on_best_device
 
 SHARED = Path(__file__).parents[2] / "shared"
 SUBJECTS = {

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 import robustdice as rd
 from robustdice.failure.copies import Copies, State, intact
-from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.passes import run_under
 from robustdice.importance.divergence import kullback_leibler
-from robustdice.model.network import Network
+from robustdice.model.network import Network, images_at_once
 from robustdice.partitioning.allocation import allocate
 from robustdice.partitioning.budget import parse_memory
 from robustdice.partitioning.precision import Kinds

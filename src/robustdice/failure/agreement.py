@@ -7,9 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from robustdice.failure.copies import Copies, intact, state_of
-from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.passes import run_under
-from robustdice.model.network import Network, on_best_device
+from robustdice.model.network import Network, images_at_once, on_best_device
 from robustdice.plan import FailureSet, Plan, failure_sets
 
 

@@ -25,7 +25,7 @@ from robustdice.markup import html_table
 from robustdice.model.data import UNKNOWN, Dataset
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
-from robustdice.model.network import BATCH_ELEMENTS, Network, on_best_device
+from robustdice.model.network import Network, images_at_once, on_best_device
 from robustdice.plan import FailureSet, ModelReference, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, shown, silent
 from robustdice.tasks import Checkpoint, run_tasks
@@ -316,12 +316,6 @@ class _ReadAhead:
         following = self._following.get(key)
         self._ahead = None if following is None else (following, self._thread.submit(self._read, following))
         return future.result()
-
-
-def images_at_once(network: Network) -> int:
-    """How many images a batch has: few enough that no temporary gets large."""
-    largest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
-    return int(np.clip(BATCH_ELEMENTS // largest, 8, 64))
 
 
 def count_correct(scores: torch.Tensor, labels: torch.Tensor) -> int:

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from robustdice.failure.copies import Copies, State, intact
-from robustdice.failure.evaluate import images_at_once
 from robustdice.failure.matching import MAX_GAIN, Corrections, Pass, Statistics
 from robustdice.failure.passes import run_under, scaled
 from robustdice.importance.divergence import kullback_leibler
-from robustdice.model.network import Network, on_best_device, together
+from robustdice.model.network import Network, images_at_once, on_best_device, together
 from robustdice.representation import Correction
 
 HELD_OUT = 8

@@ -161,6 +161,12 @@ def together(network: Network, images: NDArray[np.float32], elements: int = MAX_
     return on_best_device(torch.from_numpy(images[::every].copy()))
 
 
+def images_at_once(network: Network) -> int:
+    """How many images a batch has: few enough that no temporary gets large."""
+    largest = max(math.prod(shape[1:]) for node, shape in network.shapes.items() if node.op == "call_function")
+    return int(np.clip(BATCH_ELEMENTS // largest, 8, 64))
+
+
 def exchange_masks(network: Network, survivors: Survivors) -> dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]]:
     """For the exchanged value of every layer that has lost neurons: the function that fills them in."""
     fills: dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]] = {}

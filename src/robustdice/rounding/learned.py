@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from robustdice.failure.evaluate import images_at_once
 from robustdice.model.execute import attribute, execute, forget, readers
 from robustdice.model.layers import NetworkLayer
-from robustdice.model.network import Network, on_best_device
+from robustdice.model.network import Network, images_at_once, on_best_device
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseFilter, CoarseLayer, code_offset, code_range
 from robustdice.rounding.affine import Folded, can_shift, coarse_parameters, fold
