@@ -220,6 +220,27 @@ def test_budgets_that_share_a_table_get_the_plans_that_they_get_alone() -> None:
     assert sum(0.4 < share < 1 for share in told) > 5
 
 
+def test_a_kind_of_plan_that_does_not_fit_keeps_no_other_from_being_found() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    table = tabulate(network, random_images(24, (3, 8, 8)), devices=8, survive=3)
+    # Neurons on one device alone need corrections for many more failure sets: there is no room for them here.
+    found = candidates(table, int(0.15 * total_bytes(network)))
+    assert found[0].fits
+    assert "spread thin" not in {each.family for each in found}
+
+
+def test_neurons_on_one_device_alone_are_tried_where_others_fit_too() -> None:
+    network = rd.load_model("robustdice.demo.network:digits_cnn")
+    images = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(64).images()
+    table = tabulate(network, images, devices=4)
+    tried = [each for share in (0.03, 0.035, 0.04) for each in candidates(table, int(share * total_bytes(network)))]
+    thin = [each for each in tried if each.family == "spread thin"]
+    assert thin
+    for each in thin:
+        assert 1 in each.plan.settings["holders"]
+        assert each.fits
+
+
 @pytest.mark.slow
 def test_trained_weights_keep_most_of_their_accuracy_at_a_twentieth_of_the_memory() -> None:
     network = rd.load_model("robustdice.demo.network:digits_cnn")

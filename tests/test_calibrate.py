@@ -26,6 +26,7 @@ from robustdice.failure.calibrate import calibrate
 from robustdice.failure.copies import Copies, State, state_of
 from robustdice.failure.matching import fit
 from robustdice.failure.passes import run_under
+from robustdice.model import network as network_module
 from robustdice.model.execute import execute
 from robustdice.model.network import Network, together
 from robustdice.partitioning.allocation import Kept, Spread, shards_of
@@ -165,10 +166,12 @@ def test_a_plan_is_calibrated_and_certified_from_the_command_line(tmp_path: Path
     assert Plan.load(path).certificate is None
 
 
-def test_of_more_images_than_fit_into_memory_at_once_some_are_taken() -> None:
+def test_of_more_images_than_fit_into_memory_at_once_some_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     network = shared_network(Branches, 2, 6, 6)
     images = random_images(20, (2, 6, 6))
     widest = max(int(np.prod(shape[1:])) for node, shape in network.shapes.items() if node.op == "call_function")
-    np.testing.assert_array_equal(together(network, images, 20 * widest).cpu().numpy(), images)
-    np.testing.assert_array_equal(together(network, images, 8 * widest).cpu().numpy(), images[::3])
-    np.testing.assert_array_equal(together(network, images, 1).cpu().numpy(), images[:1])
+    for elements, some in ((20 * widest, images), (8 * widest, images[::3]), (1, images[:1])):
+        monkeypatch.setattr(network_module, "MAX_ELEMENTS", elements)
+        np.testing.assert_array_equal(together(network, images).cpu().numpy(), some)
+    monkeypatch.setattr(network_module, "MAX_ELEMENTS", 20 * 3)
+    assert len(together(network, images, [network.output])) == 20  # three classes an image

@@ -14,6 +14,7 @@ from robustdice.auto import candidates, tabulate
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
 from robustdice.learning import learned
+from robustdice.model import network as network_module
 from robustdice.model.execute import execute
 from robustdice.model.network import Network
 from robustdice.representation import REPRESENTATIONS, code_offset
@@ -140,6 +141,41 @@ def test_every_kind_of_tail_is_learned_through_and_the_network_stays_as_it_was(
     assert all(np.array_equal(again[of].filter.codes, kept.filter.codes) for of, kept in found.items())
 
 
+class Token(nn.Module):
+    """A token beside what an image gives, as many as there are images: [2, 6, 6] -> 3 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 5, 3, stride=3)
+        self.token = nn.Parameter(torch.ones(1, 1, 5))
+        self.mix = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        result: torch.Tensor = self.head(self.mix(x).relu().mean(1))
+        return result
+
+
+@pytest.mark.parametrize("count", [1, 63, 65, 80])
+def test_graphs_that_work_with_the_number_of_images_are_learned_for_any_number(count: int) -> None:
+    network = shared_network(Token, 2, 6, 6)
+    found = learned_network(network, {i: [Choice("int3")] for i in range(3)}, random_images(count, (2, 6, 6)))
+    assert len(found) == 3
+
+
+def test_of_images_whose_values_between_layers_do_not_fit_into_memory_some_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = shared_network(Plain, 1, 8, 8)  # at most 96 numbers of an image are handed over, within a layer 384
+    wanted, images = {0: [Choice("int3")]}, random_images(40, (1, 8, 8))
+    monkeypatch.setattr(network_module, "MAX_ELEMENTS", 96 * 10)
+    few, same = learned_network(network, wanted, images), learned_network(network, wanted, images[::4])
+    assert np.array_equal(few[0, "int3"].filter.codes, same[0, "int3"].filter.codes)
+    assert np.array_equal(few[0, "int3"].shift, same[0, "int3"].shift)
+
+
 def test_the_work_is_counted_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     network = shared_network(Plain, 1, 8, 8)
     # A convolution of 6 neurons, 9 weights, 8x8 places, pooled to 16; linear ones of 7 x 96 and 4 x 7.
@@ -165,8 +201,10 @@ def test_the_best_plan_is_learned_where_it_loses_by_rounding(monkeypatch: pytest
     assert [each.merit for each in found] == sorted((each.merit for each in found), reverse=True)
 
     budgets = [max(first.plan.bytes_per_device)] * 3
-    (same,) = learned(table, [replace(first, agreement=(0.99, 0.0)), first, first], budgets)
+    fine = next(each for each in found if each.plan.shards != first.plan.shards)
+    (same,) = learned(table, [replace(fine, agreement=(0.99, 0.0)), first, first], budgets)
     assert (same.plan.digest, same.agreement) == (again.plan.digest, again.agreement)
+    assert len(learned(table, [first, first, replace(fine, agreement=(0.99, 0.0))], budgets)) == 1
     monkeypatch.setattr(learning, "MOST_MACS", 1000)
     assert learned(table, [first], budgets) == []
 

@@ -22,11 +22,11 @@ from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.partitioning.budget import share_of
-from robustdice.plan import Layer, Plan, check_max_failed
+from robustdice.plan import Layer, Plan, Shard, check_max_failed
 from robustdice.progress import Progress, part, silent
 from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, TRIAL_SAMPLES, CoarseLayer
 from robustdice.rounding.layer import Choice
-from robustdice.rounding.network import Coarse, IntactInputs, Wanted, round_network, round_together
+from robustdice.rounding.network import Coarse, IntactInputs, round_network, round_together, wanted_of
 
 TABLE_IMAGES = 64
 """Enough to tell what one layer's choices cost."""
@@ -48,6 +48,8 @@ ALIKE = tuple((kind, kind) for kind in REPRESENTATIONS)
 """Representations of primaries and spares that are the same."""
 FINE_FIRST = (*ALIKE, *itertools.combinations(("float32", *MEASURED), 2))
 """And those of which spares are coarser."""
+LEARNED = 2
+"""So many plans, the best ones, are looked at once more (:mod:`robustdice.learning`)."""
 TRIES = 3
 """Layers are sized by their largest device; what the devices then have left is given out again so often."""
 
@@ -187,8 +189,8 @@ def candidates(
     are those whose spares may be coarser than their primaries, which is for few failures too. Neurons that one device
     alone has are offered where nothing else fits, and to the *thin*: costs of single layers say too little of what the
     loss of them does to be believed where there is a choice. With something
-    ``to_beat``, each is measured only as long as it may be worth more than that and those before it (-1: than those
-    alone), without to the end. PlanError when nothing fits.
+    ``to_beat``, each is measured only as long as it may be worth more than that and than all but ``LEARNED`` - 1 of
+    those before it (-1: than those alone), without to the end. PlanError when nothing fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
@@ -209,32 +211,27 @@ def candidates(
         try:
             kept, rooms = choose(table, spreads, kinds, weights, budgets)
         except PlanError:
-            if spreads is whole:
+            if spreads is whole or family == "spread thin":
                 continue
             kept, rooms = choose(table, [*spreads, *thin], kinds, weights, budgets)
         if family == "spread thin" and not any(of.spread in thin for of in kept):
             continue
         if all(kept != other for other, _ in chosen.values()):
             chosen[family] = kept, rooms
+    shards = {family: _shards(table, kept, rooms) for family, (kept, rooms) in chosen.items()}
     coarse = round_together(
         table.network,
-        [_wanted(kept) for kept, _ in chosen.values()],
+        [wanted_of(of_family, {}) for of_family in shards.values()],
         table.images,
         table.inputs,
         part(on_progress, 0, 0.5),
     )
     found: list[Candidate] = []
-    for (family, of_family), rounded in zip(chosen.items(), coarse, strict=True):
+    for (family, (kept, _)), rounded in zip(chosen.items(), coarse, strict=True):
         on_progress(len(chosen) + len(found), 2 * len(chosen))
-        least = -1.0 if to_beat is None else max(to_beat, most(found))
-        found.append(tried_out(table, family, _made(table, *of_family, rounded), budgets, least))
+        least = -1.0 if to_beat is None else max(to_beat, least_to_matter(found))
+        found.append(tried_out(table, family, _made(table, kept, shards[family], rounded), budgets, least))
     return best_first(found)
-
-
-def _wanted(kept: Sequence[Kept]) -> Wanted:
-    """The coarse weights that layers need which are kept so."""
-    kinds = {index: [kind for kind in dict.fromkeys(of.kinds) if kind != "float32"] for index, of in enumerate(kept)}
-    return {index: list(map(Choice, of_layer)) for index, of_layer in kinds.items() if of_layer}
 
 
 def best_first(found: Sequence[Candidate]) -> list[Candidate]:
@@ -242,9 +239,9 @@ def best_first(found: Sequence[Candidate]) -> list[Candidate]:
     return sorted(found, key=lambda candidate: (-candidate.merit, candidate.plan.exchanged_activations))
 
 
-def most(found: Sequence[Candidate]) -> float:
-    """What the best of them is worth."""
-    return max((each.merit for each in found), default=-1.0)
+def least_to_matter(found: Sequence[Candidate]) -> float:
+    """What a plan has to be worth to be among the first ``LEARNED`` of them."""
+    return best_first(found)[LEARNED - 1].merit if len(found) >= LEARNED else -1.0
 
 
 def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int], to_beat: float = -1.0) -> Candidate:
@@ -331,7 +328,7 @@ def _spreads(devices: int) -> list[Spread]:
 
 
 def _thin(devices: int) -> list[Spread]:
-    """What is for budgets in which nothing else fits: neurons on one device alone."""
+    """Neurons on one device alone."""
     return [Spread(1, 0.5), Spread(1, 0.25), Spread(1)] if devices > 2 else []
 
 
@@ -363,16 +360,21 @@ def _held(
     return everywhere, rest
 
 
-def _made(table: Table, kept: Sequence[Kept], rooms: Rooms, coarse: Coarse) -> Plan:
+def _shards(table: Table, kept: Sequence[Kept], rooms: Rooms) -> tuple[tuple[Shard, ...], ...]:
+    layers = zip(table.network.plan_layers, table.units, kept, strict=True)
+    return tuple(
+        shards_of(layer, of_layer.tolist(), of, table.devices, index, rooms)
+        for index, (layer, of_layer, of) in enumerate(layers)
+    )
+
+
+def _made(table: Table, kept: Sequence[Kept], shards: tuple[tuple[Shard, ...], ...], coarse: Coarse) -> Plan:
     """The plan with its ``coarse`` weights, and corrections."""
     network, devices, images, survive = table.network, table.devices, table.images, table.survive
     plan = Plan(
         devices=devices,
         layers=network.plan_layers,
-        shards=tuple(
-            shards_of(layer, of_layer.tolist(), of, devices, index, rooms)
-            for index, (layer, of_layer, of) in enumerate(zip(network.plan_layers, table.units, kept, strict=True))
-        ),
+        shards=shards,
         shared_weights=network.shared_weights,
         method="auto",
         model=network.reference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from robustdice.auto import Candidate, Table, tried_out
+from robustdice.auto import LEARNED, Candidate, Table, tried_out
 from robustdice.failure.calibrate import calibrate
 from robustdice.progress import Progress, part, silent
 from robustdice.rounding.learned import LEARNT, learned_network, steps_macs
@@ -13,7 +13,7 @@ from robustdice.rounding.network import wanted_of
 
 WORTH_IT = 0.02
 """The share of images for which a plan answers otherwise than the intact network while all devices are up: so much it
-loses by rounding alone."""
+loses by rounding (and by what the wire rounds)."""
 MOST_MACS = 2 * 10**13
 """Of multiply-adds in all, forwards and back: minutes on two cores."""
 
@@ -25,10 +25,15 @@ FIRST = 2
 def learned(
     table: Table, found: Sequence[Candidate], budgets: Sequence[int], on_progress: Progress = silent
 ) -> list[Candidate]:
-    """The first of the plans that were ``found``, the best first, with learned rounding, as far as that is worth it."""
-    chosen = [each for each in found[:FIRST] if _is_worth_it(table, each)]
+    """The first ``LEARNED`` of the plans that were ``found``, the best first, with learned rounding, where that is
+    worth it: which of them is better often changes. Two that only rounding tells apart count as one."""
+    different: dict[object, Candidate] = {}
+    for each in found:
+        how = each.plan.shards, each.plan.strips, tuple(each.plan.pairs.items()), each.plan.owned
+        different.setdefault(how, each)
+    chosen = [each for each in [*different.values()][:LEARNED] if _is_worth_it(table, each)]
     return [
-        _with_learned_rounding(table, each, budgets, part(on_progress, number / FIRST, (number + 1) / FIRST))
+        _with_learned_rounding(table, each, budgets, part(on_progress, number / LEARNED, (number + 1) / LEARNED))
         for number, each in enumerate(chosen)
     ]
 

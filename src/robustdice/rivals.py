@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, Candidate, Table, most, tried_out
+from robustdice.auto import MEASURED, Candidate, Table, least_to_matter, tried_out
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
 from robustdice.partitioning.paired import kinds_with_pairs
@@ -43,7 +43,7 @@ def try_all(
     found: list[Candidate] = []
     for family, plan in made:
         on_progress(len(found), len(made))
-        least = -1.0 if to_beat is None else max(to_beat, most(found))
+        least = -1.0 if to_beat is None else max(to_beat, least_to_matter(found))
         found.append(tried_out(table, family, plan, budgets, least))
     return found
 

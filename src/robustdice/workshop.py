@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import Candidate, Table, best_first, candidates, most, tabulate
+from robustdice.auto import Candidate, Table, best_first, candidates, least_to_matter, tabulate
 from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
@@ -157,7 +157,8 @@ def choose_plan(
     on_progress: Progress = silent,
 ) -> list[Candidate]:
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
-    :func:`robustdice.auto.candidates` and :func:`robustdice.rivals.rivals`. ``memory`` is a share of the model such as
+    :func:`robustdice.auto.candidates`, :func:`robustdice.rivals.rivals` and :func:`robustdice.learning.learned`.
+    ``memory`` is a share of the model such as
     0.1 or an amount such as ``"8MB"`` that each device has, or amounts of all of them, ``"8MB,8MB,16MB,16MB"``;
     ``survive`` the number of devices down at once that the plan is made for (all but one); ``wire`` what values travel
     as. Plans are made with ``images`` and compared on ``others``, both unlabelled: [n, channels, height, width].
@@ -189,7 +190,7 @@ def choose_from(
     first, last = part(on_progress, 0, 0.7), part(on_progress, 0.7, 1)
     if purpose is None:
         made = candidates(table, budgets, part(first, 0, 0.8), to_beat=-1.0)
-        found = best_first([*made, *rivals(table, budgets, part(first, 0.8, 1), most(made))])
+        found = best_first([*made, *rivals(table, budgets, part(first, 0.8, 1), least_to_matter(made))])
     else:
         found = considered_for(purpose, table, budgets, first)
     found += learned(table, found, budgets, last)

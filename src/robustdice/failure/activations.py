@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import fx
 
 from robustdice.failure.copies import Copies, State, rounded
 from robustdice.model.canonical import CONVOLUTIONS
-from robustdice.model.execute import execute
+from robustdice.model.execute import execute, readers
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.network import Network, together
 from robustdice.plan import Plan
@@ -42,7 +41,7 @@ def activation_steps(
     values: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
     copies, here = Copies.of(network, replace(plan, activations=found)), State(plan.copies(()))
     starts = {layer.node: index for index, layer in enumerate(network.layers)}
-    left = Counter(used for node in network.nodes for used in node.all_input_nodes)
+    left = readers(network.nodes)
     with torch.no_grad():
         for node in network.nodes:
             if (index := starts.get(node, -1)) in wanted:

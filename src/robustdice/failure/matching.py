@@ -16,7 +16,7 @@ from torch import fx
 from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.handover import as_received, forms
 from robustdice.failure.passes import correct, fill
-from robustdice.model.execute import execute
+from robustdice.model.execute import execute, readers
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, together
 from robustdice.representation import LOST, Correction
@@ -92,7 +92,7 @@ class Pass:
     def statistics(self, images: torch.Tensor) -> Iterator[tuple[int, Statistics]]:
         """Of every layer, behind its affine chain."""
         values = self.start(images)
-        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        left = readers(self.nodes)
         for node in self.nodes:
             self.compute(node, values)
             if node in self.ends:
@@ -113,7 +113,7 @@ class Pass:
                 number
             )
         values = self.start(images)
-        left = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        left = readers(self.nodes)
         for at, node in enumerate(self.nodes):
             for number in firsts.pop(self.starts.get(node, -1), []):
                 branch = Pass(self.network, self.copies, states[number])

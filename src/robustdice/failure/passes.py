@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.handover import Handover, as_received, forms
-from robustdice.model.execute import execute
+from robustdice.model.execute import execute, readers
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network
 from robustdice.representation import LOST, Correction
@@ -47,7 +47,7 @@ class _Walk:
         self.forms = [of_handovers[state.handover] for state in states]
         """For each state, how values travel that are rounded on their way."""
         self.travelling = {node for each in self.forms for node in each}
-        self.uses = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        self.uses = readers(self.nodes)
         self.results: list[torch.Tensor] = [torch.empty(0)] * len(states)
 
     def run(

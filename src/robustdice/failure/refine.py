@@ -6,7 +6,6 @@ corrections of a failure set are fitted together, to the intact network's answer
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from robustdice.failure.copies import Copies, State, intact
 from robustdice.failure.matching import MAX_GAIN, Corrections, Pass, Statistics
 from robustdice.failure.passes import run_under, scaled
 from robustdice.importance.divergence import kullback_leibler
+from robustdice.model.execute import readers
 from robustdice.model.network import Network, images_at_once, on_best_device, together
 from robustdice.representation import Correction
 
@@ -105,7 +105,7 @@ class Refiner:
         """Class scores in a state, with layers scaled and shifted by ``factors``, which gradients reach."""
         through = Pass(self.network, self.copies, state)
         values = through.start(images)
-        left = Counter(used for node in through.nodes for used in node.all_input_nodes)
+        left = readers(through.nodes)
         for node in through.nodes:
             through.compute(node, values)
             index = through.ends.get(node, -1)

@@ -8,7 +8,6 @@ at: what it gives changes by what it makes of their change.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from robustdice.importance.divergence import class_removal, jensen_shannon
 from robustdice.importance.gradients import per_unit, units_of
 from robustdice.model.canonical import CONVOLUTIONS, arguments, aten
 from robustdice.model.channelwise import Channels, channelwise, parameter_name
-from robustdice.model.execute import execute
+from robustdice.model.execute import execute, readers
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import BATCH_ELEMENTS, Network
 from robustdice.progress import Progress, silent
@@ -85,7 +84,7 @@ def _run_without(
     # The mask has an axis for the batch, between those for the pairs and for the neurons.
     altered = take(intact[layer.value], images).masked_fill(layer.broadcast(lost).squeeze(1), layer.fill)
     changed = _Overlay(network, intact, {layer.value: altered}, images)
-    remaining = Counter(used for node in suffix for used in node.all_input_nodes)
+    remaining = readers(suffix)
     for node in suffix:
         if _has_one_input_of(node, reached, network.shapes):
             channels = reached[node.args[0]]  # type: ignore[index]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -153,11 +153,12 @@ def on_best_device(images: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 
-def together(network: Network, images: NDArray[np.float32], elements: int = MAX_ELEMENTS) -> torch.Tensor:
-    """``images`` [n, channels, height, width] on the best device; where one layer's values for all of them would be
-    more than ``elements`` numbers, some at even distances."""
-    widest = max(math.prod(shape[1:]) for node, shape in network.shapes.items() if node.op == "call_function")
-    every = -(-len(images) * widest // elements)
+def together(network: Network, images: NDArray[np.float32], held: Collection[fx.Node] | None = None) -> torch.Tensor:
+    """``images`` [n, channels, height, width] on the best device; some at even distances, where what one of the nodes
+    that are ``held`` for all of them (any) is worth would be more than ``MAX_ELEMENTS`` numbers."""
+    nodes = (node for node in network.shapes if node.op == "call_function") if held is None else held
+    widest = max(math.prod(network.shapes[node][1:]) for node in nodes)
+    every = -(-len(images) * widest // MAX_ELEMENTS)
     return on_best_device(torch.from_numpy(images[::every].copy()))
 
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from robustdice.model.execute import attribute, execute, forget, readers
 from robustdice.model.layers import NetworkLayer
-from robustdice.model.network import Network, images_at_once, on_best_device
+from robustdice.model.network import Network, images_at_once, together
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseFilter, CoarseLayer, code_offset, code_range
 from robustdice.rounding.affine import Folded, can_shift, coarse_parameters, fold
@@ -45,13 +45,12 @@ SHARPNESS = (20.0, 2.0)
 
 
 def learned_network(
-    network: Network, wanted: Wanted, images: NDArray[np.float32], seed: int = 0, on_progress: Progress = silent
+    network: Network, wanted: Wanted, images: NDArray[np.float32], on_progress: Progress = silent
 ) -> Coarse:
-    """As :func:`robustdice.rounding.network.round_network`, with learned rounding where that matters. ``images`` are
-    taken in an order drawn with ``seed``."""
-    every = on_best_device(torch.from_numpy(images.copy()))
+    """As :func:`robustdice.rounding.network.round_network`, with learned rounding where that matters."""
+    every = together(network, images, [layer.value for layer in network.layers])
     own, intact = _Stream(network, every), _Stream(network, every)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     found: Coarse = {}
     asked = [(index, layer) for index, layer in enumerate(network.layers) if wanted.get(index)]
     for done, (index, layer) in enumerate(asked):
@@ -81,12 +80,15 @@ def _images_a_step(layer: NetworkLayer) -> int:
 
 class _Stream:
     """The values of a network for some images, as far as it has been run and they are still read, with ``parameters``
-    that others may stand in for. A few images at a time: within a layer values may be many times those at its ends."""
+    that others may stand in for. A few images at a time, as within a layer values may be many times those at its ends;
+    always as many, for some graphs work with their number: of the images up to a part less one are left out."""
 
     def __init__(self, network: Network, images: torch.Tensor) -> None:
         self.parameters: dict[fx.Node, torch.Tensor] = network.constants(images.device)
-        self.values: dict[fx.Node, Any] = {network.input: images}
-        self._network, self._size, self._done = network, images_at_once(network), 0
+        parts = -(-len(images) // images_at_once(network))
+        self._size = -(-len(images) // parts)
+        self.values: dict[fx.Node, Any] = {network.input: images[: len(images) // self._size * self._size]}
+        self._network, self._done = network, 0
         self._left = readers(network.nodes)
 
     def run_before(self, node: fx.Node) -> None:
@@ -120,13 +122,13 @@ class _Stream:
 @dataclass(frozen=True)
 class _Task:
     """A layer that is to be rounded: what it reads behind coarse predecessors (``reads``), what it is to give at the
-    end of its tail (``goal``), and how to compute that (``tail``, from the layer's node on; ``given`` is what that
-    takes besides). ``for_all`` is what its ``folded`` filters are rounded to without learning."""
+    end of its tail (``goal``), and how to compute that (``tail``, from the layer's node on, with the ``given``
+    parameters). ``for_all`` is what its ``folded`` filters are rounded to without learning."""
 
     network: Network
     layer: NetworkLayer
     tail: Sequence[fx.Node]
-    given: Mapping[fx.Node, Any]
+    given: Mapping[fx.Node, torch.Tensor]
     reads: torch.Tensor
     goal: torch.Tensor
     folded: Folded
@@ -143,7 +145,7 @@ class _Task:
             network,
             layer,
             tail,
-            {**own.parameters, **{n: v for n, v in own.values.items() if n not in network.per_image}},
+            dict(own.parameters),
             own.values[source],
             intact.run(tail, intact.values, [layer.value])[layer.value],
             folded,
@@ -169,8 +171,8 @@ class _Task:
         return {nodes[name]: tensor.to(self.reads.device) for name, tensor in named.items()}
 
     def _learned(self, first: CoarseLayer, generator: torch.Generator) -> CoarseFilter:
-        """Each weight at the level below or above it, whichever of all choices together give what is nearest to the
-        goal, with everything but the levels as in the layer that learning begins with."""
+        """Each weight at the level below or above it, so that all together give what is nearest to the goal, with the
+        scales, the shift and the tail of the ``first`` layer. (The shift is made to fit the levels afterwards.)"""
         kind, group, parameters = first.representation, first.filter.group, self.parameters(first)
         (low, high), offset = code_range(kind), code_offset(kind)
         own = next(node for node in parameters if str(node.target) == self.layer.own_filter)
