@@ -15,11 +15,7 @@ WORTH_IT = 0.02
 """The share of images for which a plan answers otherwise than the intact network while all devices are up: so much it
 loses by rounding (and by what the wire rounds)."""
 MOST_MACS = 2 * 10**13
-"""Of multiply-adds in all, forwards and back: minutes on two cores."""
-
-
-FIRST = 2
-"""So many plans are learned: those of which much is coarse gain most, and often the order changes."""
+"""Of multiply-adds for one plan, forwards and back: minutes on two cores."""
 
 
 def learned(
