@@ -22,9 +22,6 @@ from robustdice.runtime.wire.config import CLUSTER_NAME
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "alexnet_cifar10.pt2"
 FRAMES = 60
-RUNS = 3
-"""What a queue of 20 ms drops may cost more than a tenth of a stream: of 10 two kept 0.83 and 0.89, the others 0.93 to
-0.97. One of so many has to do better."""
 STREAM = """
 import json, sys
 import numpy as np
@@ -55,19 +52,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("queue_ms", [20.0, 200.0])
 def test_behind_a_shared_link_of_20_megabits_every_frame_is_answered(build: Path, queue_ms: float) -> None:
-    whole = 0.0
-    for _ in range(RUNS):
-        with shared_link(20, queue_ms) as prefix:
-            command = [*prefix, sys.executable, "-c", STREAM, str(build), str(FRAMES)]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = json.loads(result.stdout)
-        assert min(found["coverage"]) > 0.0, "a frame was not answered in time"
-        assert found["suspicions"] <= 2  # of the first moments, before anything was learnt
-        mean = sum(found["coverage"]) / FRAMES
-        assert mean > 0.7  # 0.4 when devices suspect each other in turn
-        if (whole := max(whole, mean)) > 0.9:
-            break
-    assert whole > 0.9
+    with shared_link(20, queue_ms) as prefix:
+        command = [*prefix, sys.executable, "-c", STREAM, str(build), str(FRAMES)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(result.stdout)
+    assert min(found["coverage"]) > 0.0, "a frame was not answered in time"
+    assert sum(found["coverage"]) / FRAMES > 0.9  # 0.4 when devices suspect each other in turn
+    assert found["suspicions"] <= 2  # of the first moments, before anything was learnt
 
 
 @pytest.mark.slow
