@@ -159,9 +159,9 @@ def choose_plan(
     """What was considered for ``devices`` devices that may hold ``memory``, the best first, then what does not fit: see
     :func:`robustdice.auto.candidates`, :func:`robustdice.rivals.rivals` and :func:`robustdice.learning.learned`.
     ``memory`` is a share of the model such as 0.1 or an amount such as ``"8MB"`` that each device has, or amounts of
-    all of them, ``"8MB,8MB,16MB,16MB"``; ``survive`` the number of devices down at once that the plan is made for (all but
-    one); ``wire`` what values travel as. Plans are made with ``images`` and compared on ``others``, both unlabelled:
-    [n, channels, height, width].
+    all of them, ``"8MB,8MB,16MB,16MB"``; ``survive`` the number of devices down at once that the plan is made for (all
+    but one); ``wire`` what values travel as. Plans are made with ``images`` and compared on ``others``, both
+    unlabelled: [n, channels, height, width].
 
     The best is the most accurate one, or, for a ``goal``, one of :data:`robustdice.cost.purpose.PURPOSES`, what
     :func:`robustdice.divided.considered_for` says, by ``profile`` and ``link`` (such as ``"1Gbit"``): every split is
