@@ -25,7 +25,7 @@ from robustdice.runtime.wire.address import Address
 from robustdice.runtime.wire.clients import ClientNames
 from robustdice.runtime.wire.codec import Codec
 from robustdice.runtime.wire.config import Cluster
-from robustdice.runtime.wire.connections import LOOK_SECONDS, MOST_OF_A_KEY, Connections, Misuse
+from robustdice.runtime.wire.connections import MOST_OF_A_KEY, Connections, Misuse
 from robustdice.runtime.wire.line import NO_MORE, send_parts, set_options
 from robustdice.runtime.wire.lines import Lines
 from robustdice.runtime.wire.listen import bind_in_time
@@ -126,8 +126,7 @@ class ZeroMQTransport:
         if self._lines.restless:
             self._lines.tend(time.monotonic())
         if self._connections.any:
-            self._look_after_clients()
-            timeout_seconds = min(timeout_seconds, LOOK_SECONDS)
+            timeout_seconds = min(timeout_seconds, self._look_after_clients())
         ready = self._watch.wait(timeout_seconds)
         if ready == [self._router]:
             return self._read()
@@ -212,12 +211,13 @@ class ZeroMQTransport:
                 self._refuse(None, None, OTHER_TRANSPORT)
         self._watch.used(self._comings)
 
-    def _look_after_clients(self) -> None:
-        """From time to time: does anybody take more than he may?"""
+    def _look_after_clients(self) -> float:
+        """From time to time: does anybody take more than he may? Seconds until it is to be looked again."""
         now = time.monotonic()
         if now >= self._connections.due:
             for misuse in self._connections.look(now):
                 self._note_cut(misuse)
+        return self._connections.due - now
 
     def _note_cut(self, misuse: Misuse | None) -> bool:
         """Whether a connection was cut off."""
