@@ -127,7 +127,9 @@ class World(ConnectedDevices):
     def send_to(self, device: int, frame: FrameId, oldest: int) -> None:
         """A client hands a frame to a device."""
         incarnation = self.nodes[device].incarnation
-        given = self.timeout_seconds if self.pace is None else self.pace.given(device, self.timeout_seconds)
+        given = (
+            self.timeout_seconds if self.pace is None else self.pace.given(range(len(self.nodes)), self.timeout_seconds)
+        )
         received = Received(Frame(frame, oldest, given, ("input", frame.number)), frame.client)
         arrive = partial(self.deliver, device, incarnation, received)
         self.carry(("in", device), received.message, arrive)

@@ -95,11 +95,34 @@ def test_a_long_way_alone_does_not_shrink_the_window() -> None:
 
 def test_devices_are_given_less_time_where_frames_and_answers_are_long_under_way() -> None:
     pace = Pace(1, 2.0, 2)
-    assert pace.given(0, 2.0) == 2.0
+    assert pace.given([0], 2.0) == pace.given([0, 1], 2.0) == 2.0
     for _ in range(30):
         pace.answered(1, 0.2)
-    assert pace.given(0, 2.0) == 2.0
-    assert 1.7 < pace.given(1, 2.0) < 1.8
+    assert pace.given([0], 2.0) == 2.0
+    assert 1.7 < pace.given([1], 2.0) < 1.8
     for _ in range(30):
         pace.answered(1, 3.0)
-    assert pace.given(1, 2.0) == 0.5, "some time is left to the device whatever the way"
+    assert pace.given([1], 2.0) == 0.5, "some time is left to the device whatever the way"
+
+
+def test_devices_that_work_together_are_given_as_much_time_as_two_of_them_have() -> None:
+    pace = Pace(1, 2.0, 4)
+    for _ in range(30):
+        for device, seconds in enumerate([0.6, 0.2, 0.1, 0.9]):
+            pace.answered(device, seconds)
+    everyone = pace.given(range(4), 2.0)
+    assert everyone == pace.given([1], 2.0) < pace.given([2], 2.0)
+    assert pace.given([0, 3], 2.0) == pace.given([3], 2.0)
+
+
+def test_devices_that_have_fallen_silent_do_not_say_how_long_the_ways_of_others_are() -> None:
+    pace = Pace(1, 2.0, 4)
+    for _ in range(30):
+        for device, seconds in enumerate([0.01, 0.01, 0.4, 0.5]):
+            pace.answered(device, seconds)
+    pace.unanswered([0, 1, 2, 3])
+    assert pace.given(range(4), 2.0) == 2.0
+    for _ in range(30):
+        for device, seconds in ((2, 0.4), (3, 0.5)):  # they came too late, and tell all the same
+            pace.answered(device, seconds)
+    assert pace.given(range(4), 2.0) == pace.given([3], 2.0) < 1.6

@@ -101,6 +101,17 @@ class Pace:
         """A frame and its answer were under way for so long, without the time that the device took."""
         self._under_way[device].observe(max(0.0, under_way_seconds))
 
-    def given(self, device: int, remaining_seconds: float) -> float:
-        """How long a device may take, so that its answer is here in time."""
-        return max(remaining_seconds - self._under_way[device].bound, remaining_seconds / 4)
+    def unanswered(self, devices: Collection[int]) -> None:
+        """Nobody has answered a frame in time; these were asked. What was known of their ways is not true any more."""
+        for device in devices:
+            self._under_way[device] = Estimate()
+
+    def given(self, devices: Collection[int], remaining_seconds: float) -> float:
+        """How long ``devices`` that work on a frame together may take, so that two of their answers are here in time.
+
+        All of them equally long, also those that are further away: whoever has less time than others goes on without
+        them, and leaves them to do without what it could have had.
+        """
+        known = sorted(self._under_way[device].bound for device in devices if self._under_way[device].mean is not None)
+        under_way = known[min(1, len(known) - 1)] if known else 0.0
+        return max(remaining_seconds - under_way, remaining_seconds / 4)

@@ -190,7 +190,8 @@ class Client:
         remaining = pending.sent_at + self.timeout_seconds - now
         if not line.connected or remaining <= 0:
             return False
-        given = self._pace.given(device, remaining)
+        together = [device] if self.model.in_turn else [d for d, line in self._lines.items() if line.connected]
+        given = self._pace.given(together, remaining)
         frame = Frame(FrameId(self._name, pending.number), min(self._pending), given, pending.array)
         if not line.send(self._codec.encode(frame)):
             return False
@@ -355,6 +356,7 @@ class Client:
         late = bool(pending.answers) and all(answer.late for answer, _ in pending.answers.values())
         self._pace.finished(taken, pending.among, late)
         if not pending.answers:
+            self._pace.unanswered(pending.waiting)
             heard = bool(pending.asked.keys() - self.troubles().keys())
             reason = next(iter(pending.refusals.values()), None) or (
                 "no device answered in time" if heard else self.unreachable()
