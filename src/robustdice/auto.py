@@ -17,6 +17,7 @@ from robustdice.failure.calibrate import calibrate
 from robustdice.failure.copies import Copies
 from robustdice.failure.matching import Targets, targets_of
 from robustdice.failure.sensitivity import Sensitivity, measure
+from robustdice.importance.likeness import likeness
 from robustdice.importance.score import forward_macs, score
 from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network
@@ -31,7 +32,7 @@ from robustdice.rounding.network import Coarse, IntactInputs, round_network, rou
 TABLE_IMAGES = 64
 """Enough to tell what one layer's choices cost."""
 ROUNDING_IMAGES = 128
-"""Enough to round by for the table; the plan itself is rounded with all images."""
+"""Enough to round by for the table, and to see which units are alike; the plan itself is rounded with all images."""
 FEWEST_UNSEEN = 64
 """Of images that plans are not made with: on fewer, less could be told than on those that they are made with."""
 PASS_MACS = 10**12
@@ -114,6 +115,11 @@ class Table:
     def targets(self) -> Targets:
         """What plans are corrected towards, of all images."""
         return targets_of(self.network, Copies(self.network, {}), self.images)
+
+    @cached_property
+    def likeness(self) -> list[NDArray[np.float32]]:
+        """Of any two units of a layer: :func:`robustdice.importance.likeness.likeness`."""
+        return likeness(self.network, affordable(self.network, self.images, ROUNDING_IMAGES))
 
     @cached_property
     def trial(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -361,9 +367,12 @@ def _held(
 
 
 def _shards(table: Table, kept: Sequence[Kept], rooms: Rooms) -> tuple[tuple[Shard, ...], ...]:
-    layers = zip(table.network.plan_layers, table.units, kept, strict=True)
+    layers, devices = zip(table.network.plan_layers, table.units, kept, strict=True), table.devices
     return tuple(
-        shards_of(layer, of_layer.tolist(), of, table.devices, index, rooms)
+        shards_of(
+            *(layer, of_layer.tolist(), of, devices, index, rooms),
+            likeness=None if of.held_by_all(devices) else table.likeness[index],
+        )
         for index, (layer, of_layer, of) in enumerate(layers)
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.errors import PlanError
+from robustdice.partitioning.apart import apart
 from robustdice.partitioning.distribute import order_holders, to_shards
 from robustdice.partitioning.replicate import whole
 from robustdice.plan import Holder, Layer, Shard
@@ -143,13 +144,18 @@ def shards_of(
     devices: int,
     index: int,
     rooms: Sequence[float] | None = None,
+    likeness: NDArray[np.floating] | None = None,
 ) -> tuple[Shard, ...]:
     """The shards of layer number ``index``; ``units`` says how important each of its units is, ``rooms`` how much room
-    the devices have, as in :func:`deal`."""
+    the devices have, as in :func:`deal`; ``likeness``, where it is given, how alike any two units are, as in
+    :func:`robustdice.partitioning.apart.apart`."""
     if kept.held_by_all(devices):
         shards: tuple[Shard, ...] = whole(layer, devices)
     else:
-        shards = to_shards(order_holders(deal(units, kept.spread, devices, index, rooms), devices, index), layer.group)
+        holders = order_holders(deal(units, kept.spread, devices, index, rooms), devices, index)
+        if likeness is not None:
+            holders = apart(holders, units, likeness, devices)
+        shards = to_shards(holders, layer.group)
     primary, spare = kept.kinds
     return tuple(
         Shard(shard.neurons, tuple(Holder(device, spare if at else primary) for at, device in enumerate(shard.devices)))
