@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nets import ChannelsLast, Residual, random_images, shared_network
+from robustdice.importance.gradients import units_of
 from robustdice.importance.likeness import PLACES, likeness
 from robustdice.model.execute import execute
 from robustdice.partitioning.allocation import Kept, Spread, deal, shards_of
@@ -89,6 +90,7 @@ def test_likeness_is_the_squared_correlation_of_what_units_hand_over(make: type[
     with torch.no_grad():
         execute(network.module, network.nodes, values)
     for layer, found in zip(network.layers, likeness(network, images), strict=True):
+        assert found is not None
         units = layer.layer.neurons // layer.layer.group
         of_units = np.moveaxis(values[layer.value].double().numpy(), layer.axis, 1).reshape(12, units, -1)
         every = -(-of_units.shape[2] // PLACES)
@@ -98,3 +100,11 @@ def test_likeness_is_the_squared_correlation_of_what_units_hand_over(make: type[
         expected[np.ix_(moving, moving)] = np.corrcoef(rows[moving]) ** 2
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert moving.any()
+
+
+def test_layers_of_too_many_units_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    monkeypatch.setattr("robustdice.importance.likeness.MOST_UNITS", 6)
+    found = likeness(network, random_images(4, network.input_shape))
+    assert [each is None for each in found] == [units_of(layer) > 6 for layer in network.layers]
+    assert {each is None for each in found} == {True, False}

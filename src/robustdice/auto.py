@@ -117,7 +117,7 @@ class Table:
         return targets_of(self.network, Copies(self.network, {}), self.images)
 
     @cached_property
-    def likeness(self) -> list[NDArray[np.float32]]:
+    def likeness(self) -> list[NDArray[np.float32] | None]:
         """Of any two units of a layer: :func:`robustdice.importance.likeness.likeness`."""
         return likeness(self.network, affordable(self.network, self.images, ROUNDING_IMAGES))
 

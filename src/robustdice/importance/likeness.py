@@ -15,15 +15,19 @@ from robustdice.model.network import Network, together
 
 PLACES = 16
 """Of a unit's values for an image, at even distances, that are looked at."""
+MOST_UNITS = 8192
+"""Of a layer; of more, all pairs would take too much memory."""
 
 
-def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.float32] | None]:
     """For every layer the squared correlations of what its units hand over, over ``images`` [n, channels, height,
-    width] and places: [units, units], from 0 to 1; 0 for a unit that always hands over the same."""
+    width] and places: [units, units], from 0 to 1; 0 for a unit that always hands over the same. None for a layer of
+    more than ``MOST_UNITS``."""
     first = together(network, images)
     values: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
-    ends = {layer.value: index for index, layer in enumerate(network.layers)}
-    left, found = readers(network.nodes), [np.empty((0, 0), np.float32)] * len(network.layers)
+    ends = {layer.value: index for index, layer in enumerate(network.layers) if units_of(layer) <= MOST_UNITS}
+    left = readers(network.nodes)
+    found: list[NDArray[np.float32] | None] = [None] * len(network.layers)
     for node in network.nodes:
         with torch.no_grad():
             execute(network.module, [node], values)
