@@ -121,7 +121,7 @@ def test_mobilenet_in_three_bits_loses_much_less_than_by_gptq() -> None:
     if not (model.exists() and data.exists()):
         pytest.skip(f"{model} or {data} is not here")
     network = rd.load_model(model)
-    images = rd.load_data(data, network.preprocessing, network.outputs, labelled=False).images()
+    images = rd.load_data(str(data), network.preprocessing, network.outputs, labelled=False).images()
     kinds = kinds_of(network.plan_layers, "int3", "int3")
     wanted = {index: [Choice(kind.primary)] for index, kind in enumerate(kinds)}
     fitted, others = images[::2], images[1::4]
