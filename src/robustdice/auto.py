@@ -39,7 +39,7 @@ PASS_MACS = 10**12
 """What a pass over images may cost; large networks make do with fewer images."""
 FEWEST_IMAGES = 12
 """But not with less than so many."""
-MEASURED = ("int8", "int4", "int3", "int2")
+MEASURED = ("int8", "int4", "int3", "int2", "vq6", "vq8")
 """Of float16 nobody sees a difference, nor how it is rounded."""
 FINE = ("float32", "float16", "int8")
 """In one of which layers that have next to nothing of the weights are kept, by everybody."""

@@ -20,7 +20,15 @@ FORMAT_VERSION = 2
 LIMIT_BYTES = 16 * 2**20
 
 
-TYPICAL_UNPACKING = {"float16": 0.9e-9, "int8": 0.4e-9, "int4": 1.5e-9, "int3": 1.8e-9, "int2": 1.0e-9}
+TYPICAL_UNPACKING = {
+    "float16": 0.9e-9,
+    "int8": 0.4e-9,
+    "int4": 1.5e-9,
+    "int3": 1.8e-9,
+    "int2": 1.0e-9,
+    "vq6": 0.0,
+    "vq8": 0.0,
+}
 """Seconds for a weight (docs/results/representations.md)."""
 
 
@@ -126,7 +134,9 @@ def _parse(document: Mapping[str, Any]) -> Profile:
     return Profile(
         **numbers,
         value_seconds={wire: _number(document["value_seconds"][wire]) for wire in WIRES},
-        unpack_seconds={kind: _number(document["unpack_seconds"][kind]) for kind in REPRESENTATIONS[1:]},
+        unpack_seconds={
+            kind: _number(document["unpack_seconds"].get(kind, TYPICAL_UNPACKING[kind])) for kind in REPRESENTATIONS[1:]
+        },
         layers={
             str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))
             for name, each in document["layers"].items()

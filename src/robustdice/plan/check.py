@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from robustdice.errors import PlanError
 from robustdice.plan.pairs import pair_problem
 from robustdice.plan.shards import MAX_DEVICES, check_layer, check_shard, parity_problem
+from robustdice.representation import VECTORS
 from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def _check_coarse(plan: Plan) -> None:
         if not 0 <= index < len(plan.layers) or kept.representation != kind:
             raise PlanError(f"coarse weights of layer {index} in {kind} are not of this plan")
         layer = plan.layers[index]
-        if kept.filter.codes.shape != (layer.neurons, layer.filter_weights) or len(kept.tail) != layer.tail_filters:
+        if (len(kept.filter.codes), kept.filter.weights) != (layer.neurons, layer.filter_weights) or len(
+            kept.tail
+        ) != layer.tail_filters:
             raise PlanError(f"layer {layer.name}: its weights in {kind} have another shape than the layer")
     for index, (layer, shards) in enumerate(zip(plan.layers, plan.shards, strict=True)):
         for kind in {holder.representation for shard in shards for holder in shard.holders} - {"float32"}:
@@ -108,7 +111,9 @@ def _check_pairs(plan: Plan) -> None:
         problem = pair_problem(plan.devices, (first, second), of_first, of_second)
         for kind in {holder.representation for shard in of_first for holder in shard.holders} - {"float32"}:
             kept = plan.coarse.get((pair[1], kind))
-            if kept is None or kept.filter.scales.shape[1] > 1:
+            if kind in VECTORS:
+                problem = f"a vector of {kind} has weights for several neurons of {first.name}"
+            elif kept is None or kept.filter.scales.shape[1] > 1:
                 problem = f"there are no weights of {second.name} in {kind} with one scale for each neuron"
         if plan.held_by_all(pair[0]):
             problem = f"every device holds {first.name}, so there is nothing to be added up"

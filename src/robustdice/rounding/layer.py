@@ -10,6 +10,7 @@ import torch
 
 from robustdice.representation import (
     TAIL_REPRESENTATION,
+    VECTORS,
     CoarseFilter,
     CoarseLayer,
     code_offset,
@@ -18,6 +19,7 @@ from robustdice.rounding.affine import Folded
 from robustdice.rounding.curvature import FEW, Curvature
 from robustdice.rounding.gptq import gptq
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
+from robustdice.rounding.vectors import round_vectors
 
 MAX_BLOCK = 4608
 """A wider filter is rounded in blocks of this many weights, as if these saw nothing in common: second moments of all of
@@ -60,11 +62,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Part:
-    """Some weights of the neurons that read the same inputs: which ones (``rows``, ``block``), what they should be for
-    these inputs (``wanted``), the inputs' mean squares (``importance``), and their ``curvature``."""
+    """Some weights of the neurons that read the same ``inputs`` [columns, weights]: which ones (``rows``, ``block``),
+    what they should be for these inputs (``wanted``), the inputs' mean squares (``importance``), and their
+    ``curvature``."""
 
     rows: slice
     block: slice
+    inputs: torch.Tensor
     wanted: torch.Tensor
     importance: torch.Tensor
     curvature: Curvature
@@ -109,7 +113,7 @@ def _part(filters: torch.Tensor, rows: slice, block: slice, own: torch.Tensor, a
     before rounding adds to it (the objective of GPFQ and of Qronos, arXiv 2505.11695)."""
     curvature = Curvature.of(own)
     wanted = filters + curvature.solve(answers - own @ filters.T)
-    return Part(rows, block, wanted, own.square().mean(0), curvature)
+    return Part(rows, block, own, wanted, own.square().mean(0), curvature)
 
 
 def coarse_layer(
@@ -154,6 +158,8 @@ def _rounded(target: Target, choice: Choice) -> CoarseFilter:
     for part in target.parts:
         wanted[part.rows, part.block] = part.wanted
         importance[part.rows, part.block] = part.importance
+    if kind in VECTORS:
+        return round_vectors(wanted, [(part.rows, part.block, part.inputs) for part in target.parts], kind)
     scales = best_scales(wanted, kind, group, importance)
     groups = torch.arange(weights) // group
     levels = torch.empty_like(filters) if target.parts else to_levels(filters, scales[:, groups], kind)

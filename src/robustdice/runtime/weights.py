@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.bundle.parts import Filter, Part
-from robustdice.representation import BITS, SCALE_BYTES, code_offset, code_range, corrections_of, unpack
+from robustdice.representation import (
+    BITS,
+    SCALE_BYTES,
+    VECTORS,
+    code_offset,
+    code_range,
+    codebook,
+    corrections_of,
+    packed_bytes,
+    unpack,
+)
 from robustdice.wire_format import widen_finite
 
 Floats = NDArray[np.float32]
@@ -77,19 +87,23 @@ class Weights:
             np.copyto(result, packed)
             return result
         if kept.representation == "int3" and kept.weights % 8:  # no whole number of twelve bits in a row
-            return np.add(unpack(packed, "int3", kept.weights), np.float32(code_offset("int3")), out=result)
+            np.add(unpack(packed, "int3", kept.weights), np.float32(code_offset("int3")), out=result)
+            return result
+        if kept.representation in VECTORS:
+            vectors = codebook(kept.representation)
+            wide = room[: packed.size * vectors.shape[1]]
+            np.take(vectors, packed, axis=0, out=wide.reshape(*packed.shape, -1), mode="clip")
+            return _without_rest(wide.reshape(len(packed), -1), result)
         index = _twelve_bits(packed) if kept.representation == "int3" else packed
         table = _levels(kept.representation)
         wide = room[: index.size * table.itemsize // 4].reshape(len(packed), -1)
         np.take(table, index, out=wide.view(table.dtype), mode="clip")
-        if wide.shape[1] > kept.weights:  # a row's last byte is not full
-            result[...] = wide[:, : kept.weights].copy()
-        return result
+        return _without_rest(wide, result)
 
     def _codes(self, kept: Filter, neurons: int) -> NDArray[Any]:
         """[neurons, bytes of a row], or numbers where one is a byte or more."""
         kind = {"float16": "<f2", "int8": "i1"}.get(kept.representation, "u1")
-        row = kept.weights if kind != "u1" else -(-kept.weights * BITS[kept.representation] // 8)
+        row = kept.weights if kind != "u1" else packed_bytes(kept.weights, kept.representation)
         return self._array(kept.offset, kind, neurons * row).reshape(neurons, row)
 
     def _scales(self, kept: Filter, neurons: int) -> NDArray[np.float16]:
@@ -100,6 +114,13 @@ class Weights:
 
     def _array(self, offset: int, kind: str, count: int) -> NDArray[Any]:
         return np.frombuffer(self._bytes, kind, count, offset)
+
+
+def _without_rest(wide: Floats, result: Floats) -> Floats:
+    """Rows, in ``result``, without what the last byte of each has beyond them; both are in the same place."""
+    if wide.shape[1] > result.shape[1]:
+        result[...] = wide[:, : result.shape[1]].copy()
+    return result
 
 
 def _groups(kept: Filter) -> int:
@@ -113,7 +134,7 @@ def _scaled_behind(own: Filter) -> bool:
 
 def _room(kept: Filter, neurons: int) -> int:
     """Numbers that unpacking a filter takes: its rows are unpacked to the end of their last byte."""
-    per_byte = {"int4": 2, "int2": 4}.get(kept.representation, 1)
+    per_byte = {"int4": 2, "int2": 4, **VECTORS}.get(kept.representation, 1)
     size = neurons * (kept.weights + -kept.weights % per_byte)
     return size + -size % 4  # what follows it starts where four numbers can be written at once
 
@@ -145,7 +166,7 @@ def _twelve_bits(packed: NDArray[np.uint8]) -> NDArray[np.uint16]:
 @cache
 def _levels(representation: str) -> NDArray[Any]:
     """The levels of all the codes in a byte (three bits: in twelve), as one number of 8 or 16 bytes."""
-    bits = BITS[representation]
+    bits = int(BITS[representation])
     codes = 12 // bits if representation == "int3" else 8 // bits
     numbers = np.arange(2 ** (bits * codes))[:, None] >> (bits * np.arange(codes))
     low, _ = code_range(representation)
