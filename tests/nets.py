@@ -19,7 +19,15 @@ from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import quiet
 from robustdice.plan import Holder, Plan, Shard, failure_sets
-from robustdice.representation import BITS, REPRESENTATIONS, CoarseFilter, CoarseLayer, Correction, code_range
+from robustdice.representation import (
+    BITS,
+    REPRESENTATIONS,
+    VECTORS,
+    CoarseFilter,
+    CoarseLayer,
+    Correction,
+    code_range,
+)
 from robustdice.rounding.affine import can_shift
 
 Floats = NDArray[np.float32]
@@ -293,13 +301,16 @@ def with_pairs(plan: Plan, possible: Mapping[int, int], seed: int = 0) -> Plan:
 def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0, grouped: bool = True) -> CoarseLayer:
     """Codes and scales of the right shapes and sizes for one layer; what they are worth is nobody's weights. Unless
     they are ``grouped``, a neuron has one scale."""
-    random = np.random.default_rng([seed, BITS[kind]])
+    random = np.random.default_rng([seed, list(BITS).index(kind)])
 
     def filters(neurons: int, weights: int, kind: str, group: int) -> CoarseFilter:
         groups = -(-weights // group)
         if kind == "float16":
             values = random.standard_normal((neurons, weights)) * 0.3
             return CoarseFilter(kind, values, np.empty((neurons, 0), np.float16), group)
+        if kind in VECTORS:
+            vectors = random.integers(0, 256, (neurons, -(-weights // VECTORS[kind])))
+            return CoarseFilter(kind, vectors, random.uniform(0.1, 0.3, (neurons, 1)).astype(np.float16), weights)
         low, high = code_range(kind)
         scales = (random.uniform(0.3, 0.6, (neurons, groups)) / high).astype(np.float16)
         return CoarseFilter(kind, random.integers(low, high + 1, (neurons, weights)), scales, group)
@@ -324,8 +335,9 @@ def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
             for shard in of_layer
         )
         for index, of_layer in enumerate(plan.shards)
+        for offered in [[kind for kind in REPRESENTATIONS if index not in plan.pairs or kind not in VECTORS]]
         # Copies that all devices compute are all the same.
-        for kinds in [[random.choice(REPRESENTATIONS)] if plan.held_by_all(index) else REPRESENTATIONS]
+        for kinds in [[random.choice(offered)] if plan.held_by_all(index) else offered]
     )
     used = {(i, h.representation) for i, of in enumerate(shards) for shard in of for h in shard.holders}
     used |= {(second, kind) for first, second in plan.pairs.items() for i, kind in used if i == first}

@@ -47,7 +47,7 @@ def same_on_all(network: Network, plan: Plan, layers: Sequence[int], seed: int) 
     shards, coarse = list(plan.shards), dict(plan.coarse)
     for index in layers:
         of_layer = network.layers[index]
-        kinds = [str(kind) for kind in random.choice(["float32", "int8", "int3", "int2"], 2)]
+        kinds = [str(kind) for kind in random.choice(["float32", "int8", "int3", "int2", "vq6"], 2)]
         groups = of_layer.layer.neurons // of_layer.layer.group
         middle = groups // 2 * of_layer.layer.group if random.random() < 0.5 else 0
         parts = ((range(middle), kinds[0]), (range(middle, of_layer.layer.neurons), kinds[1]))
@@ -162,7 +162,7 @@ def test_a_fine_copy_on_one_device_and_coarse_ones_elsewhere_are_exchanged(tmp_p
     assert [exchange.layer for exchange in bundles[0].manifest.exchanges] == ["conv"]
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("kind", REPRESENTATIONS[1:])
 def test_few_neurons_at_a_time_compute_what_all_do(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, plan = of_kind(kind)
     images = random_images(1, network.input_shape)

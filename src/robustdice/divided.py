@@ -14,6 +14,7 @@ from robustdice.partitioning import JUDGED, SPLITS
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
 from robustdice.progress import Progress, part, silent
+from robustdice.representation import VECTORS
 from robustdice.rivals import dealt_out, rivals, try_all
 from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
 
@@ -98,7 +99,8 @@ def _splits(table: Table, split: str, judge: Judge, pairs_too: bool) -> Splits:
 def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
     """Slices in float32, of which all other devices have spares, the finest that fit: nothing is lost."""
     plan, devices = even_plan(table.network, table.devices, splits, table.wire), table.devices
-    for kind in MEASURED:
+    offered = [kind for kind in MEASURED if not plan.pairs or kind not in VECTORS]
+    for kind in offered:
         kinds = kinds_with_pairs(plan.layers, plan.pairs, "float32", kind)
         spares = {index: kinds[index].spare for index in range(len(plan.layers)) if not plan.held_by_all(index)}
         shards = list(plan.shards)
@@ -112,7 +114,7 @@ def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: st
             method="auto",
             settings={"split": split, "spare_precision": kind},
         )
-        if kind == MEASURED[-1] or all(h <= b for h, b in zip(plan.bytes_per_device, budgets, strict=True)):
+        if kind == offered[-1] or all(h <= b for h, b in zip(plan.bytes_per_device, budgets, strict=True)):
             yield f"float32 slices, {kind} everywhere, {split}", plan
             return
 

@@ -37,6 +37,7 @@ from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.partitioning.precision import Kinds, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, part, shown, silent
+from robustdice.representation import VECTORS
 from robustdice.rivals import rivals
 from robustdice.rounding.network import round_network, wanted_of
 from robustdice.runtime.inprocess import InProcess
@@ -79,7 +80,8 @@ def partition(
     check_split(split, method, goal)
     kinds = (precision, spare_precision or precision)
     judge = Judge(profile, None if link is None else parse_link(link), goal or "throughput")
-    splits = splits_of(network, devices, split, judge, wire, pairs_too=method != "cdc")
+    pairs_too = method != "cdc" and VECTORS.keys().isdisjoint(kinds)
+    splits = splits_of(network, devices, split, judge, wire, pairs_too)
     plan = partition_layers(
         network.plan_layers,
         scores,

@@ -97,7 +97,7 @@ def partition(
         check_scores_fit(importance, layers, model)
         importance = importance if columns is None else importance.select(columns)
     name = method if isinstance(method, str) else own.name_of(method)
-    check_pairs(name, pairs)
+    check_pairs(name, pairs, precision)
     request = Request(
         layers=layers,
         importance=importance,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +13,16 @@ from robustdice.partitioning.precision import Kinds, kinds_of
 from robustdice.partitioning.replicate import whole
 from robustdice.partitioning.request import Request
 from robustdice.plan import Layer, Shard, folded
-from robustdice.representation import SCALE_BYTES, is_scaled
+from robustdice.representation import SCALE_BYTES, VECTORS, is_scaled
 
 
-def check_pairs(method: str, pairs: Mapping[int, int]) -> None:
-    """PlanError when a method cannot deal out pairs."""
+def check_pairs(method: str, pairs: Mapping[int, int], precision: Collection[str]) -> None:
+    """PlanError when a method cannot deal out pairs, or copies in this ``precision`` cannot be."""
+    if pairs and (vectors := VECTORS.keys() & set(precision)):
+        raise PlanError(
+            f"a byte of {min(vectors)} has weights for several neurons, so these copies cannot be split hidden: split "
+            "neurons, or take another precision"
+        )
     if pairs and method == "cdc":
         raise PlanError(
             "method cdc hands over sums of its own, so it deals out neurons only: split neurons, or take another method"
