@@ -20,6 +20,7 @@ from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
 from robustdice.partitioning import Answer, Request
 from robustdice.partitioning.replicate import whole
+from robustdice.representation import VECTORS
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_pairs import Equal
@@ -240,6 +241,16 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "profile.json") == profile
 
 
+def test_a_profile_from_before_there_were_vectors_takes_what_is_typical_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    ROUND.save(path)
+    document = json.loads(path.read_text())
+    for kind in VECTORS:
+        del document["unpack_seconds"][kind]
+    path.write_text(json.dumps(document))
+    assert Profile.load(path) == ROUND
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -250,6 +261,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
         ({"exchange_seconds": -1}, "is a damaged profile .*-1 where a number of at least 0 belongs"),
         ({"hop_seconds": "soon"}, "is a damaged profile"),
         ({"value_seconds": 3}, "is a damaged profile"),
+        ({"unpack_seconds": 3}, "is a damaged profile"),
         ({"layers": {"conv": {"whole": 1}}}, "is a damaged profile"),
     ],
 )

@@ -26,8 +26,8 @@ TYPICAL_UNPACKING = {
     "int4": 1.5e-9,
     "int3": 1.8e-9,
     "int2": 1.0e-9,
-    "vq6": 0.0,
-    "vq8": 0.0,
+    "vq6": 1.7e-9,
+    "vq8": 0.5e-9,
 }
 """Seconds for a weight (docs/results/representations.md)."""
 
@@ -135,7 +135,7 @@ def _parse(document: Mapping[str, Any]) -> Profile:
         **numbers,
         value_seconds={wire: _number(document["value_seconds"][wire]) for wire in WIRES},
         unpack_seconds={
-            kind: _number(document["unpack_seconds"].get(kind, TYPICAL_UNPACKING[kind])) for kind in REPRESENTATIONS[1:]
+            kind: _number({**TYPICAL_UNPACKING, **document["unpack_seconds"]}[kind]) for kind in REPRESENTATIONS[1:]
         },
         layers={
             str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))
