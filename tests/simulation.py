@@ -143,6 +143,8 @@ class World(ConnectedDevices):
                 seconds = self.now - self.sent[number] if number in self.answers else self.timeout_seconds
                 late = all(answer.late for _, answer in self.answers.get(number, ()))
                 self.pace.finished(seconds, self._among[number], late)
+                if number not in self.answers:
+                    self.pace.unanswered(dict.fromkeys(range(len(self.nodes)), self.sent[number]))
 
     def reply(self, node: Node, client: str, message: Answer | Refused) -> None:
         if isinstance(message, Answer):
@@ -164,7 +166,7 @@ class World(ConnectedDevices):
         number = message.frame.number
         self.answers.setdefault(number, []).append((self.now, message))
         if self.pace is not None:
-            self.pace.answered(device, self.now - self.sent[number] - message.seconds)
+            self.pace.answered(device, self.now - self.sent[number] - message.seconds, self.now)
         up = sum(node.engine is not None and node.frozen_since is None for node in self.nodes)
         if message.coverage == 1.0 or len(self.answers[number]) >= up:
             self._decided(client, number)

@@ -17,7 +17,7 @@ from robustdice.importance.gradients import units_of
 from robustdice.importance.likeness import PLACES, likeness
 from robustdice.model.execute import execute
 from robustdice.partitioning.allocation import Kept, Spread, deal, shards_of
-from robustdice.partitioning.apart import apart
+from robustdice.partitioning.apart import NEIGHBOURS, apart
 from robustdice.plan import Layer, failure_sets
 
 
@@ -48,9 +48,10 @@ def test_units_of_like_importance_change_places_until_no_exchange_keeps_more_apa
     after = apart(before, importance, like, devices)
     order = [u for u in np.argsort(-np.array(importance)).tolist() if len(before[u]) < devices]
     assert all(after[unit] == before[unit] for unit in set(range(units)) - set(order))
-    sets, least = len(set(before)), lost_alike(after, like, devices)
+    sets, least = len({before[unit] for unit in order}), lost_alike(after, like, devices)
     assert least <= lost_alike(before, like, devices) + 1e-9
-    for start in range(0, len(order), sets):
+    assert sets <= NEIGHBOURS
+    for start in range(0, len(order), sets or 1):
         block = order[start : start + sets]
         assert sorted(map(sorted, (after[u] for u in block))) == sorted(map(sorted, (before[u] for u in block)))
         for one, other in itertools.combinations(block, 2):
@@ -98,7 +99,7 @@ def test_likeness_is_the_squared_correlation_of_what_units_hand_over(make: type[
         moving = rows.std(1) > 1e-6
         expected = np.zeros((units, units))
         expected[np.ix_(moving, moving)] = np.corrcoef(rows[moving]) ** 2
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
         assert moving.any()
 
 

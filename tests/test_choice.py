@@ -97,11 +97,11 @@ def test_devices_are_given_less_time_where_frames_and_answers_are_long_under_way
     pace = Pace(1, 2.0, 2)
     assert pace.given([0], 2.0) == pace.given([0, 1], 2.0) == 2.0
     for _ in range(30):
-        pace.answered(1, 0.2)
+        pace.answered(1, 0.2, 0.0)
     assert pace.given([0], 2.0) == 2.0
     assert 1.7 < pace.given([1], 2.0) < 1.8
     for _ in range(30):
-        pace.answered(1, 3.0)
+        pace.answered(1, 3.0, 0.0)
     assert pace.given([1], 2.0) == 0.5, "some time is left to the device whatever the way"
 
 
@@ -109,7 +109,7 @@ def test_devices_that_work_together_are_given_as_much_time_as_two_of_them_have()
     pace = Pace(1, 2.0, 4)
     for _ in range(30):
         for device, seconds in enumerate([0.6, 0.2, 0.1, 0.9]):
-            pace.answered(device, seconds)
+            pace.answered(device, seconds, 0.0)
     everyone = pace.given(range(4), 2.0)
     assert everyone == pace.given([1], 2.0) < pace.given([2], 2.0)
     assert pace.given([0, 3], 2.0) == pace.given([3], 2.0)
@@ -119,10 +119,29 @@ def test_devices_that_have_fallen_silent_do_not_say_how_long_the_ways_of_others_
     pace = Pace(1, 2.0, 4)
     for _ in range(30):
         for device, seconds in enumerate([0.01, 0.01, 0.4, 0.5]):
-            pace.answered(device, seconds)
-    pace.unanswered([0, 1, 2, 3])
+            pace.answered(device, seconds, 0.0)
+    pace.unanswered(dict.fromkeys(range(4), 1.0))
     assert pace.given(range(4), 2.0) == 2.0
     for _ in range(30):
         for device, seconds in ((2, 0.4), (3, 0.5)):  # they came too late, and tell all the same
-            pace.answered(device, seconds)
+            pace.answered(device, seconds, 0.0)
     assert pace.given(range(4), 2.0) == pace.given([3], 2.0) < 1.6
+
+
+def test_a_client_that_is_answered_too_late_gives_less_time_the_next_time() -> None:
+    """Answers need 0.6 s, and devices take all the time that they are given, waiting for something that is lost: one
+    frame after the other, each sent when the time of the one before has run out, whose answer is still on its way."""
+    pace, now, came = Pace(1, 2.0, 2), 0.0, []
+    for _ in range(30):
+        for device in (0, 1):
+            pace.answered(device, 0.01, now)
+    for _ in range(8):
+        asked, taken = now, pace.given(range(2), 2.0) + 0.6
+        came.append(taken <= 2.0)
+        if not came[-1]:
+            pace.unanswered(dict.fromkeys(range(2), asked))
+        for device in (0, 1):
+            pace.answered(device, 0.6, asked + taken)
+        now = max(asked + 2.0, asked + taken) if came[-1] else asked + 2.0
+    assert not came[0]
+    assert all(came[3:])

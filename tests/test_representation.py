@@ -77,6 +77,16 @@ def test_a_byte_is_a_vector_of_the_codebook(kind: str, weights: int, seed: int) 
             assert kept.values()[neuron, k] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "codes", [np.full((1, 2), 300), np.full((1, 2), -1), np.zeros((1, 2)), np.zeros((1, 3), np.uint8)]
+)
+def test_what_are_no_rows_of_the_codebook_is_refused(codes: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match=r"codes of vq6|vectors for 12 weights"):
+        CoarseFilter("vq6", codes, np.ones((1, 1), np.float16), 12)
+    empty = CoarseFilter("vq6", np.zeros((0, 2), np.uint8), np.ones((0, 1), np.float16), 12)
+    assert empty.values().shape == (0, 12)
+
+
 def test_codebooks_are_what_they_were_when_the_first_bundles_were_built() -> None:
     for kind, sums in (("vq6", SUMS[0]), ("vq8", SUMS[1])):
         content = files("robustdice").joinpath("codebooks", f"{kind}.bin").read_bytes()

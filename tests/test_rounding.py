@@ -26,7 +26,7 @@ from robustdice.rounding.affine import fold
 from robustdice.rounding.curvature import Curvature, damped
 from robustdice.rounding.gptq import gptq
 from robustdice.rounding.inputs import columns
-from robustdice.rounding.layer import Choice
+from robustdice.rounding.layer import MAX_BLOCK, Choice
 from robustdice.rounding.network import round_network
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
 from robustdice.rounding.vectors import round_vectors
@@ -109,6 +109,19 @@ def test_later_vectors_make_up_for_earlier_ones(kind: str, weights: int) -> None
         every = [(slice(None), slice(0, weights), inputs)]
         lost += [loss(filters, filters_of(round_vectors(filters, parts, kind)), inputs) for parts in ([], every)]
     assert lost[1] < 0.8 * lost[0]
+
+
+def test_vectors_of_a_group_that_saw_nothing_keep_their_size() -> None:
+    filters, inputs = problem(1, 6, 16)
+    dark = torch.zeros_like(inputs)
+    parts = [(slice(0, 3), slice(0, 16), inputs), (slice(3, 6), slice(0, 16), dark)]
+    for kind in VECTORS:
+        found = filters_of(round_vectors(filters, parts, kind))
+        alone = filters_of(round_vectors(filters[:3], [(slice(0, 3), slice(0, 16), inputs)], kind))
+        torch.testing.assert_close(found[:3], alone)
+        lengths = found.square().mean(1).sqrt() / filters.square().mean(1).sqrt()
+        assert float(lengths.min()) > 0.5
+        assert MAX_BLOCK % VECTORS[kind] == 0
 
 
 def test_vectors_of_few_inputs_are_the_same_by_these_and_by_their_second_moments(

@@ -117,7 +117,7 @@ class Table:
         return targets_of(self.network, Copies(self.network, {}), self.images)
 
     @cached_property
-    def likeness(self) -> list[NDArray[np.float32] | None]:
+    def likeness(self) -> list[NDArray[np.float16] | None]:
         """Of any two units of a layer: :func:`robustdice.importance.likeness.likeness`."""
         return likeness(self.network, affordable(self.network, self.images, ROUNDING_IMAGES))
 
@@ -371,7 +371,7 @@ def _shards(table: Table, kept: Sequence[Kept], rooms: Rooms) -> tuple[tuple[Sha
     return tuple(
         shards_of(
             *(layer, of_layer.tolist(), of, devices, index, rooms),
-            likeness=None if of.held_by_all(devices) else table.likeness[index],
+            likeness=None if of.spread.holders == devices else table.likeness[index],
         )
         for index, (layer, of_layer, of) in enumerate(layers)
     )

@@ -99,6 +99,8 @@ class CoarseFilter:
         neurons, weights = len(self.codes), self.weights
         if vectors and self.codes.shape[1] != packed_bytes(weights, self.representation):
             raise ValueError(f"{self.codes.shape[1]} vectors for {weights} weights")
+        if vectors and not (np.issubdtype(self.codes.dtype, np.integer) and np.isin(self.codes, np.arange(256)).all()):
+            raise ValueError(f"codes of {self.representation} are whole numbers from 0 to 255")
         groups = 0 if exact else -(-weights // self.group)
         if self.scales.shape != (neurons, groups):
             raise ValueError(f"scales of shape {self.scales.shape}, expected {(neurons, groups)}")
@@ -123,8 +125,9 @@ class CoarseFilter:
         if self.representation == "float16":
             return np.asarray(self.codes, np.float32)
         if self.representation in VECTORS:
-            vectors = codebook(self.representation)[self.codes].reshape(len(self.codes), -1)[:, : self.weights]
-            return np.asarray(vectors * self.scales.astype(np.float32))
+            table, (neurons, vectors) = codebook(self.representation), self.codes.shape
+            found = table[self.codes].reshape(neurons, vectors * table.shape[1])[:, : self.weights]
+            return np.asarray(found * self.scales.astype(np.float32))
         levels = self.codes.astype(np.float32) + np.float32(code_offset(self.representation))
         wide = self.scales.astype(np.float32)
         if wide.shape[1] > 1:

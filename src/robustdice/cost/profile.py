@@ -13,7 +13,7 @@ from typing import Any
 from robustdice.errors import PlanError
 from robustdice.files import read_json, write_atomically
 from robustdice.plan import Layer, ModelReference
-from robustdice.representation import REPRESENTATIONS
+from robustdice.representation import REPRESENTATIONS, VECTORS
 from robustdice.wire_format import WIRES
 
 FORMAT_VERSION = 2
@@ -30,6 +30,8 @@ TYPICAL_UNPACKING = {
     "vq8": 0.5e-9,
 }
 """Seconds for a weight (docs/results/representations.md)."""
+VECTORS_UNPACKING = {kind: TYPICAL_UNPACKING[kind] for kind in VECTORS}
+"""Profiles from before there were any do not say it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _parse(document: Mapping[str, Any]) -> Profile:
         **numbers,
         value_seconds={wire: _number(document["value_seconds"][wire]) for wire in WIRES},
         unpack_seconds={
-            kind: _number({**TYPICAL_UNPACKING, **document["unpack_seconds"]}[kind]) for kind in REPRESENTATIONS[1:]
+            kind: _number({**VECTORS_UNPACKING, **document["unpack_seconds"]}[kind]) for kind in REPRESENTATIONS[1:]
         },
         layers={
             str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))

@@ -19,7 +19,7 @@ MOST_UNITS = 8192
 """Of a layer; of more, all pairs would take too much memory."""
 
 
-def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.float32] | None]:
+def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.float16] | None]:
     """For every layer the squared correlations of what its units hand over, over ``images`` [n, channels, height,
     width] and places: [units, units], from 0 to 1; 0 for a unit that always hands over the same. None for a layer of
     more than ``MOST_UNITS``."""
@@ -27,7 +27,7 @@ def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.f
     values: dict[fx.Node, Any] = {**network.constants(first.device), network.input: first}
     ends = {layer.value: index for index, layer in enumerate(network.layers) if units_of(layer) <= MOST_UNITS}
     left = readers(network.nodes)
-    found: list[NDArray[np.float32] | None] = [None] * len(network.layers)
+    found: list[NDArray[np.float16] | None] = [None] * len(network.layers)
     for node in network.nodes:
         with torch.no_grad():
             execute(network.module, [node], values)
@@ -39,9 +39,9 @@ def likeness(network: Network, images: NDArray[np.float32]) -> list[NDArray[np.f
     return found
 
 
-def _squared_correlations(values: torch.Tensor) -> NDArray[np.float32]:
+def _squared_correlations(values: torch.Tensor) -> NDArray[np.float16]:
     rows = values.movedim(1, 0).flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
     length = rows.norm(dim=1, keepdim=True)
     rows = torch.where(length > 1e-6, rows / length.clamp_min(1e-6), 0.0)
-    return (rows @ rows.T).square().clamp(0, 1).cpu().numpy()
+    return (rows @ rows.T).square_().clamp_(0, 1).half().cpu().numpy()

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Holders = TypeVar("Holders", bound=Collection[int])
 
+NEIGHBOURS = 12
+"""In the order of importance: so many units at most exchange what they have."""
 SWEEPS = 5
 """Over all units at most; later ones hardly find anything."""
 WORTH_IT = 1e-9
@@ -26,18 +28,22 @@ def apart(
     """The ``holders`` of every unit, exchanged among units of almost the same importance, so that like ones are seldom
     lost together: who holds how many, and how important ones, stays as it is.
 
-    ``units`` says how important each is. From the more to the less important one, each has as many neighbours to
-    exchange with as there are different sets of holders. ``likeness`` [units, units] is symmetric, from 0 to 1. What
+    ``units`` says how important each is. From the more to the less important one, as many exchange among each other as
+    there are different sets of holders, or ``NEIGHBOURS``. ``likeness`` [units, units] is symmetric, from 0 to 1. What
     becomes least, as far as single exchanges lead, is the sum over all pairs of their likeness times how often both are
     lost: over all failure sets but that of all devices, every size counted the same.
     """
-    sets = list(dict.fromkeys(map(frozenset, holders)))
-    lost = _lost_together(sets, devices)
-    at = np.array([sets.index(frozenset(of_unit)) for of_unit in holders])
     order = sorted(range(len(units)), key=lambda unit: (-units[unit], unit))
     order = [unit for unit in order if len(holders[unit]) < devices]
-    blocks = [np.array(order[start : start + len(sets)]) for start in range(0, len(order), len(sets))]
-    like = (likeness + likeness.T).astype(np.float64) / 2  # a product of float32 is not quite symmetric
+    if not order:
+        return list(holders)
+    sets = {of_unit: number for number, of_unit in enumerate(dict.fromkeys(map(frozenset, holders)))}
+    lost = _lost_together([*sets], devices)
+    at = np.array([sets[frozenset(of_unit)] for of_unit in holders])
+    size = min(NEIGHBOURS, sum(len(of_unit) < devices for of_unit in sets))
+    blocks = [np.array(order[start : start + size]) for start in range(0, len(order), size)]
+    like = likeness.astype(np.float64)
+    like = (like + like.T) / 2  # a product of float32 is not quite symmetric
     np.fill_diagonal(like, 0.0)
     found = list(holders)
     costs = like @ lost[at]
@@ -80,4 +86,7 @@ def _lost_together(sets: Sequence[frozenset[int]], devices: int) -> NDArray[np.f
         sum(math.comb(devices - held, size - held) / math.comb(devices, size) for size in sizes if size >= held)
         for held in range(devices + 1)
     ]
-    return np.array([[often[len(one | other)] for other in sets] for one in sets])
+    inside = np.array([[device in of_set for device in range(devices)] for of_set in sets], np.int64)
+    of_either = inside.sum(1)[:, None] + inside.sum(1) - inside @ inside.T
+    found: NDArray[np.float64] = np.array(often)[of_either]
+    return found

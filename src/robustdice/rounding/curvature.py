@@ -30,9 +30,9 @@ def _order(squares: torch.Tensor, vectors: int) -> torch.Tensor:
 
 
 class Curvature(ABC):
-    """Of the inputs [n, K] of filters, worked out once for all representations; ``order`` are their columns, those that
-    carry most first, which is the order that they are rounded in. Where vectors are rounded, these are ordered, and
-    the columns of each stay as they are.
+    """Of the inputs [n, K] of filters, worked out once for all representations of single weights; ``order`` are their
+    columns, those that carry most first, which is the order that they are rounded in. Where vectors are rounded, these
+    are ordered, and the columns of each stay as they are.
 
     A column's error, times ``inside`` or what :meth:`give` and :meth:`take` make of it, is what each later column is
     to be less by: by least squares, ridged, over the columns that are still to come.

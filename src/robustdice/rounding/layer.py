@@ -23,7 +23,8 @@ from robustdice.rounding.vectors import round_vectors
 
 MAX_BLOCK = 4608
 """A wider filter is rounded in blocks of this many weights, as if these saw nothing in common: second moments of all of
-them would not fit into memory. Where few inputs are seen they are not needed, and the filter stays whole."""
+them would not fit into memory. Where few inputs are seen they are not needed, and the filter stays whole. It is a whole
+number of every kind of vectors."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from robustdice.representation import VECTORS, CoarseFilter, codebook, packed_bytes
-from robustdice.rounding.curvature import Curvature
+from robustdice.rounding.curvature import DAMPING, Curvature
 from robustdice.rounding.scales import as_float16
 
 AT_ONCE = 8
@@ -95,7 +95,11 @@ def _fitting(
     if not parts:
         return ((wanted * found).sum(1) / found.square().sum(1).clamp_min(1e-30))[:, None]
     for rows, columns, inputs in parts:
-        should, have = inputs @ wanted[rows, columns].T, inputs @ found[rows, columns].T
+        filters, vectors = wanted[rows, columns].T, found[rows, columns].T
+        should, have = inputs @ filters, inputs @ vectors
+        ridge = len(inputs) * (DAMPING * inputs.square().mean() + 1e-12)  # where nothing was seen, the filters count
+        both[rows] += ridge * (filters * vectors).sum(0)
+        squares[rows] += ridge * vectors.square().sum(0)
         both[rows] += (should * have).sum(0)
         squares[rows] += have.square().sum(0)
     return (both / squares.clamp_min(1e-30))[:, None]

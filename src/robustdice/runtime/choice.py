@@ -85,6 +85,7 @@ class Pace:
         """At most ``window`` of them."""
         self._window, self._timeout_seconds = window, timeout_seconds
         self._under_way = [Estimate() for _ in range(devices)]
+        self._heard_at = [-math.inf] * devices
         self.allowed = 1
         """The number of frames."""
 
@@ -97,17 +98,21 @@ class Pace:
         elif used * (self.allowed + 1) / among < COMFORTABLE:
             self.allowed = min(self._window, self.allowed + 1)
 
-    def answered(self, device: int, under_way_seconds: float) -> None:
+    def answered(self, device: int, under_way_seconds: float, now: float) -> None:
         """A frame and its answer were under way for so long, without the time that the device took."""
         self._under_way[device].observe(max(0.0, under_way_seconds))
+        self._heard_at[device] = now
 
-    def unanswered(self, devices: Collection[int]) -> None:
-        """Nobody has answered a frame in time; these were asked. What was known of their ways is not true any more."""
-        for device in devices:
-            self._under_way[device] = Estimate()
+    def unanswered(self, asked: Mapping[int, float]) -> None:
+        """Nobody has answered a frame in time; these were asked, and when. What was known then of the ways of those
+        that have answered nothing since is not true any more."""
+        for device, asked_at in asked.items():
+            if self._heard_at[device] < asked_at:
+                self._under_way[device] = Estimate()
 
     def given(self, devices: Collection[int], remaining_seconds: float) -> float:
-        """How long ``devices`` that work on a frame together may take, so that two of their answers are here in time.
+        """How long ``devices`` that work on a frame together may take, so that two of their answers are here in time,
+        if their ways are as they were.
 
         All of them equally long, also those that are further away: whoever has less time than others goes on without
         them, and leaves them to do without what it could have had.

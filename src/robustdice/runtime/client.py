@@ -289,7 +289,7 @@ class Client:
         if device in pending.asked:
             seconds = now - pending.asked[device]
             self._turns.answered(device, seconds)
-            self._pace.answered(device, seconds - message.seconds)
+            self._pace.answered(device, seconds - message.seconds, now)
         pending.answers[device] = message, now
 
     def _on_disconnect(self, device: int) -> None:
@@ -356,7 +356,7 @@ class Client:
         late = bool(pending.answers) and all(answer.late for answer, _ in pending.answers.values())
         self._pace.finished(taken, pending.among, late)
         if not pending.answers:
-            self._pace.unanswered(pending.waiting)
+            self._pace.unanswered({device: pending.asked[device] for device in pending.waiting})
             heard = bool(pending.asked.keys() - self.troubles().keys())
             reason = next(iter(pending.refusals.values()), None) or (
                 "no device answered in time" if heard else self.unreachable()

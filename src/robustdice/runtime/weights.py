@@ -1,7 +1,8 @@
 """A bundle's weights in memory: packed as in its file, unpacked a few neurons at a time into one buffer.
 
 Codes become float32 by looking up whole bytes (three bits: twelve at a time) in tables of two or four weights: NumPy
-then moves 8 or 16 bytes per look-up, which takes a third of the time of shifting and masking.
+then moves 8 or 16 bytes per look-up, which takes a third of the time of shifting and masking. Vectors are rows of the
+codebook.
 """
 
 from __future__ import annotations
