@@ -24,7 +24,7 @@ from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.workshop import with_precision
 
-WIDTHS = ("int2", "int3", "int4", "int8", "float16")
+WIDTHS = tuple(reversed(REPRESENTATIONS[1:]))
 SCORED_BY = 64
 """Images for the paper's scores, and for how sensitive layers are."""
 
