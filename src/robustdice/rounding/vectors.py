@@ -91,9 +91,9 @@ def _fitting(
 ) -> torch.Tensor:
     """The scales [neurons, 1] with which the vectors ``found`` [neurons, K] come nearest to what is wanted, for the
     inputs of the ``parts`` where there are any."""
-    both, squares = torch.zeros(len(wanted)), torch.zeros(len(wanted))
     if not parts:
         return ((wanted * found).sum(1) / found.square().sum(1).clamp_min(1e-30))[:, None]
+    both, squares = torch.zeros(len(wanted)), torch.zeros(len(wanted))
     for rows, columns, inputs in parts:
         filters, vectors = wanted[rows, columns].T, found[rows, columns].T
         should, have = inputs @ filters, inputs @ vectors
