@@ -25,7 +25,14 @@ from robustdice.partitioning.allocation import Kept, Spread, allocate, held_byte
 from robustdice.partitioning.budget import share_of
 from robustdice.plan import Layer, Plan, Shard, check_max_failed
 from robustdice.progress import Progress, part, silent
-from robustdice.representation import CORRECTION_BYTES, REPRESENTATIONS, TRIAL_SAMPLES, CoarseLayer
+from robustdice.representation import (
+    CORRECTION_BYTES,
+    REPRESENTATIONS,
+    TRIAL_SAMPLES,
+    VECTORS,
+    CoarseLayer,
+    neuron_bytes,
+)
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import Coarse, IntactInputs, round_network, round_together, wanted_of
 
@@ -41,8 +48,11 @@ FEWEST_IMAGES = 12
 """But not with less than so many."""
 MEASURED = ("int8", "int4", "int3", "int2", "vq6", "vq8")
 """Of float16 nobody sees a difference, nor how it is rounded."""
+VECTORS_BELOW = 0.1
+"""Of the float32 bytes: with as many, scalars of two and more bits are enough, and vectors are not measured."""
 FINE = ("float32", "float16", "int8")
-"""In one of which layers that have next to nothing of the weights are kept, by everybody."""
+"""In one of which layers that have next to nothing of the weights are kept, by everybody, as long as whole copies fit
+so."""
 SMALL = 0.005
 """Of all weights: that is next to nothing. Often these are early layers, where every trial takes longest."""
 ALIKE = tuple((kind, kind) for kind in REPRESENTATIONS)
@@ -99,6 +109,14 @@ class Table:
     wire: str = "float32"
     others: NDArray[np.float32] | None = None
 
+    def offered(self, budget: int) -> list[set[str]]:
+        """Of every layer the representations that are chosen from for ``budget``, bytes on each device."""
+        measured = self.sensitivity.coarse
+        return [
+            {kind for kind in worth if kind not in MEASURED or (index, kind) in measured}
+            for index, worth in enumerate(worth_choosing(self.network, budget))
+        ]
+
     @property
     def units(self) -> list[NDArray[np.float64]]:
         """What is decisive within each layer: of every unit, the divergence after its removal, or all there is."""
@@ -138,28 +156,32 @@ def tabulate(
     survive: int | None = None,
     importance: Importance | None = None,
     wire: str = "float32",
+    least: int = 0,
     on_progress: Progress = silent,
 ) -> Table:
     """What :func:`candidates` chooses from, for any number of budgets. ``images`` are unlabelled, [n, channels, height,
     width], a few hundred, and so are the ``others`` that nothing is fitted to: plans are compared on these, or on
     ``images`` where they are fewer than ``FEWEST_UNSEEN``. ``survive`` is the number of devices that may be down at
-    once (all but one). Scored with some of the images where ``importance`` is not given. PlanError when there are not
-    so many devices."""
+    once (all but one). Scored with some of the images where ``importance`` is not given. What is worth choosing for
+    larger budgets than ``least`` alone (bytes of a device) takes less time. PlanError when there are not so many
+    devices."""
     check_max_failed(devices, survive)
     survive = devices - 1 if survive is None else survive
     images = affordable(network, images, len(images))
     if importance is None:
         scored = affordable(network, images, SCORING_SAMPLES)
         importance = score(network, scored, s3="fisher", on_progress=part(on_progress, 0, 0.1))
-    every = {index: [Choice(kind) for kind in MEASURED] for index in range(len(network.layers))}
+    offered = worth_choosing(network, least)
+    anywhere = [Choice(kind) for kind in MEASURED if any(kind in of_layer for of_layer in offered)]
+    every = dict.fromkeys(range(len(network.layers)), anywhere)
     fitted = affordable(network, images, ROUNDING_IMAGES)
     rounded = round_network(network, every, fitted, part(on_progress, 0.1, 0.5))
     unseen = None if others is None or len(others) < FEWEST_UNSEEN else others
     table = Table(network, images, devices, survive, importance, rounded, Sensitivity({}, {}, devices), wire, unseen)
     spreads = [*_spreads(devices), *_thin(devices)]
     seen = affordable(network, images, TABLE_IMAGES)
+    coarse = {of: kept for of, kept in rounded.items() if of[1] in offered[of[0]]}
     small = small_layers(network.plan_layers)
-    coarse = {of: kept for of, kept in rounded.items() if of[0] not in small or of[1] in FINE}
     units = {index: of for index, of in enumerate(table.units) if index not in small}
     found = measure(network, coarse, units, spreads, devices, survive, seen, part(on_progress, 0.5, 1))
     return replace(table, sensitivity=found)
@@ -174,6 +196,18 @@ def small_layers(layers: Sequence[Layer]) -> frozenset[int]:
             break
         found.append(index)
     return frozenset(found)
+
+
+def worth_choosing(network: Network, budget: int) -> list[tuple[str, ...]]:
+    """Of every layer the representations in which it may be kept, for so many bytes on each device; for less there are
+    no fewer."""
+    layers, small = network.plan_layers, small_layers(network.plan_layers)
+    coarsest = [FINE[-1] if index in small else MEASURED[-1] for index in range(len(layers))]
+    whole = sum(of.neurons * neuron_bytes(of, kind) for of, kind in zip(layers, coarsest, strict=True))
+    fine = FINE if 4 * network.shared_weights + whole <= budget else REPRESENTATIONS
+    scarce = budget < VECTORS_BELOW * 4 * network.parameters
+    other = tuple(kind for kind in REPRESENTATIONS if scarce or kind not in VECTORS)
+    return [fine if index in small else other for index in range(len(layers))]
 
 
 def affordable(network: Network, images: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
@@ -277,8 +311,10 @@ def choose(
     layers = list(enumerate(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True)))
     small, by_all = small_layers(network.plan_layers), Spread(devices)
     choices = [
-        [Kept(by_all, kind) for kind in FINE] if i in small else [Kept(s, *kind) for s in spreads for kind in kinds]
-        for i, _ in layers
+        [Kept(by_all, kind) for kind in REPRESENTATIONS if kind in offered]
+        if i in small
+        else [Kept(s, *of) for s in spreads for of in kinds if offered.issuperset(of)]
+        for i, offered in enumerate(table.offered(min(budgets)))
     ]
     corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
     costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices[i]]) for i, _ in layers]

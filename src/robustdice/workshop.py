@@ -176,9 +176,18 @@ def choose_plan(
         if purpose is None:
             raise PlanError("the most accurate plan is the whole model on every device: say what memory there is")
         memory = 1.0
-    parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
+    budgets = parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
     first, last = part(on_progress, 0, 0.4), part(on_progress, 0.4, 1)
-    table = tabulate(network, images, devices=devices, others=others, survive=survive, wire=wire, on_progress=first)
+    table = tabulate(
+        network,
+        images,
+        devices=devices,
+        others=others,
+        survive=survive,
+        wire=wire,
+        least=0 if purpose else min(budgets),  # splits may leave little of a budget for spares
+        on_progress=first,
+    )
     found = choose_from(table, memory, purpose, last)
     last(1, 1)
     return found
