@@ -1,15 +1,18 @@
 """Plans for a budget: what is chosen keeps to it, survives, and beats what anybody would do by hand."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
 from robustdice import auto
-from robustdice.auto import Candidate, affordable, best_first, candidates, tabulate
+from robustdice.auto import Candidate, affordable, best_first, candidates, small_layers, tabulate, worth_choosing
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.profile import TYPICAL
 from robustdice.errors import PlanError
@@ -19,7 +22,7 @@ from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
 from robustdice.plan import Holder, Shard, failure_sets
 from robustdice.report import considered
-from robustdice.representation import REPRESENTATIONS
+from robustdice.representation import REPRESENTATIONS, VECTORS, neuron_bytes
 from robustdice.workshop import choose_from, choose_plan
 
 
@@ -79,6 +82,49 @@ def test_every_budget_above_the_least_has_a_plan() -> None:
     assert fits == sorted(fits)
     assert fits[-1]
     assert not fits[0]
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=2, max_size=6))
+def test_for_less_memory_no_fewer_representations_are_worth_choosing(budgets: list[int]) -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    offered = [worth_choosing(network, budget) for budget in sorted(budgets)]
+    for less, more in itertools.pairwise(offered):
+        assert all(set(fewer) <= set(kinds) for kinds, fewer in zip(less, more, strict=True))
+
+
+def test_vectors_and_coarse_small_layers_are_for_budgets_that_need_them() -> None:
+    network = rd.load_model("robustdice.demo.network:digits_cnn")
+    small = small_layers(network.plan_layers)
+    assert 0 < len(small) < len(network.plan_layers)
+    assert [*worth_choosing(network, 0)] == [tuple(REPRESENTATIONS)] * len(network.plan_layers)
+    for share, vectors in ((0.09, True), (0.11, False)):
+        for index, kinds in enumerate(worth_choosing(network, int(share * total_bytes(network)))):
+            if index in small:
+                assert kinds == ("float32", "float16", "int8")
+            else:
+                assert {"int8", "int2"} <= set(kinds)
+                assert (not VECTORS.keys().isdisjoint(kinds)) == vectors
+
+
+def test_small_layers_are_coarse_too_where_whole_copies_fit_no_other_way() -> None:
+    network = rd.load_model("robustdice.demo.network:digits_cnn")
+    images = rd.load_data("digits", network.preprocessing, network.outputs, split="train").sample(64).images()
+    held = [
+        [of.neurons * neuron_bytes(of, kind) for kind in ("vq8", "int8" if index in small else "vq8")]
+        for small in [small_layers(network.plan_layers)]
+        for index, of in enumerate(network.plan_layers)
+    ]
+    least, fine = (4 * network.shared_weights + sum(of_layer) for of_layer in zip(*held, strict=True))
+    assert least < fine
+    budget = (least + fine) // 2
+    table = tabulate(network, images, devices=4, least=budget)
+    found = {each.family: each.plan for each in candidates(table, budget)}
+    whole = found["whole, mixed"]
+    assert whole.memory_share <= budget / total_bytes(network)
+    assert not whole.corrections
+    roomy = {each.family: each.plan for each in candidates(table, fine + 200)}["whole, mixed"]
+    for index in small_layers(network.plan_layers):
+        assert roomy.settings["precision"][index] in ("float32", "float16", "int8")
 
 
 def test_an_answer_that_has_lost_all_classes_costs_much_and_agrees_with_nothing() -> None:

@@ -204,7 +204,8 @@ def test_the_work_is_counted_before_it_is_done(monkeypatch: pytest.MonkeyPatch) 
     assert [layer.neurons * layer.neuron_macs for layer in network.plan_layers] == list(macs.values())
     monkeypatch.setattr(learned_module, "PLACES", 10 * 16)
     wanted = {0: [Choice("int3"), Choice("int8")], 1: [Choice("int4"), Choice("int2")], 2: [Choice("int8")]}
-    assert steps_macs(network, wanted) == 3 * 150 * (10 * macs[0] + 2 * 32 * macs[1])
+    weights = 6 * 9 + 2 * 7 * 96  # each of them is worked on in every step, however few values it is multiplied with
+    assert steps_macs(network, wanted) == 150 * (3 * 10 * macs[0] + 2 * 3 * 32 * macs[1] + 2000 * weights)
 
 
 def test_the_best_plan_is_learned_where_it_loses_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

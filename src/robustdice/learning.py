@@ -15,7 +15,7 @@ WORTH_IT = 0.02
 """The share of images for which a plan answers otherwise than the intact network while all devices are up: so much it
 loses by rounding (and by what the wire rounds)."""
 MOST_MACS = 2 * 10**13
-"""Of multiply-adds for one plan, forwards and back: minutes on two cores."""
+"""Of multiply-adds for one plan, and what takes as long: minutes on two cores."""
 
 
 def learned(

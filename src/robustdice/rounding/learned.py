@@ -34,6 +34,9 @@ MOST_IMAGES = 32
 FEWEST_IMAGES = 4
 PLACES = 4096
 """How many values of a neuron a step looks at, where that takes between ``FEWEST_IMAGES`` and ``MOST_IMAGES``."""
+WEIGHT_MACS = 2000
+"""So many multiply-adds take about as long as all that a step does with one weight besides: dozens of passes over
+memory (24 to 80 ns against 0.02)."""
 RATE = 0.1
 """Of Adam."""
 FREE = 0.2
@@ -65,9 +68,11 @@ def learned_network(
 
 
 def steps_macs(network: Network, wanted: Wanted) -> int:
-    """Multiply-adds that learning takes, forwards and back."""
+    """Multiply-adds that learning takes, forwards and back, and what takes as long as others."""
     return sum(
-        3 * STEPS * _images_a_step(network.layers[index]) * layer.neurons * layer.neuron_macs
+        STEPS
+        * layer.neurons
+        * (3 * _images_a_step(network.layers[index]) * layer.neuron_macs + WEIGHT_MACS * layer.filter_weights)
         for index, layer in enumerate(network.plan_layers)
         for choice in wanted.get(index, ())
         if choice.representation in LEARNT
