@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.agreement import agreement, answers
 from robustdice.failure.calibrate import calibrate
@@ -29,7 +30,6 @@ from robustdice.representation import (
     CORRECTION_BYTES,
     REPRESENTATIONS,
     TRIAL_SAMPLES,
-    VECTORS,
     CoarseLayer,
     neuron_bytes,
 )
@@ -46,16 +46,16 @@ PASS_MACS = 10**12
 """What a pass over images may cost; large networks make do with fewer images."""
 FEWEST_IMAGES = 12
 """But not with less than so many."""
-MEASURED = ("int8", "int4", "int3", "int2", "vq6", "vq8")
-"""Of float16 nobody sees a difference, nor how it is rounded."""
-VECTORS_BELOW = 0.1
-"""Of the float32 bytes: with as many, scalars of two and more bits are enough, and vectors are not measured."""
+MEASURED = ("int8", *CODED)
+"""Of float16 nobody sees a difference, nor how it is rounded; and codes of as many bits each keep less than others."""
+COARSEST = 1 / 3
+"""Of the bits for a weight that a budget has: with fewer no layer is kept, and these are not measured."""
 FINE = ("float32", "float16", "int8")
 """In one of which layers that have next to nothing of the weights are kept, by everybody, as long as whole copies fit
 so."""
 SMALL = 0.005
 """Of all weights: that is next to nothing. Often these are early layers, where every trial takes longest."""
-ALIKE = tuple((kind, kind) for kind in REPRESENTATIONS)
+ALIKE = tuple((kind, kind) for kind in ("float32", "float16", *MEASURED))
 """Representations of primaries and spares that are the same."""
 FINE_FIRST = (*ALIKE, *itertools.combinations(("float32", *MEASURED), 2))
 """And those of which spares are coarser."""
@@ -201,12 +201,12 @@ def small_layers(layers: Sequence[Layer]) -> frozenset[int]:
 def worth_choosing(network: Network, budget: int) -> list[tuple[str, ...]]:
     """Of every layer the representations in which it may be kept, for so many bytes on each device; for less there are
     no fewer."""
-    layers, small = network.plan_layers, small_layers(network.plan_layers)
+    layers, small, every = network.plan_layers, small_layers(network.plan_layers), tuple(dict(ALIKE))
     coarsest = [FINE[-1] if index in small else MEASURED[-1] for index in range(len(layers))]
     whole = sum(of.neurons * neuron_bytes(of, kind) for of, kind in zip(layers, coarsest, strict=True))
-    fine = FINE if 4 * network.shared_weights + whole <= budget else REPRESENTATIONS
-    scarce = budget < VECTORS_BELOW * 4 * network.parameters
-    other = tuple(kind for kind in REPRESENTATIONS if scarce or kind not in VECTORS)
+    fine = FINE if 4 * network.shared_weights + whole <= budget else every
+    bits = COARSEST * 8 * budget / max(1, network.parameters)
+    other = tuple(kind for kind in every if kind not in CODED or CODED[kind].bits >= bits)
     return [fine if index in small else other for index in range(len(layers))]
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from robustdice.auto import MEASURED, Candidate, Table, candidates
 from robustdice.cost.model import Judge
 from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate
 from robustdice.partitioning import JUDGED, SPLITS
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
 from robustdice.progress import Progress, part, silent
-from robustdice.representation import VECTORS
 from robustdice.rivals import dealt_out, rivals, try_all
 from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
 
@@ -99,7 +99,7 @@ def _splits(table: Table, split: str, judge: Judge, pairs_too: bool) -> Splits:
 def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
     """Slices in float32, of which all other devices have spares, the finest that fit: nothing is lost."""
     plan, devices = even_plan(table.network, table.devices, splits, table.wire), table.devices
-    offered = [kind for kind in MEASURED if not plan.pairs or kind not in VECTORS]
+    offered = [kind for kind in MEASURED if not plan.pairs or kind not in CODED]
     for kind in offered:
         kinds = kinds_with_pairs(plan.layers, plan.pairs, "float32", kind)
         spares = {index: kinds[index].spare for index in range(len(plan.layers)) if not plan.held_by_all(index)}

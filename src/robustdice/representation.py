@@ -8,29 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib.resources import files
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdice import entropy_code
+from robustdice.entropy_code import CODED, excess
+
 if TYPE_CHECKING:
     from robustdice.plan.shards import Layer
 
-REPRESENTATIONS = ("float32", "float16", "int8", "int4", "int3", "int2", "vq6", "vq8")
-"""What a copy can be kept in, finest first. A copy's representation is often told by its position here."""
-
-VECTORS = {"vq6": 6, "vq8": 8}
-"""Vector quantisation: so many weights of a filter that follow each other are one byte, a row of :func:`codebook`."""
+REPRESENTATIONS = (
+    *("float32", "float16", "int8"),
+    *("ec4", "int4", "ec3", "int3", "ec2", "int2", "ec1.5", "ec1", "ec0.7"),
+)
+"""What a copy can be kept in, finest first; ``ec``: entropy-coded. A copy's representation is often told by its
+position here."""
 
 ACTIVATIONS = ("float32", "int8")
 """What layers can read."""
 
-BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "vq6": 8 / 6, "vq8": 1}
+BITS: dict[str, float] = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+BITS |= {kind: code.bits for kind, code in CODED.items()}
 """Bits of one weight of a filter, scales not counted."""
-CODEBOOK_UNIT = 1 / 32
-"""What codebooks count in: of the root mean square of a filter's weights, about."""
 
 LOST = -1
 """In the place of a representation's position: nobody has the neuron."""
@@ -50,6 +52,8 @@ TAIL_REPRESENTATION = "int8"
 
 def code_range(representation: str) -> tuple[int, int]:
     """The least and the largest code, symmetric about ``-offset``."""
+    if representation in CODED:
+        return -CODED[representation].largest, CODED[representation].largest
     bits = int(BITS[representation])
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits == 2 else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
 
@@ -57,15 +61,6 @@ def code_range(representation: str) -> tuple[int, int]:
 def code_offset(representation: str) -> float:
     """What is added to a code before scaling. Two bits have no code to spare for zero: their levels lie at halves."""
     return 0.5 if representation == "int2" else 0.0
-
-
-@cache
-def codebook(representation: str) -> NDArray[np.float32]:
-    """The vectors that a byte can stand for, before scaling: float32 [256, weights], the same for every filter. What
-    ``scripts/codebooks.py`` found to be near to most vectors of normally distributed numbers; part of the format."""
-    content = files("robustdice").joinpath("codebooks", f"{representation}.bin").read_bytes()
-    table = np.frombuffer(content, np.int8).reshape(256, VECTORS[representation])
-    return _frozen(table.astype(np.float32) * np.float32(CODEBOOK_UNIT), np.float32)
 
 
 def _frozen(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
@@ -82,9 +77,8 @@ class CoarseFilter:
 
     ``codes`` [neurons, K] are int8, or float16 where the representation is ``float16`` and nothing is scaled;
     ``scales`` float16 [neurons, groups], where each scale holds for ``group`` weights that follow each other (the last
-    group may be shorter). Of vectors, ``codes`` are rows of the codebook, uint8 [neurons, vectors], of which the last
-    may stick out, and there is one scale for all ``group`` = K weights. ValueError when the arrays do not belong
-    together.
+    group may be shorter). Those that are entropy-coded fill what their code has room for. ValueError when the arrays do
+    not belong together.
     """
 
     representation: str
@@ -93,41 +87,33 @@ class CoarseFilter:
     group: int
 
     def __post_init__(self) -> None:
-        exact, vectors = self.representation == "float16", self.representation in VECTORS
+        exact = self.representation == "float16"
         if self.representation not in REPRESENTATIONS[1:] or self.group < 1 or np.ndim(self.codes) != 2:
             raise ValueError(f"no coarse filter of {self.representation} in groups of {self.group}")
         neurons, weights = len(self.codes), self.weights
-        if vectors and self.codes.shape[1] != packed_bytes(weights, self.representation):
-            raise ValueError(f"{self.codes.shape[1]} vectors for {weights} weights")
-        if vectors and not (np.issubdtype(self.codes.dtype, np.integer) and np.isin(self.codes, np.arange(256)).all()):
-            raise ValueError(f"codes of {self.representation} are whole numbers from 0 to 255")
         groups = 0 if exact else -(-weights // self.group)
         if self.scales.shape != (neurons, groups):
             raise ValueError(f"scales of shape {self.scales.shape}, expected {(neurons, groups)}")
         if not (np.isfinite(self.scales).all() and np.isfinite(self.codes).all()):
             raise ValueError("scales and weights must be finite")
-        if not exact and not vectors and self.codes.size:
+        if not exact and self.codes.size:
             low, high = code_range(self.representation)
             if self.codes.min() < low or self.codes.max() > high:
                 raise ValueError(f"codes of {self.representation} lie between {low} and {high}")
-        object.__setattr__(
-            self, "codes", _frozen(self.codes, np.float16 if exact else np.uint8 if vectors else np.int8)
-        )
+        object.__setattr__(self, "codes", _frozen(self.codes, np.float16 if exact else np.int8))
+        if self.representation in CODED and excess(self.codes, self.representation).any():
+            raise ValueError(f"filters in {self.representation} that do not fill what their code has room for")
         object.__setattr__(self, "scales", _frozen(self.scales, np.float16))
 
     @property
     def weights(self) -> int:
         """Of one neuron's filter (K)."""
-        return self.group if self.representation in VECTORS else int(self.codes.shape[1])
+        return int(self.codes.shape[1])
 
     def values(self) -> NDArray[np.float32]:
         """The weights that the copies compute with, float32 [neurons, K]."""
         if self.representation == "float16":
             return np.asarray(self.codes, np.float32)
-        if self.representation in VECTORS:
-            table, (neurons, vectors) = codebook(self.representation), self.codes.shape
-            found = table[self.codes].reshape(neurons, vectors * table.shape[1])[:, : self.weights]
-            return np.asarray(found * self.scales.astype(np.float32))
         levels = self.codes.astype(np.float32) + np.float32(code_offset(self.representation))
         wide = self.scales.astype(np.float32)
         if wide.shape[1] > 1:
@@ -149,8 +135,8 @@ def filter_bytes(weights: int, representation: str, group: int | None = None) ->
 
 def packed_bytes(weights: int, representation: str) -> int:
     """Bytes of so many weights alone, padded to whole ones."""
-    if representation in VECTORS:
-        return -(-weights // VECTORS[representation])
+    if representation in CODED:
+        return CODED[representation].bytes(weights)
     return int(-(-weights * BITS[representation] // 8))
 
 
@@ -160,9 +146,10 @@ def is_scaled(representation: str) -> bool:
 
 
 def pack(codes: NDArray[Any], representation: str) -> NDArray[np.uint8]:
-    """Codes [neurons, K] as uint8 [neurons, ceil(K * bits / 8)], least significant bits first; a vector's is a byte."""
-    if representation in VECTORS:
-        return np.asarray(codes, np.uint8)
+    """Codes [neurons, K] as uint8 [neurons, bytes]: bits of one after the other, least significant first, or as
+    :func:`robustdice.entropy_code.pack` says."""
+    if representation in CODED:
+        return entropy_code.pack(codes, representation)
     bits = int(BITS[representation])
     low, _ = code_range(representation)
     unsigned = (codes.astype(np.int16) - low).astype(np.uint8)
@@ -171,9 +158,9 @@ def pack(codes: NDArray[Any], representation: str) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], representation: str, weights: int) -> NDArray[Any]:
-    """The inverse of :func:`pack`, for filters of ``weights`` weights."""
-    if representation in VECTORS:
-        return packed
+    """The inverse of :func:`pack`, for filters of ``weights`` weights. ValueError where these are none."""
+    if representation in CODED:
+        return entropy_code.unpack(packed, representation, weights)
     bits = int(BITS[representation])
     low, _ = code_range(representation)
     spread = np.unpackbits(packed, axis=1, count=weights * bits, bitorder="little").reshape(len(packed), weights, bits)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, Candidate, Table, least_to_matter, tried_out
+from robustdice.auto import Candidate, Table, least_to_matter, tried_out
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
 from robustdice.partitioning.paired import kinds_with_pairs
@@ -61,7 +61,7 @@ def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
     wanted = {i: [Choice(of.primary)] for i, of in enumerate(kinds) if of.primary != "float32"}
     nearest = _plan(table, "full", kind, round_network(network, wanted))
     yield f"whole, {kind} to the nearest", nearest
-    if kind in MEASURED:
+    if kind not in ("float32", "float16"):
         fits = held(kind) <= min(budgets)
         if fits:
             (coarse,) = round_together(network, [wanted], table.images, table.inputs)

@@ -19,6 +19,7 @@ from robustdice.cost.model import Judge, parse_link
 from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.cost.purpose import Purpose, ordered_for
 from robustdice.divided import considered_for
+from robustdice.entropy_code import CODED
 from robustdice.errors import BundleError, PlanError
 from robustdice.failure.activations import activation_steps
 from robustdice.failure.calibrate import calibrate as fit_corrections
@@ -37,7 +38,6 @@ from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.partitioning.precision import Kinds, represented
 from robustdice.plan import FailureSet, Plan
 from robustdice.progress import Progress, part, shown, silent
-from robustdice.representation import VECTORS
 from robustdice.rivals import rivals
 from robustdice.rounding.network import round_network, wanted_of
 from robustdice.runtime.inprocess import InProcess
@@ -80,7 +80,7 @@ def partition(
     check_split(split, method, goal)
     kinds = (precision, spare_precision or precision)
     judge = Judge(profile, None if link is None else parse_link(link), goal or "throughput")
-    pairs_too = method != "cdc" and VECTORS.keys().isdisjoint(kinds)
+    pairs_too = method != "cdc" and CODED.keys().isdisjoint(kinds)
     splits = splits_of(network, devices, split, judge, wire, pairs_too)
     plan = partition_layers(
         network.plan_layers,

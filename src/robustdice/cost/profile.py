@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.files import read_json, write_atomically
 from robustdice.plan import Layer, ModelReference
-from robustdice.representation import REPRESENTATIONS, VECTORS
+from robustdice.representation import REPRESENTATIONS
 from robustdice.wire_format import WIRES
 
 FORMAT_VERSION = 2
@@ -26,11 +27,15 @@ TYPICAL_UNPACKING = {
     "int4": 1.5e-9,
     "int3": 1.8e-9,
     "int2": 1.0e-9,
-    "vq6": 1.7e-9,
-    "vq8": 0.5e-9,
+    "ec4": 3.5e-9,
+    "ec3": 3.5e-9,
+    "ec2": 2.5e-9,
+    "ec1.5": 2.5e-9,
+    "ec1": 1.7e-9,
+    "ec0.7": 1.7e-9,
 }
 """Seconds for a weight (docs/results/representations.md)."""
-VECTORS_UNPACKING = {kind: TYPICAL_UNPACKING[kind] for kind in VECTORS}
+CODED_UNPACKING = {kind: TYPICAL_UNPACKING[kind] for kind in CODED}
 """Profiles from before there were any do not say it."""
 
 
@@ -137,7 +142,7 @@ def _parse(document: Mapping[str, Any]) -> Profile:
         **numbers,
         value_seconds={wire: _number(document["value_seconds"][wire]) for wire in WIRES},
         unpack_seconds={
-            kind: _number({**VECTORS_UNPACKING, **document["unpack_seconds"]}[kind]) for kind in REPRESENTATIONS[1:]
+            kind: _number({**CODED_UNPACKING, **document["unpack_seconds"]}[kind]) for kind in REPRESENTATIONS[1:]
         },
         layers={
             str(name): LayerSeconds(_number(each["whole"]), _number(each["part"]), _number(each["share"]))

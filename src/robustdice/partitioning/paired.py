@@ -8,19 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.partitioning.precision import Kinds, kinds_of
 from robustdice.partitioning.replicate import whole
 from robustdice.partitioning.request import Request
 from robustdice.plan import Layer, Shard, folded
-from robustdice.representation import SCALE_BYTES, VECTORS, is_scaled
+from robustdice.representation import SCALE_BYTES, is_scaled
 
 
 def check_pairs(method: str, pairs: Mapping[int, int], precision: Collection[str]) -> None:
     """PlanError when a method cannot deal out pairs, or copies in this ``precision`` cannot be."""
-    if pairs and (vectors := VECTORS.keys() & set(precision)):
+    if pairs and (coded := CODED.keys() & set(precision)):
         raise PlanError(
-            f"a byte of {min(vectors)} has weights for several neurons, so these copies cannot be split hidden: split "
+            f"filters in {min(coded)} are had whole or not at all, so these copies cannot be split hidden: split "
             "neurons, or take another precision"
         )
     if pairs and method == "cdc":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.plan.pairs import pair_problem
 from robustdice.plan.shards import MAX_DEVICES, check_layer, check_shard, parity_problem
-from robustdice.representation import VECTORS
 from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def _check_pairs(plan: Plan) -> None:
         problem = pair_problem(plan.devices, (first, second), of_first, of_second)
         for kind in {holder.representation for shard in of_first for holder in shard.holders} - {"float32"}:
             kept = plan.coarse.get((pair[1], kind))
-            if kind in VECTORS:
-                problem = f"a vector of {kind} has weights for several neurons of {first.name}"
+            if kind in CODED:
+                problem = f"filters of {second.name} in {kind} are had whole or not at all"
             elif kept is None or kept.filter.scales.shape[1] > 1:
                 problem = f"there are no weights of {second.name} in {kind} with one scale for each neuron"
         if plan.held_by_all(pair[0]):

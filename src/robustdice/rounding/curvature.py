@@ -21,18 +21,9 @@ def damped(moments: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-def _order(squares: torch.Tensor, vectors: int) -> torch.Tensor:
-    """Columns by their mean squares, the largest first; of vectors, the last one, which may be short, comes last."""
-    whole = len(squares) // vectors * vectors
-    first = squares[:whole].reshape(-1, vectors).mean(1).argsort(descending=True)
-    columns = (vectors * first[:, None] + torch.arange(vectors)).flatten()
-    return torch.cat([columns, torch.arange(whole, len(squares))])
-
-
 class Curvature(ABC):
-    """Of the inputs [n, K] of filters, worked out once for all representations of single weights; ``order`` are their
-    columns, those that carry most first, which is the order that they are rounded in. Where vectors are rounded, these
-    are ordered, and the columns of each stay as they are.
+    """Of the inputs [n, K] of filters, worked out once for all representations; ``order`` are their columns, those that
+    carry most first, which is the order that they are rounded in.
 
     A column's error, times ``inside`` or what :meth:`give` and :meth:`take` make of it, is what each later column is
     to be less by: by least squares, ridged, over the columns that are still to come.
@@ -41,11 +32,9 @@ class Curvature(ABC):
     order: torch.Tensor
 
     @staticmethod
-    def of(inputs: torch.Tensor, vectors: int = 1) -> Curvature:
-        """Of inputs [n, K], float32, of filters whose weights are rounded so many at a time."""
-        order = _order(inputs.square().mean(0), vectors)
-        few = FEW * len(inputs) <= inputs.shape[1]
-        return _OfFew.ordered(inputs, order) if few else _OfMany.ordered(inputs, order)
+    def of(inputs: torch.Tensor) -> Curvature:
+        """Of inputs [n, K], float32."""
+        return _OfFew.of(inputs) if FEW * len(inputs) <= inputs.shape[1] else _OfMany.of(inputs)
 
     @abstractmethod
     def solve(self, values: torch.Tensor) -> torch.Tensor:
@@ -55,10 +44,6 @@ class Curvature(ABC):
     def inside(self, start: int, stop: int) -> torch.Tensor:
         """What columns ``start`` to ``stop`` mean for each other: [columns, columns], float32, upper triangular with
         a diagonal of ones."""
-
-    @abstractmethod
-    def weight(self, start: int, stop: int) -> torch.Tensor:
-        """What a square of a column's error costs, when all later columns make up for it: [columns], float32."""
 
     @abstractmethod
     def nothing(self, neurons: int) -> torch.Tensor:
@@ -84,8 +69,9 @@ class _OfMany(Curvature):
     follows: torch.Tensor
 
     @classmethod
-    def ordered(cls, inputs: torch.Tensor, order: torch.Tensor) -> _OfMany:
+    def of(cls, inputs: torch.Tensor) -> _OfMany:
         moments = inputs.T @ inputs / len(inputs)
+        order = moments.diagonal().argsort(descending=True)
         back = order.flip(0)
         # The inverse is upper.T @ upper: so it is enough to invert the triangle of the columns in opposite order.
         triangle = torch.linalg.cholesky(damped(moments)[back][:, back])
@@ -101,9 +87,6 @@ class _OfMany(Curvature):
 
     def inside(self, start: int, stop: int) -> torch.Tensor:
         return self.follows[start:stop, start:stop]
-
-    def weight(self, start: int, stop: int) -> torch.Tensor:
-        return self.upper.diagonal()[start:stop].pow(-2).to(torch.float32)
 
     def nothing(self, neurons: int) -> torch.Tensor:
         return torch.zeros(len(self.order), neurons)
@@ -121,18 +104,18 @@ class _OfFew(Curvature):
 
     ``inputs`` [n, K] are ordered, over the root of n; ``answers`` [n, K]: column j of them is that of the inputs times
     the inverse of (ridge + all later columns times their transposes), which the lemma of matrix inversion makes of the
-    second moments' inverse. Both float32; ``inverse`` [n, n] with all columns, float64, and the ``ridge``.
+    second moments' inverse. Both float32; ``inverse`` [n, n] with all columns, float64.
     """
 
     order: torch.Tensor
     inputs: torch.Tensor
     answers: torch.Tensor
     inverse: torch.Tensor
-    ridge: float
 
     @classmethod
-    def ordered(cls, inputs: torch.Tensor, order: torch.Tensor) -> _OfFew:
+    def of(cls, inputs: torch.Tensor) -> _OfFew:
         squares = inputs.square().mean(0)
+        order = squares.argsort(descending=True)
         scaled = inputs[:, order].to(torch.float64) / len(inputs) ** 0.5
         ridge = DAMPING * float(squares.to(torch.float64).mean()) + 1e-12
         inverse = torch.eye(len(inputs), dtype=torch.float64) / ridge
@@ -141,7 +124,7 @@ class _OfFew(Curvature):
         for at, column in reversed(list(enumerate(scaled.T.contiguous()))):
             torch.mv(inverse, column, out=answers[at])
             inverse.addr_(answers[at], answers[at], alpha=-1 / (1 + float(column @ answers[at])))
-        return cls(order, scaled.to(torch.float32), answers.T.contiguous().to(torch.float32), inverse, ridge)
+        return cls(order, scaled.to(torch.float32), answers.T.contiguous().to(torch.float32), inverse)
 
     def solve(self, values: torch.Tensor) -> torch.Tensor:
         weighed = (values.T.to(torch.float64) @ self.inverse / len(values) ** 0.5).to(torch.float32)
@@ -152,10 +135,6 @@ class _OfFew(Curvature):
     def inside(self, start: int, stop: int) -> torch.Tensor:
         within = -(self.answers[:, start:stop].T @ self.inputs[:, start:stop])
         return within.triu_(1).fill_diagonal_(1)
-
-    def weight(self, start: int, stop: int) -> torch.Tensor:
-        columns = slice(start, stop)
-        return self.ridge * (1 + (self.inputs[:, columns] * self.answers[:, columns]).sum(0))
 
     def nothing(self, neurons: int) -> torch.Tensor:
         return torch.zeros(len(self.inputs), neurons)

@@ -8,23 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from robustdice.representation import (
-    TAIL_REPRESENTATION,
-    VECTORS,
-    CoarseFilter,
-    CoarseLayer,
-    code_offset,
-)
+from robustdice.entropy_code import CODED
+from robustdice.representation import TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, code_offset
 from robustdice.rounding.affine import Folded
+from robustdice.rounding.coded import scales_and_levels
 from robustdice.rounding.curvature import FEW, Curvature
 from robustdice.rounding.gptq import gptq
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
-from robustdice.rounding.vectors import round_vectors
 
 MAX_BLOCK = 4608
 """A wider filter is rounded in blocks of this many weights, as if these saw nothing in common: second moments of all of
-them would not fit into memory. Where few inputs are seen they are not needed, and the filter stays whole. It is a whole
-number of every kind of vectors."""
+them would not fit into memory. Where few inputs are seen they are not needed, and the filter stays whole."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +153,27 @@ def _rounded(target: Target, choice: Choice) -> CoarseFilter:
     for part in target.parts:
         wanted[part.rows, part.block] = part.wanted
         importance[part.rows, part.block] = part.importance
-    if kind in VECTORS:
-        return round_vectors(wanted, [(part.rows, part.block, part.inputs) for part in target.parts], kind)
-    scales = best_scales(wanted, kind, group, importance)
     groups = torch.arange(weights) // group
-    levels = torch.empty_like(filters) if target.parts else to_levels(filters, scales[:, groups], kind)
-    for part in target.parts:
-        of_part = scales[part.rows], groups[part.block]
-        levels[part.rows, part.block] = gptq(part.wanted, part.curvature, *of_part, kind)
-    return of_levels(levels, scales, kind, group)
+
+    def by_inputs(some: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The levels of some neurons (positions)."""
+        levels = torch.empty(len(some), weights)
+        for part in target.parts:
+            here = (some >= part.rows.start) & (some < part.rows.stop)
+            if here.any():
+                of_part = part.wanted[some[here] - part.rows.start]
+                levels[here, part.block] = gptq(of_part, part.curvature, scales[here], groups[part.block], kind)
+        return levels
+
+    if kind in CODED:
+        return of_levels(*scales_and_levels(wanted, kind, by_inputs if target.parts else None), kind, weights)
+    scales = best_scales(wanted, kind, group, importance)
+    every = torch.arange(neurons)
+    levels = by_inputs(every, scales) if target.parts else to_levels(filters, scales[:, groups], kind)
+    return of_levels(scales, levels, kind, group)
 
 
-def of_levels(levels: torch.Tensor, scales: torch.Tensor, kind: str, group: int) -> CoarseFilter:
+def of_levels(scales: torch.Tensor, levels: torch.Tensor, kind: str, group: int) -> CoarseFilter:
     """The filters whose weights have these ``levels`` [neurons, K], ``scales`` [neurons, groups] apart."""
     codes = (levels - code_offset(kind)).to(torch.int8).numpy()
     return CoarseFilter(kind, codes, as_float16(scales).numpy().astype(np.float16), group)

@@ -16,17 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from robustdice.entropy_code import CODED
 from robustdice.model.execute import attribute, execute, forget, readers
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, images_at_once, together
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseFilter, CoarseLayer, code_offset, code_range
 from robustdice.rounding.affine import Folded, can_shift, coarse_parameters, fold
+from robustdice.rounding.coded import fitting, scales_and_levels
 from robustdice.rounding.layer import Choice, Intact, Seen, Target, coarse_layer, of_levels, target, with_filters
 from robustdice.rounding.network import Coarse, Wanted, filter_inputs
 from robustdice.rounding.scales import to_levels
 
-LEARNT = ("int4", "int3", "int2")
+LEARNT = ("int4", "int3", "int2", "ec4", "ec3", "ec2")
 """In these it matters which way a weight is rounded; others are rounded as by GPTQ."""
 STEPS = 150
 """Of gradient descent, for a layer in one representation. More fit the images better, and others no better."""
@@ -183,6 +185,8 @@ class _Task:
         own = next(node for node in parameters if str(node.target) == self.layer.own_filter)
         filters = self.folded.filters.to(self.reads.device)
         scales = torch.from_numpy(first.filter.scales.astype(np.float32))
+        if kind in CODED:  # levels next to the filters take other room than GPTQ's
+            scales, _ = scales_and_levels(self.folded.filters, kind)
         steps = scales[:, torch.arange(filters.shape[1]) // group].to(filters.device)
         exact = filters / steps - offset
         below = exact.floor().clamp(low, high - 1)
@@ -205,7 +209,10 @@ class _Task:
                 optimizer.zero_grad()
                 torch.autograd.backward(error)
                 optimizer.step()
-        return of_levels((below + (up.share > 0.5) + offset).detach().cpu(), scales, kind, group)
+        levels = (below + (up.share > 0.5) + offset).detach().cpu()
+        if kind in CODED:
+            levels = fitting(levels, self.folded.filters / scales, kind)
+        return of_levels(scales, levels, kind, group)
 
     def _error(self, parameters: Mapping[fx.Node, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """The mean square of what is off the goal for some images (positions) with these parameters."""

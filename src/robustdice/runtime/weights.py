@@ -1,8 +1,8 @@
 """A bundle's weights in memory: packed as in its file, unpacked a few neurons at a time into one buffer.
 
 Codes become float32 by looking up whole bytes (three bits: twelve at a time) in tables of two or four weights: NumPy
-then moves 8 or 16 bytes per look-up, which takes a third of the time of shifting and masking. Vectors are rows of the
-codebook.
+then moves 8 or 16 bytes per look-up, which takes a third of the time of shifting and masking. What is entropy-coded
+becomes symbols first (:mod:`robustdice.entropy_code`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.bundle.parts import Filter, Part
+from robustdice.entropy_code import CODED, meanings, unpack_symbols
+from robustdice.errors import BundleError
 from robustdice.representation import (
     BITS,
     SCALE_BYTES,
-    VECTORS,
     code_offset,
     code_range,
-    codebook,
     corrections_of,
     packed_bytes,
     unpack,
@@ -90,11 +90,8 @@ class Weights:
         if kept.representation == "int3" and kept.weights % 8:  # no whole number of twelve bits in a row
             np.add(unpack(packed, "int3", kept.weights), np.float32(code_offset("int3")), out=result)
             return result
-        if kept.representation in VECTORS:
-            vectors = codebook(kept.representation)
-            wide = room[: packed.size * vectors.shape[1]]
-            np.take(vectors, packed, axis=0, out=wide.reshape(*packed.shape, -1), mode="clip")
-            return _without_rest(wide.reshape(len(packed), -1), result)
+        if kept.representation in CODED:
+            return _decode(packed, kept, room, result)
         index = _twelve_bits(packed) if kept.representation == "int3" else packed
         table = _levels(kept.representation)
         wide = room[: index.size * table.itemsize // 4].reshape(len(packed), -1)
@@ -117,6 +114,18 @@ class Weights:
         return np.frombuffer(self._bytes, kind, count, offset)
 
 
+def _decode(packed: NDArray[np.uint8], kept: Filter, room: Floats, result: Floats) -> Floats:
+    """Entropy-coded levels."""
+    try:
+        found = unpack_symbols(packed, kept.representation, kept.weights)
+    except ValueError as error:
+        raise BundleError(f"the weights of {kept.input} are damaged: {error}; build the bundle again") from error
+    table = _meanings(kept.representation)
+    wide = room[: found.size * table.itemsize // 4].reshape(len(packed), -1)
+    np.take(table, found, out=wide.view(table.dtype), mode="clip")
+    return _without_rest(wide, result)
+
+
 def _without_rest(wide: Floats, result: Floats) -> Floats:
     """Rows, in ``result``, without what the last byte of each has beyond them; both are in the same place."""
     if wide.shape[1] > result.shape[1]:
@@ -135,8 +144,8 @@ def _scaled_behind(own: Filter) -> bool:
 
 def _room(kept: Filter, neurons: int) -> int:
     """Numbers that unpacking a filter takes: its rows are unpacked to the end of their last byte."""
-    per_byte = {"int4": 2, "int2": 4, **VECTORS}.get(kept.representation, 1)
-    size = neurons * (kept.weights + -kept.weights % per_byte)
+    together = {"int4": 2, "int2": 4, **{kind: code.together for kind, code in CODED.items()}}
+    size = neurons * (kept.weights + -kept.weights % together.get(kept.representation, 1))
     return size + -size % 4  # what follows it starts where four numbers can be written at once
 
 
@@ -173,5 +182,14 @@ def _levels(representation: str) -> NDArray[Any]:
     low, _ = code_range(representation)
     levels = (numbers % 2**bits + low + code_offset(representation)).astype(np.float32)
     table: NDArray[Any] = levels.view(np.complex128 if codes == 4 else np.float64)[:, 0]
+    table.flags.writeable = False
+    return table
+
+
+@cache
+def _meanings(representation: str) -> NDArray[Any]:
+    """The levels that each symbol stands for, as one number of 4 or 8 bytes, or as three of 4."""
+    levels = meanings(representation).astype(np.float32)
+    table: NDArray[Any] = levels.view({1: np.float32, 2: np.float64, 3: np.dtype("V12")}[levels.shape[1]])[:, 0]
     table.flags.writeable = False
     return table
