@@ -28,7 +28,8 @@ def probabilities(step: float, code: Code) -> NDArray[np.float64]:
     weights = np.linspace(-40, 40, 80_001)
     density = np.exp(-((np.abs(weights) / width) ** SHAPE))
     levels = np.rint(weights / step).clip(-code.largest, code.largest)
-    return np.bincount(levels.astype(int) + code.largest, density / density.sum(), minlength=2 * code.largest + 1)
+    found = np.bincount(levels.astype(int) + code.largest, density / density.sum(), minlength=2 * code.largest + 1)
+    return found.astype(np.float64)
 
 
 def lengths_for(weights: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -40,6 +41,7 @@ def lengths_for(weights: NDArray[np.float64]) -> NDArray[np.int64]:
         taken = int((1 << (END - found)).sum())
         return (1 << END) - taken - (1 << (END - REST)) - (1 << (END - int(found[len(found) // 2]) - STEP + 1))
 
+    found: NDArray[np.int64]
     for slack in np.arange(-1, 1, 0.01):
         found = np.clip(np.rint(ideal + slack), 1, END).astype(np.int64)
         if left(found) >= 0:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
+from robustdice.entropy_code import CODED
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import quiet
@@ -22,13 +23,14 @@ from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.representation import (
     BITS,
     REPRESENTATIONS,
-    VECTORS,
     CoarseFilter,
     CoarseLayer,
     Correction,
     code_range,
 )
 from robustdice.rounding.affine import can_shift
+from robustdice.rounding.coded import scales_and_levels
+from robustdice.rounding.layer import of_levels
 
 Floats = NDArray[np.float32]
 
@@ -308,9 +310,9 @@ def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0, grouped: bool =
         if kind == "float16":
             values = random.standard_normal((neurons, weights)) * 0.3
             return CoarseFilter(kind, values, np.empty((neurons, 0), np.float16), group)
-        if kind in VECTORS:
-            vectors = random.integers(0, 256, (neurons, -(-weights // VECTORS[kind])))
-            return CoarseFilter(kind, vectors, random.uniform(0.1, 0.3, (neurons, 1)).astype(np.float16), weights)
+        if kind in CODED:
+            wanted = torch.from_numpy(random.standard_normal((neurons, weights), np.float32) * 0.3)
+            return of_levels(*scales_and_levels(wanted, kind), kind, weights)
         low, high = code_range(kind)
         scales = (random.uniform(0.3, 0.6, (neurons, groups)) / high).astype(np.float16)
         return CoarseFilter(kind, random.integers(low, high + 1, (neurons, weights)), scales, group)
@@ -335,7 +337,7 @@ def coarsened(network: Network, plan: Plan, seed: int = 0) -> Plan:
             for shard in of_layer
         )
         for index, of_layer in enumerate(plan.shards)
-        for offered in [[kind for kind in REPRESENTATIONS if index not in plan.pairs or kind not in VECTORS]]
+        for offered in [[kind for kind in REPRESENTATIONS if index not in plan.pairs or kind not in CODED]]
         # Copies that all devices compute are all the same.
         for kinds in [[random.choice(offered)] if plan.held_by_all(index) else offered]
     )

@@ -47,7 +47,7 @@ def same_on_all(network: Network, plan: Plan, layers: Sequence[int], seed: int) 
     shards, coarse = list(plan.shards), dict(plan.coarse)
     for index in layers:
         of_layer = network.layers[index]
-        kinds = [str(kind) for kind in random.choice(["float32", "int8", "int3", "int2", "vq6"], 2)]
+        kinds = [str(kind) for kind in random.choice(["float32", "int8", "int3", "int2", "ec1.5"], 2)]
         groups = of_layer.layer.neurons // of_layer.layer.group
         middle = groups // 2 * of_layer.layer.group if random.random() < 0.5 else 0
         parts = ((range(middle), kinds[0]), (range(middle, of_layer.layer.neurons), kinds[1]))

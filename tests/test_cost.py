@@ -15,12 +15,12 @@ from commands import fails, run
 from nets import Residual, network_of, save, seeded, shared_network
 from robustdice.cost.model import Judge, alone, handed_over, parse_link, predict, shares
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
 from robustdice.partitioning import Answer, Request
 from robustdice.partitioning.replicate import whole
-from robustdice.representation import VECTORS
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_pairs import Equal
@@ -241,11 +241,11 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "profile.json") == profile
 
 
-def test_a_profile_from_before_there_were_vectors_takes_what_is_typical_of_them(tmp_path: Path) -> None:
+def test_a_profile_from_before_there_were_entropy_codes_takes_what_is_typical(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     ROUND.save(path)
     document = json.loads(path.read_text())
-    for kind in VECTORS:
+    for kind in CODED:
         del document["unpack_seconds"][kind]
     path.write_text(json.dumps(document))
     assert Profile.load(path) == ROUND

@@ -1,6 +1,7 @@
 """Entropy coding: what a reader of DEFLATE makes of it, and what anybody would by the table of codes."""
 
 import hashlib
+from contextlib import suppress
 from importlib.resources import files
 
 import numpy as np
@@ -13,8 +14,6 @@ from numpy.typing import NDArray
 from robustdice.entropy_code import CODED, END, PADS, Code, excess, lengths, meanings, over, pack, symbols, unpack
 from robustdice.representation import CoarseFilter, filter_bytes
 from robustdice.rounding.coded import fitting, scales_and_levels
-
-SUM = "SUM"
 
 
 def levels_of(kind: str, neurons: int, weights: int, seed: int, wide: float) -> NDArray[np.int8]:
@@ -87,18 +86,14 @@ def test_bytes_that_are_no_filters_are_refused(kind: str, weights: int, seed: in
     levels = levels_of(kind, 3, weights, seed, 1)
     packed = pack(levels, kind)
     for damaged in (random.integers(0, 256, packed.shape).astype(np.uint8), packed[:, :-1], np.tile(packed, 2)):
-        try:
-            found = unpack(damaged, kind, weights)
-        except ValueError as error:
-            assert kind in str(error)  # noqa: PT017
-        else:
-            assert found.shape[1] == weights
+        with suppress(ValueError):  # which other errors would not be
+            assert unpack(damaged, kind, weights).shape == (3, weights)
 
 
 def test_what_is_not_ended_or_goes_on_is_refused() -> None:
     packed = pack(levels_of("ec2", 4, 64, 0, 1), "ec2")
     with pytest.raises(ValueError, match="symbols in ec2 where"):
-        unpack(packed[:2].reshape(4, -1), "ec2", 64)
+        unpack(packed[:, :10], "ec2", 64)
     with pytest.raises(ValueError, match="symbols in ec2 where"):
         unpack(np.zeros_like(packed), "ec2", 64)
 
@@ -115,7 +110,7 @@ def test_codes_are_complete_and_the_commonest_level_has_the_shortest(kind: str) 
 
 def test_codes_are_what_they_were_when_the_first_bundles_were_built() -> None:
     content = b"".join(files("robustdice").joinpath("codes", f"{kind}.bin").read_bytes() for kind in CODED)
-    assert hashlib.sha256(content).hexdigest() == SUM
+    assert hashlib.sha256(content).hexdigest() == "3e390e416ebdfcf34acb4b038105e01a94ac88ff6208f404b87038bd1031c15e"
     assert CODED["ec1.5"] == Code(1.5, 2, 7)
 
 
@@ -135,15 +130,17 @@ def test_every_filter_can_be_coded(kind: str, weights: int, seed: int, few: int)
     scales, levels = scales_and_levels(filters, kind)
     assert not excess(levels.numpy().astype(np.int8), kind).any()
     assert float(levels.abs().max()) <= CODED[kind].largest
-    if few:  # what is zero stays next to it, and what is not is not clipped
-        assert float((levels[2] * scales[2] - filters[2]).abs().max()) <= 0.6 * float(scales[2]) or few > weights
+    found = levels * scales
+    assert float(found[0].abs().max()) < 1e-6
+    if weights >= 3:  # among zeros large weights stay what they are by half, and zeros zero but for a few
+        assert float((found[2] - filters[2]).abs().max()) <= max(0.55 * float(filters[2].abs().max()), 1e-6)
 
 
-@pytest.mark.parametrize(("kind", "bits", "most"), [("ec3", 3.0, 0.018), ("ec2", 2.0, 0.085), ("ec1", 1.0, 0.36)])
-def test_the_error_is_that_of_the_rate(kind: str, bits: float, most: float) -> None:
-    """Of normally distributed weights no code can leave less than 2 ** (-2 * bits) of their squares; uniform levels with
-    the best code 1.42 times as much where bits are many."""
+@pytest.mark.parametrize(("kind", "most"), [("ec4", 1.7), ("ec3", 1.75), ("ec2", 1.8), ("ec1", 2.0)])
+def test_the_error_is_that_of_the_rate(kind: str, most: float) -> None:
+    """Of normally distributed weights no code leaves less than 2 ** (-2 * bits) of their squares, and the best one for
+    equal steps 1.42 times as much; a code of whole bits for each filter, with nearest levels, a little more."""
     filters = torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
     scales, levels = scales_and_levels(filters, kind)
     lost = float((levels * scales - filters).square().mean() / filters.square().mean())
-    assert 2.0 ** (-2 * bits) < lost < most * 1.5
+    assert 1 < lost * 2.0 ** (2 * CODED[kind].bits) < most

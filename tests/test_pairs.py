@@ -383,7 +383,7 @@ def test_a_method_deals_out_the_neurons_of_a_pairs_first_layer_and_nothing_of_it
     [
         ({"split": "sideways"}, "unknown split 'sideways'; known: neurons, hidden"),
         ({"method": "cdc"}, "cdc hands over sums of its own"),
-        ({"precision": "int8", "spare_precision": "vq6"}, "a byte of vq6 has weights for several neurons"),
+        ({"precision": "int8", "spare_precision": "ec2"}, "filters in ec2 are had whole or not at all"),
     ],
 )
 def test_what_cannot_be_split_so_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,7 +1,5 @@
 """Coarse weights: packed bytes and back, and what they are worth."""
 
-import hashlib
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,15 @@ from numpy.typing import NDArray
 from robustdice.representation import (
     BITS,
     REPRESENTATIONS,
-    VECTORS,
     CoarseFilter,
     Correction,
     code_offset,
     code_range,
-    codebook,
     filter_bytes,
     pack,
     unpack,
 )
 
-SUMS = (
-    "49fa49035b6aef84cc56f8212e3e1491947d8b1244c5297acedae41904dd2088",
-    "4ecbf215625d0654f52bf9b47ac7185f0c7c06319f320a8657087c4cb09d1fe2",
-)
 CODED = [kind for kind in REPRESENTATIONS if kind.startswith("int")]
 
 
@@ -62,43 +54,7 @@ def test_a_weight_is_its_level_times_its_groups_scale(kind: str, weights: int, g
             assert values[neuron, k] == pytest.approx(expected, rel=1e-6)
 
 
-@given(st.sampled_from(sorted(VECTORS)), st.integers(1, 20), st.integers(0, 10**6))
-def test_a_byte_is_a_vector_of_the_codebook(kind: str, weights: int, seed: int) -> None:
-    random, size = np.random.default_rng(seed), VECTORS[kind]
-    codes = random.integers(0, 256, (2, -(-weights // size))).astype(np.uint8)
-    scales = random.uniform(0.01, 1, (2, 1)).astype(np.float16)
-    kept = CoarseFilter(kind, codes, scales, weights)
-    assert kept.weights == weights
-    assert np.array_equal(unpack(pack(codes, kind), kind, weights), codes)
-    assert kept.neuron_bytes == codes.shape[1] + 2
-    for neuron in range(2):
-        for k in range(weights):
-            expected = float(codebook(kind)[codes[neuron, k // size], k % size]) * float(scales[neuron, 0])
-            assert kept.values()[neuron, k] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "codes", [np.full((1, 2), 300), np.full((1, 2), -1), np.zeros((1, 2)), np.zeros((1, 3), np.uint8)]
-)
-def test_what_are_no_rows_of_the_codebook_is_refused(codes: NDArray[Any]) -> None:
-    with pytest.raises(ValueError, match=r"codes of vq6|vectors for 12 weights"):
-        CoarseFilter("vq6", codes, np.ones((1, 1), np.float16), 12)
-    empty = CoarseFilter("vq6", np.zeros((0, 2), np.uint8), np.ones((0, 1), np.float16), 12)
-    assert empty.values().shape == (0, 12)
-
-
-def test_codebooks_are_what_they_were_when_the_first_bundles_were_built() -> None:
-    for kind, sums in (("vq6", SUMS[0]), ("vq8", SUMS[1])):
-        content = files("robustdice").joinpath("codebooks", f"{kind}.bin").read_bytes()
-        assert hashlib.sha256(content).hexdigest() == sums
-        table = codebook(kind)
-        assert table.shape == (256, VECTORS[kind])
-        assert len(np.unique(table, axis=0)) == 256
-
-
 def test_bytes_count_codes_and_scales() -> None:
-    assert filter_bytes(13, "vq6") == 3 + 2
-    assert filter_bytes(16, "vq8") == 2 + 2
     assert filter_bytes(10, "float32") == 40
     assert filter_bytes(10, "float16") == 20
     assert filter_bytes(10, "int3") == 4 + 2

@@ -84,8 +84,8 @@ CODED = {
 def lengths(kind: str) -> NDArray[np.int64]:
     """Of each symbol's code, in bits; those that fill up come after all others. What ``scripts/huffman_codes.py`` made;
     part of the format."""
-    found = np.frombuffer(files("robustdice").joinpath("codes", f"{kind}.bin").read_bytes(), np.uint8)
-    found = found.astype(np.int64)
+    content = files("robustdice").joinpath("codes", f"{kind}.bin").read_bytes()
+    found = np.frombuffer(content, np.uint8).astype(np.int64)
     found.flags.writeable = False
     return found
 
@@ -96,7 +96,7 @@ def symbols(levels: NDArray[np.integer[Any]], kind: str) -> NDArray[np.uint8]:
     neurons, weights = levels.shape
     filled = np.full((neurons, code.symbols_of(weights) * code.together), code.largest, np.uint8)
     filled[:, :weights] += levels.astype(np.uint8)  # modulo 256
-    found = filled[:, :: code.together].copy()
+    found: NDArray[np.uint8] = filled[:, :: code.together].copy()
     for number, place in enumerate(code.places.tolist()[1:], start=1):
         found += filled[:, number :: code.together] * np.uint8(place)
     return found
@@ -168,7 +168,7 @@ def unpack_symbols(packed: NDArray[np.uint8], kind: str, weights: int) -> NDArra
     count = CODED[kind].symbols_of(weights) + 1
     reader = _reader(kind).copy()
     try:
-        found = reader.decompress(np.ascontiguousarray(packed), len(packed) * count + 1)
+        found = reader.decompress(packed.tobytes(), len(packed) * count + 1)
     except zlib.error as error:
         raise ValueError(f"these are no filters in {kind}: {error}") from error
     if len(found) != len(packed) * count:

@@ -36,7 +36,7 @@ def scales_and_levels(
     weights = wanted.shape[1]
     spread = wanted.square().mean(1, keepdim=True).sqrt()
     usual = spread * 4 / 2 ** CODED[kind].bits
-    least = torch.minimum(wanted.abs().amax(1, keepdim=True) / CODED[kind].largest, 0.8 * usual)  # clips little
+    least = torch.minimum(wanted.abs().amax(1, keepdim=True) / CODED[kind].largest, usual)  # clips little
     scales = as_float16(usual)
     levels = to_levels(wanted, scales, kind)
 

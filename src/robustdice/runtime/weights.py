@@ -190,6 +190,7 @@ def _levels(representation: str) -> NDArray[Any]:
 def _meanings(representation: str) -> NDArray[Any]:
     """The levels that each symbol stands for, as one number of 4 or 8 bytes, or as three of 4."""
     levels = meanings(representation).astype(np.float32)
-    table: NDArray[Any] = levels.view({1: np.float32, 2: np.float64, 3: np.dtype("V12")}[levels.shape[1]])[:, 0]
+    moved: np.dtype[Any] = np.dtype({1: "f4", 2: "f8", 3: "V12"}[levels.shape[1]])
+    table: NDArray[Any] = levels.view(moved)[:, 0]
     table.flags.writeable = False
     return table
