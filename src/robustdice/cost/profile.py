@@ -27,12 +27,12 @@ TYPICAL_UNPACKING = {
     "int4": 1.5e-9,
     "int3": 1.8e-9,
     "int2": 1.0e-9,
-    "ec4": 3.5e-9,
-    "ec3": 3.5e-9,
-    "ec2": 2.5e-9,
-    "ec1.5": 2.5e-9,
-    "ec1": 1.7e-9,
-    "ec0.7": 1.7e-9,
+    "ec4": 15e-9,
+    "ec3": 14e-9,
+    "ec2": 7.8e-9,
+    "ec1.5": 7.4e-9,
+    "ec1": 7.8e-9,
+    "ec0.7": 7.5e-9,
 }
 """Seconds for a weight (docs/results/representations.md)."""
 CODED_UNPACKING = {kind: TYPICAL_UNPACKING[kind] for kind in CODED}

@@ -7,6 +7,7 @@ too many or too few then are moved one level at a time, where it costs least.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 from robustdice.entropy_code import CODED, STEP, excess, lengths, over, symbols
 from robustdice.rounding.scales import as_float16, to_levels
 
-FIRST, THEN = 4, 3
-"""How often scales are corrected: for the nearest levels, and then for levels by what the layer sees."""
+TIMES = 4
+"""How often scales are corrected, each time only those of filters that are still off."""
 CLOSE = 0.01
 """Of a filter's bits: so close needs no other scale."""
+SOME = 64
+"""Filters that say by how much scales differ for levels by what the layer sees, as these take long to find."""
 ROUNDS = 20
 """So often levels are moved until they fit; those that do not fit then are made zero, the smallest first."""
+CANDIDATES = 4096
+"""Symbols of a filter that are looked at for that, at most about twice as many."""
 SLOPE = 0.8
 """Bits of a weight that twice its scale saves, about."""
 
@@ -33,29 +38,40 @@ def scales_and_levels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For the filters that are ``wanted``, float32 [neurons, K], scales [neurons, 1] and levels [neurons, K] that fill
     what their code has room for: the nearest ones, or those ``by_inputs``."""
-    weights = wanted.shape[1]
-    spread = wanted.square().mean(1, keepdim=True).sqrt()
-    usual = spread * 4 / 2 ** CODED[kind].bits
-    least = torch.minimum(wanted.abs().amax(1, keepdim=True) / CODED[kind].largest, usual)  # clips little
+    usual = wanted.square().mean(1, keepdim=True).sqrt() * 4 / 2 ** CODED[kind].bits
     scales = as_float16(usual)
-    levels = to_levels(wanted, scales, kind)
+    least = torch.minimum(wanted.abs().amax(1, keepdim=True) / CODED[kind].largest, usual)  # clips little
+    every = torch.arange(len(wanted))
 
     def nearest(some: torch.Tensor, of_some: torch.Tensor) -> torch.Tensor:
         return to_levels(wanted[some], of_some, kind)
 
-    for times, find in ((FIRST, nearest), *(() if by_inputs is None else ((THEN, by_inputs),))):
-        every = torch.arange(len(wanted))
-        levels = find(every, scales)
-        for _ in range(times):
-            off = over(levels.numpy().astype(np.int8), kind)
-            rows = np.flatnonzero(np.abs(off) > max(STEP, CLOSE * CODED[kind].room(weights)))
-            if not len(rows):
-                break
-            some = torch.from_numpy(rows)
-            factor = torch.from_numpy(2 ** np.clip(off[rows] / (SLOPE * weights), -1, 1)).to(torch.float32)
-            scales[some] = as_float16(torch.maximum(scales[some] * factor[:, None], least[some]))
-            levels[some] = find(some, scales[some])
+    scales, levels = _corrected(every, scales, least, kind, nearest)
+    if by_inputs is not None:
+        some = every[:: -(-len(every) // SOME)]
+        of_some, _ = _corrected(some, scales[some], least[some], kind, by_inputs)
+        scales = as_float16(torch.maximum(scales * (of_some / scales[some]).median(), least))
+        scales, levels = _corrected(every, scales, least, kind, by_inputs)
     return scales, fitting(levels, wanted / scales, kind)
+
+
+def _corrected(
+    neurons: torch.Tensor, scales: torch.Tensor, least: torch.Tensor, kind: str, find: Levels
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, not below the ``least``, and levels of some neurons that take about as many bits as there is room for."""
+    scales, levels = scales.clone(), find(neurons, scales)
+    weights = levels.shape[1]
+    for _ in range(TIMES):
+        off = over(levels.numpy().astype(np.int8), kind)
+        factor = torch.from_numpy(2 ** np.clip(off / (SLOPE * weights), -1, 1)).to(torch.float32)[:, None]
+        better = as_float16(torch.maximum(scales * factor, least))
+        close = torch.from_numpy(np.abs(off) <= max(STEP, CLOSE * CODED[kind].room(weights)))
+        rows = torch.nonzero(~close & (better != scales)[:, 0])[:, 0]
+        if not len(rows):
+            break
+        scales[rows] = better[rows]
+        levels[rows] = find(neurons[rows], better[rows])
+    return scales, levels
 
 
 def fitting(levels: torch.Tensor, exact: torch.Tensor, kind: str) -> torch.Tensor:
@@ -66,7 +82,7 @@ def fitting(levels: torch.Tensor, exact: torch.Tensor, kind: str) -> torch.Tenso
     for _ in range(ROUNDS):
         if not len(rows := np.flatnonzero(off)):
             break
-        found[rows] = _moved(found[rows].astype(np.int64), goal[rows], off[rows], kind)
+        found[rows] = _moved(found[rows], goal[rows], off[rows], kind)
         off[rows] = excess(found[rows], kind)
     for row in np.flatnonzero(off):
         for weight in np.abs(found[row]).argsort():  # that of zeros alone is filled up with longer symbols for them
@@ -76,34 +92,31 @@ def fitting(levels: torch.Tensor, exact: torch.Tensor, kind: str) -> torch.Tenso
     return torch.from_numpy(found).to(levels.dtype)
 
 
-def _moved(
-    levels: NDArray[np.int64], exact: NDArray[np.float32], off: NDArray[np.int64], kind: str
-) -> NDArray[np.int64]:
-    """Levels of which just as many are moved as makes up for what is ``off``, no two of one symbol."""
+def _moved(levels: NDArray[np.int8], exact: NDArray[np.float32], off: NDArray[np.int64], kind: str) -> NDArray[np.int8]:
+    """Levels of which just as many are moved as makes up for what is ``off``, no two of one symbol; of very many
+    symbols, some are looked at."""
     code, each = CODED[kind], lengths(kind)
-    neurons, weights = levels.shape
-    now = symbols(levels, kind).astype(np.int64)
-    at = np.arange(weights) // code.together
-    best = np.full((neurons, weights), np.inf)
-    gains, moves = np.zeros((2, neurons, weights), np.int64)
-    for move in (-1, 1):
-        allowed = np.abs(levels + move) <= code.largest
-        then = now[:, at] + move * code.places[np.arange(weights) % code.together]
-        saved = np.where(allowed, each[now[:, at]] - each[np.where(allowed, then, 0)], 0) * np.sign(off)[:, None]
-        cost = (levels + move - exact) ** 2 - (levels - exact) ** 2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            price = np.where(saved > 0, (cost + 1e-9) / saved, np.inf)
+    weights = levels.shape[1]
+    every = np.arange(0, code.symbols_of(weights), max(1, code.symbols_of(weights) // CANDIDATES))
+    now = symbols(levels, kind)[:, every].astype(np.int64)
+    best = np.full(now.shape, np.inf)
+    gains, columns, moves = np.zeros((3, *now.shape), np.int64)
+    for place, move in product(range(code.together), (-1, 1)):
+        at = np.minimum(code.together * every + place, weights - 1)
+        old, wanted = levels[:, at].astype(np.int64), exact[:, at]
+        allowed = (np.abs(old + move) <= code.largest) & (code.together * every + place < weights)
+        then = np.where(allowed, now + move * code.places[place], 0)
+        gain = np.where(allowed, each[now] - each[then], 0) * np.sign(off)[:, None]
+        cost = (old + move - wanted) ** 2 - (old - wanted) ** 2 + 1e-9
+        price = np.divide(cost, gain, out=np.full(now.shape, np.inf), where=gain > 0)
         better = price < best
-        best, gains, moves = (np.where(better, new, old) for new, old in ((price, best), (saved, gains), (move, moves)))
-    order = np.argsort(best, 1, kind="stable")
-    taken = np.zeros_like(levels)
-    for row in range(neurons):
-        left, used = abs(int(off[row])), set()
-        for weight in order[row]:
-            if left <= 0 or not np.isfinite(best[row, weight]):
-                break
-            if at[weight] not in used:
-                used.add(at[weight])
-                taken[row, weight] = moves[row, weight]
-                left -= int(gains[row, weight])
-    return levels + taken
+        best[better], gains[better], moves[better] = price[better], gain[better], move
+        columns[better] = np.broadcast_to(at, now.shape)[better]
+    order = np.argsort(best, 1)
+    sorted_gains = np.take_along_axis(gains, order, 1)
+    before = np.cumsum(sorted_gains, 1) - sorted_gains
+    rows, places = np.nonzero((before < np.abs(off)[:, None]) & (sorted_gains > 0))
+    chosen = order[rows, places]
+    found = levels.copy()
+    found[rows, columns[rows, chosen]] += moves[rows, chosen].astype(np.int8)
+    return found
