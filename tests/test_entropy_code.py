@@ -11,9 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from robustdice.bundle.parts import Affine, Coarse, Filter, Part
 from robustdice.entropy_code import CODED, END, PADS, Code, excess, lengths, meanings, over, pack, symbols, unpack
+from robustdice.errors import BundleError
 from robustdice.representation import CoarseFilter, filter_bytes
 from robustdice.rounding.coded import fitting, scales_and_levels
+from robustdice.runtime.weights import Weights
 
 
 def levels_of(kind: str, neurons: int, weights: int, seed: int, wide: float) -> NDArray[np.int8]:
@@ -144,3 +147,27 @@ def test_the_error_is_that_of_the_rate(kind: str, most: float) -> None:
     scales, levels = scales_and_levels(filters, kind)
     lost = float((levels * scales - filters).square().mean() / filters.square().mean())
     assert 1 < lost * 2.0 ** (2 * CODED[kind].bits) < most
+
+
+def part_of(kind: str, neurons: int, weights: int, at_once: int) -> Part:
+    """A part that takes nothing but one layer's filters from a bundle's weights."""
+    own = Filter("filters", kind, (weights,), weights, 0)
+    coarse = Coarse((own,), None, 1.0, rounded=False, shift=None, at_once=at_once, axis=1)
+    return Part("part.onnx", ("x",), ("y",), affine=(Affine("scale", "shift", neurons, (), coarse),))
+
+
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("weights", [64, 67])
+def test_devices_unpack_the_levels_of_any_neurons(kind: str, weights: int) -> None:
+    levels = levels_of(kind, 9, weights, 0, 1)
+    content = pack(levels, kind).tobytes() + np.ones(9, np.float16).tobytes()
+    kept, part = Weights(content), part_of(kind, 9, weights, 4)
+    for start in (4, 0, 8):
+        assert np.array_equal(kept.filters(part, start)["filters"], levels[start : start + 4])
+
+
+def test_a_device_that_was_given_damaged_filters_says_so() -> None:
+    content = bytearray(pack(levels_of("ec2", 4, 64, 0, 1), "ec2").tobytes() + np.ones(4, np.float16).tobytes())
+    content[: 2 * 17] = bytes(2 * 17)
+    with pytest.raises(BundleError, match=r"the weights of filters are damaged: .* build the bundle again"):
+        Weights(bytes(content)).filters(part_of("ec2", 4, 64, 4))
