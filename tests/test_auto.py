@@ -99,7 +99,7 @@ def test_coarsest_codes_and_coarse_small_layers_are_for_budgets_that_need_them()
     assert 0 < len(small) < len(network.plan_layers)
     every = ("float32", "float16", "int8", *CODED)
     assert [*worth_choosing(network, 0)] == [every] * len(network.plan_layers)
-    for share, coarsest in ((0.06, "ec0.7"), (0.07, "ec1"), (0.1, "ec1.5"), (0.2, "ec3")):
+    for share, coarsest in ((0.04, "ec0.7"), (0.05, "ec1"), (0.09, "ec1.5"), (0.1, "ec2"), (0.2, "ec4")):
         for index, kinds in enumerate(worth_choosing(network, int(share * total_bytes(network)))):
             if index in small:
                 assert kinds == ("float32", "float16", "int8")

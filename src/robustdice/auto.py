@@ -48,7 +48,7 @@ FEWEST_IMAGES = 12
 """But not with less than so many."""
 MEASURED = ("int8", *CODED)
 """Of float16 nobody sees a difference, nor how it is rounded; and codes of as many bits each keep less than others."""
-COARSEST = 1 / 3
+COARSEST = 1 / 2
 """Of the bits for a weight that a budget has: with fewer no layer is kept, and these are not measured."""
 FINE = ("float32", "float16", "int8")
 """In one of which layers that have next to nothing of the weights are kept, by everybody, as long as whole copies fit

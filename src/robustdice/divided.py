@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, Candidate, Table, candidates
+from robustdice.auto import MEASURED, ROUNDING_IMAGES, Candidate, Table, affordable, candidates
 from robustdice.cost.model import Judge
 from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
-from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.calibrate import calibrate
 from robustdice.partitioning import JUDGED, SPLITS
@@ -16,6 +15,8 @@ from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
 from robustdice.progress import Progress, part, silent
 from robustdice.rivals import dealt_out, rivals, try_all
+from robustdice.rounding.layer import Choice
+from robustdice.rounding.network import Coarse, round_network
 from robustdice.splits import NO_SPLITS, Splits, even_plan, splits_of
 
 LEAST = 1 / 32
@@ -99,7 +100,7 @@ def _splits(table: Table, split: str, judge: Judge, pairs_too: bool) -> Splits:
 def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: str) -> Iterator[tuple[str, Plan]]:
     """Slices in float32, of which all other devices have spares, the finest that fit: nothing is lost."""
     plan, devices = even_plan(table.network, table.devices, splits, table.wire), table.devices
-    offered = [kind for kind in MEASURED if not plan.pairs or kind not in CODED]
+    offered = ("int8", "int4", "int3", "int2") if plan.pairs else MEASURED  # what is entropy-coded cannot be a pair's
     for kind in offered:
         kinds = kinds_with_pairs(plan.layers, plan.pairs, "float32", kind)
         spares = {index: kinds[index].spare for index in range(len(plan.layers)) if not plan.held_by_all(index)}
@@ -110,13 +111,21 @@ def _with_spares(table: Table, budgets: Sequence[int], splits: Splits, split: st
         plan = replace(
             plan,
             shards=tuple(shards),
-            coarse={of: table.rounded[of] for of in spares.items()},
+            coarse=_rounded(table, spares),
             method="auto",
             settings={"split": split, "spare_precision": kind},
         )
         if kind == offered[-1] or all(h <= b for h, b in zip(plan.bytes_per_device, budgets, strict=True)):
             yield f"float32 slices, {kind} everywhere, {split}", plan
             return
+
+
+def _rounded(table: Table, spares: Mapping[int, str]) -> Coarse:
+    """The coarse weights of ``spares``, by layer: the table's, or such as the table's would be."""
+    missing = {index: [Choice(kind)] for index, kind in spares.items() if (index, kind) not in table.rounded}
+    images = affordable(table.network, table.images, ROUNDING_IMAGES)
+    more = round_network(table.network, missing, images) if missing else {}
+    return {of: more[of] if of in more else table.rounded[of] for of in spares.items()}
 
 
 def _spared(shard: Shard, kind: str, devices: int) -> Shard:

@@ -142,30 +142,37 @@ def _by_neuron(
 def pack(levels: NDArray[np.integer[Any]], kind: str) -> NDArray[np.uint8]:
     """Levels [neurons, weights] as bytes [neurons, bytes]. ValueError where a filter takes too many bits, or too few
     that can be filled up."""
-    weights = levels.shape[1]
-    code, each, of_symbols = CODED[kind], lengths(kind), symbols(levels, kind)
+    weights, code = levels.shape[1], CODED[kind]
     if excess(levels, kind).any():
         raise ValueError(f"filters of {weights} weights whose codes in {kind} do not fill {code.room(weights)} bits")
-    left = code.room(weights) - each[of_symbols].sum(1)
-    first = code.symbols + len(PADS)
-    more, (longest, rest) = int(END - each[code.zero]), np.divmod(left, int(END - each[code.zero]))
-    last = rest >= STEP  # one more zero takes STEP bits
-    number = np.cumsum(of_symbols == code.zero, 1)
-    number[of_symbols != code.zero] = weights + 1
-    of_symbols[number <= longest[:, None]] = first + more - STEP
-    of_symbols[(number == longest[:, None] + 1) & last[:, None]] = first
-    every = np.concatenate([of_symbols, (code.symbols + rest - STEP * last).astype(np.uint8)[:, None]], 1)
-    bits, used = _codes(kind)
     packed = np.empty((len(levels), code.bytes(weights)), np.uint8)
-    for start in range(0, len(levels), step := max(1, AT_ONCE // every.shape[1])):
-        some = every[start : start + step]
-        packed[start : start + step] = np.packbits(bits[some][used[some]].reshape(len(some), -1), 1, "little")
+    for start in range(0, len(levels), step := max(1, AT_ONCE // max(1, weights))):
+        packed[start : start + step] = _packed(symbols(levels[start : start + step], kind), kind, code.room(weights))
     return packed
 
 
+def _packed(of_symbols: NDArray[np.uint8], kind: str, room: int) -> NDArray[np.uint8]:
+    """Symbols [neurons, symbols] that fill their room as bytes [neurons, bytes]."""
+    code, each = CODED[kind], lengths(kind)
+    first = code.symbols + len(PADS)
+    more = int(END - each[code.zero])
+    longest, rest = np.divmod(room - each[of_symbols].sum(1), more)
+    last = rest >= STEP  # one more zero takes STEP bits
+    zeros = of_symbols == code.zero
+    number = np.cumsum(zeros, 1)
+    of_symbols[zeros & (number <= longest[:, None])] = first + more - STEP
+    of_symbols[zeros & (number == longest[:, None] + 1) & last[:, None]] = first
+    every = np.concatenate([of_symbols, (code.symbols + rest - STEP * last).astype(np.uint8)[:, None]], 1)
+    bits, used = _codes(kind)
+    return np.packbits(bits[every][used[every]].reshape(len(every), -1), 1, "little")
+
+
 def unpack_symbols(packed: NDArray[np.uint8], kind: str, weights: int) -> NDArray[np.uint8]:
-    """The symbols [neurons, symbols] of packed filters. ValueError where these are none."""
-    count = CODED[kind].symbols_of(weights) + 1
+    """The symbols [neurons, symbols] of packed filters. ValueError where they do not all end where they should."""
+    code = CODED[kind]
+    count = code.symbols_of(weights) + 1
+    if packed.shape[1] != code.bytes(weights):
+        raise ValueError(f"filters of {packed.shape[1]} bytes in {kind} where {code.bytes(weights)} belong")
     reader = _reader(kind).copy()
     try:
         found = reader.decompress(packed.tobytes(), len(packed) * count + 1)
@@ -173,12 +180,16 @@ def unpack_symbols(packed: NDArray[np.uint8], kind: str, weights: int) -> NDArra
         raise ValueError(f"these are no filters in {kind}: {error}") from error
     if len(found) != len(packed) * count:
         raise ValueError(f"{len(found)} symbols in {kind} where {len(packed) * count} belong")
-    return np.frombuffer(found, np.uint8).reshape(-1, count)[:, :-1]
+    symbols = np.frombuffer(found, np.uint8).reshape(len(packed), count)
+    if len(packed) and not code.symbols <= symbols[:, -1].min() <= symbols[:, -1].max() < code.symbols + len(PADS):
+        raise ValueError(f"filters in {kind} that do not end where they should")
+    return symbols[:, :-1]
 
 
 def unpack(packed: NDArray[np.uint8], kind: str, weights: int) -> NDArray[np.int8]:
     """The inverse of :func:`pack`, for filters of ``weights`` weights."""
-    return meanings(kind)[unpack_symbols(packed, kind, weights)].reshape(len(packed), -1)[:, :weights]
+    found = meanings(kind)[unpack_symbols(packed, kind, weights)]
+    return found.reshape(len(packed), found.shape[1] * found.shape[2])[:, :weights]
 
 
 @cache

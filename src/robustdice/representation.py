@@ -101,6 +101,8 @@ class CoarseFilter:
             if self.codes.min() < low or self.codes.max() > high:
                 raise ValueError(f"codes of {self.representation} lie between {low} and {high}")
         object.__setattr__(self, "codes", _frozen(self.codes, np.float16 if exact else np.int8))
+        if self.representation in CODED and weights and self.group < weights:
+            raise ValueError(f"filters in {self.representation} have one scale")
         if self.representation in CODED and excess(self.codes, self.representation).any():
             raise ValueError(f"filters in {self.representation} that do not fill what their code has room for")
         object.__setattr__(self, "scales", _frozen(self.scales, np.float16))

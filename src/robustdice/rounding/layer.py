@@ -23,7 +23,8 @@ them would not fit into memory. Where few inputs are seen they are not needed, a
 
 @dataclass(frozen=True)
 class Choice:
-    """How a layer's weights are kept: the representation, and how many weights of a filter share a scale (all)."""
+    """How a layer's weights are kept: the representation, and how many weights of a filter share a scale (all; and all
+    where it is entropy-coded)."""
 
     representation: str
     group: int | None = None

@@ -179,7 +179,8 @@ class _Task:
 
     def _learned(self, first: CoarseLayer, generator: torch.Generator) -> CoarseFilter:
         """Each weight at the level below or above it, so that all together give what is nearest to the goal, with the
-        scales, the shift and the tail of the ``first`` layer. (The shift is made to fit the levels afterwards.)"""
+        scales (of entropy codes, others), the shift and the tail of the ``first`` layer. (The shift is made to fit the
+        levels afterwards.)"""
         kind, group, parameters = first.representation, first.filter.group, self.parameters(first)
         (low, high), offset = code_range(kind), code_offset(kind)
         own = next(node for node in parameters if str(node.target) == self.layer.own_filter)
