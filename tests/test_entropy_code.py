@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from robustdice import entropy_code
 from robustdice.bundle.parts import Affine, Coarse, Filter, Part
 from robustdice.entropy_code import CODED, END, PADS, Code, excess, lengths, meanings, over, pack, symbols, unpack
 from robustdice.errors import BundleError
@@ -184,3 +185,31 @@ def test_a_device_that_was_given_damaged_filters_says_so() -> None:
     content[: 2 * 17] = bytes(2 * 17)
     with pytest.raises(BundleError, match=r"the weights of filters are damaged: .* build the bundle again"):
         Weights(bytes(content)).filters(part_of("ec2", 4, 64, 4))
+
+
+def test_a_filter_has_one_scale() -> None:
+    levels = levels_of("ec3", 2, 12, 0, 1)
+    assert CoarseFilter("ec3", levels, np.ones((2, 1), np.float16), 12).neuron_bytes == 5 + 1 + 2
+    with pytest.raises(ValueError, match="have one scale"):
+        CoarseFilter("ec3", levels, np.ones((2, 3), np.float16), 4)
+
+
+def test_many_filters_are_packed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = levels_of("ec1", 20, 40, 0, 1)
+    packed, off = pack(levels, "ec1"), over(levels, "ec1")
+    monkeypatch.setattr(entropy_code, "AT_ONCE", 130)
+    assert np.array_equal(pack(levels, "ec1"), packed)
+    assert np.array_equal(over(levels, "ec1"), off)
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_wide_filters_of_any_kind_fit_and_keep_what_they_can(kind: str) -> None:
+    """More symbols than are looked at in a round, and levels that are far from what the code was made for."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(3, 25088, generator=generator) - 0.5
+    ternary = torch.randint(-1, 2, (3, 25088), generator=generator).to(torch.float32)
+    for filters in (uniform, ternary):
+        scales, levels = scales_and_levels(filters, kind)
+        assert not excess(levels.numpy().astype(np.int8), kind).any()
+        lost = (levels * scales - filters).square().mean() / filters.square().mean()
+        assert float(lost) < min(0.95, 7 * 2.0 ** (-2 * CODED[kind].bits))
