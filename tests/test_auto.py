@@ -156,7 +156,7 @@ def test_devices_with_more_room_hold_more_and_equal_amounts_are_one_amount() -> 
 
 def test_copies_that_are_fine_first_and_coarse_as_spares_are_tried_and_are_finest_while_nobody_is_down() -> None:
     network = shared_network(Residual, 3, 8, 8)
-    found = candidates(tabulate(network, random_images(24, (3, 8, 8)), devices=4), int(0.17 * total_bytes(network)))
+    found = candidates(tabulate(network, random_images(24, (3, 8, 8)), devices=4), int(0.22 * total_bytes(network)))
     plan = next(each.plan for each in found if each.family == "fine first, everywhere")
     finer = [
         [REPRESENTATIONS.index(holder.representation) for holder in shard.holders]
@@ -166,7 +166,7 @@ def test_copies_that_are_fine_first_and_coarse_as_spares_are_tried_and_are_fines
     assert all(kinds[0] <= kinds[1] and len(set(kinds[1:])) == 1 and len(kinds) == 4 for kinds in finer)
     assert any(kinds[0] < kinds[1] for kinds in finer)
     assert not plan.corrections  # nothing can be lost
-    assert max(plan.bytes_per_device) <= 0.17 * total_bytes(network)
+    assert max(plan.bytes_per_device) <= 0.22 * total_bytes(network)
 
 
 def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None:

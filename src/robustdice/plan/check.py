@@ -109,9 +109,7 @@ def _check_pairs(plan: Plan) -> None:
     for pair in plan.pairs.items():
         (first, of_first), (second, of_second) = ((plan.layers[index], plan.shards[index]) for index in pair)
         problem = pair_problem(plan.devices, (first, second), of_first, of_second)
-        for kind in {holder.representation for shard in (*of_first, *of_second) for holder in shard.holders} - {
-            "float32"
-        }:
+        for kind in {holder.representation for shard in of_first for holder in shard.holders} - {"float32"}:
             kept = plan.coarse.get((pair[1], kind))
             if kind in CODED:
                 problem = f"filters of {second.name} in {kind} are had whole or not at all"
