@@ -3,8 +3,8 @@
     python benchmarks/bench_coarse.py [--models DIR] [NAME ...]
 
 Layers alone, and whole models (``DIR/NAME.pt2``, by default the shared ones; what is absent is left out), or those of
-these names. Codes are
-random: neither time nor memory depends on them. Times are processor time of one thread, in pairs, which holds on a
+these names. Codes are random: neither time nor memory depends on them (entropy codes are of normally distributed
+weights). Times are processor time of one thread, in pairs, which holds on a
 machine that does other things too; memory is what the bundle adds to an empty process after ten frames of batch 1.
 """
 
@@ -30,10 +30,13 @@ import robustdice as rd
 from robustdice.bundle.onnx_graph import export_onnx
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
+from robustdice.entropy_code import CODED
 from robustdice.model.layers import NetworkLayer
 from robustdice.model.network import Network, build_network
 from robustdice.plan import Holder, Plan
 from robustdice.representation import REPRESENTATIONS, CoarseFilter, CoarseLayer, code_range
+from robustdice.rounding.coded import scales_and_levels
+from robustdice.rounding.layer import of_levels
 from robustdice.runtime.executor import Executor
 
 ROUNDS = 15
@@ -65,6 +68,9 @@ def random_copies(layer: NetworkLayer, kind: str) -> CoarseLayer:
     random, of = np.random.default_rng(0), layer.layer
 
     def filters(weights: int, kind: str) -> CoarseFilter:
+        if kind in CODED:
+            wanted = torch.randn(of.neurons, weights, generator=torch.Generator().manual_seed(0)) / weights**0.5
+            return of_levels(*scales_and_levels(wanted, kind), kind, weights)
         low, high = code_range("int8" if kind == "float16" else kind)
         codes = random.integers(low, high + 1, (of.neurons, weights))
         scales = np.full((of.neurons, int(kind != "float16")), 1 / (high * weights**0.5), np.float16)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from robustdice.auto import Candidate, Table, least_to_matter, tried_out
+from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.partitioning import partition
 from robustdice.partitioning.paired import kinds_with_pairs
@@ -24,10 +25,10 @@ Coarse = dict[tuple[int, str], CoarseLayer]
 def rivals(
     table: Table, budgets: Sequence[int], on_progress: Progress = silent, to_beat: float | None = None
 ) -> list[Candidate]:
-    """Whole copies in one representation, the finest that fits, rounded to the nearest and by GPTQ; the paper's method
-    and plain slices in float32 and in 8 bits; coded slices. Those that do not fit into ``budgets`` (bytes of each
-    device) are made as small as they can be, for what they would need. ``to_beat`` as for
-    :func:`robustdice.auto.candidates`."""
+    """Whole copies in one representation, the finest that fits, and the finest that is not entropy-coded, rounded to
+    the nearest and by GPTQ; the paper's method and plain slices in float32 and in 8 bits; coded slices. Those that do
+    not fit into ``budgets`` (bytes of each device) are made as small as they can be, for what they would need.
+    ``to_beat`` as for :func:`robustdice.auto.candidates`."""
     made = [*_whole(table, budgets), *_partitioned(table, budgets)]
     return try_all(table, made, budgets, on_progress, to_beat)
 
@@ -56,17 +57,18 @@ def _whole(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
         layers = zip(network.plan_layers, kinds, strict=True)
         return 4 * network.shared_weights + sum(of.neurons * neuron_bytes(of, each.primary) for of, each in layers)
 
-    kind = next((kind for kind in REPRESENTATIONS if held(kind) <= min(budgets)), REPRESENTATIONS[-1])
-    kinds = kinds_of(network.plan_layers, kind, kind)
-    wanted = {i: [Choice(of.primary)] for i, of in enumerate(kinds) if of.primary != "float32"}
-    nearest = _plan(table, "full", kind, round_network(network, wanted))
-    yield f"whole, {kind} to the nearest", nearest
-    if kind not in ("float32", "float16"):
-        fits = held(kind) <= min(budgets)
-        if fits:
-            (coarse,) = round_together(network, [wanted], table.images, table.inputs)
-            nearest = replace(nearest, coarse=coarse)
-        yield f"whole, {kind} by GPTQ", nearest
+    every = REPRESENTATIONS, [kind for kind in REPRESENTATIONS if kind not in CODED]
+    finest = [next((kind for kind in of if held(kind) <= min(budgets)), of[-1]) for of in every]
+    for kind in dict.fromkeys(finest):  # what is entropy-coded takes longer to unpack
+        kinds = kinds_of(network.plan_layers, kind, kind)
+        wanted = {i: [Choice(of.primary)] for i, of in enumerate(kinds) if of.primary != "float32"}
+        nearest = _plan(table, "full", kind, round_network(network, wanted))
+        yield f"whole, {kind} to the nearest", nearest
+        if kind not in ("float32", "float16"):
+            if held(kind) <= min(budgets):
+                (coarse,) = round_together(network, [wanted], table.images, table.inputs)
+                nearest = replace(nearest, coarse=coarse)
+            yield f"whole, {kind} by GPTQ", nearest
 
 
 def _partitioned(table: Table, budgets: Sequence[int]) -> Iterator[tuple[str, Plan]]:
