@@ -20,10 +20,10 @@ from robustdice.representation import (
     unpack,
 )
 
-CODED = [kind for kind in REPRESENTATIONS if kind.startswith("int")]
+FIXED = [kind for kind in REPRESENTATIONS if kind.startswith("int")]
 
 
-@given(st.sampled_from(CODED), st.integers(1, 5), st.integers(1, 40), st.integers(0, 10**6))
+@given(st.sampled_from(FIXED), st.integers(1, 5), st.integers(1, 40), st.integers(0, 10**6))
 def test_codes_survive_packing_and_take_no_more_than_their_bits(
     kind: str, neurons: int, weights: int, seed: int
 ) -> None:
@@ -34,14 +34,14 @@ def test_codes_survive_packing_and_take_no_more_than_their_bits(
     assert np.array_equal(unpack(packed, kind, weights), codes)
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", FIXED)
 def test_levels_are_symmetric(kind: str) -> None:
     low, high = code_range(kind)
     assert low + code_offset(kind) == -(high + code_offset(kind))
     assert high - low + 1 in {2 ** BITS[kind], 2 ** BITS[kind] - 1}
 
 
-@given(st.sampled_from(CODED), st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6))
+@given(st.sampled_from(FIXED), st.integers(1, 20), st.integers(1, 25), st.integers(0, 10**6))
 def test_a_weight_is_its_level_times_its_groups_scale(kind: str, weights: int, group: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     low, high = code_range(kind)

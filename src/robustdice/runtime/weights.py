@@ -127,7 +127,7 @@ def _decode(packed: NDArray[np.uint8], kept: Filter, room: Floats, result: Float
 
 
 def _without_rest(wide: Floats, result: Floats) -> Floats:
-    """Rows, in ``result``, without what the last byte of each has beyond them; both are in the same place."""
+    """Rows, in ``result``, without what the last byte or symbol of each has beyond them; both are in the same place."""
     if wide.shape[1] > result.shape[1]:
         result[...] = wide[:, : result.shape[1]].copy()
     return result
@@ -143,7 +143,7 @@ def _scaled_behind(own: Filter) -> bool:
 
 
 def _room(kept: Filter, neurons: int) -> int:
-    """Numbers that unpacking a filter takes: its rows are unpacked to the end of their last byte."""
+    """Numbers that unpacking a filter takes: its rows are unpacked to the end of their last byte or symbol."""
     together = {"int4": 2, "int2": 4, **{kind: code.together for kind, code in CODED.items()}}
     size = neurons * (kept.weights + -kept.weights % together.get(kept.representation, 1))
     return size + -size % 4  # what follows it starts where four numbers can be written at once
