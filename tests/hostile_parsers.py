@@ -141,6 +141,14 @@ def _plans() -> list[Plan]:
     return [plan, make_plan(3, parity=True), make_plan(2, wire="uint8"), make_plan(2, pair=True), corrected]
 
 
+def _plans_in_files(room: Path) -> Parser:
+    """With weights, and without."""
+    from test_coarse_bundles import of_kind  # noqa: PLC0415 -- that takes PyTorch
+
+    every = [*_plans(), *(of_kind(kind)[1] for kind in ("int3", "ec3"))]
+    return Parser(_saved(room, every), change_plan, _from_file(room, Plan.load))
+
+
 def _scores() -> Importance:
     scores = tuple(np.random.default_rng(k).random((k + 3, 3)) for k in range(3))
     return Importance(("a", "b", "c"), scores, ("s1", "s2", "s3"), ModelReference("m", "0" * 64), {"samples": 4})
@@ -185,7 +193,8 @@ def _weights(room: Path) -> Parser:
     """Weights that are packed beside the models, or what the manifest says of them, by whoever made the bundle."""
     from test_coarse_bundles import bundles_of, of_kind  # noqa: PLC0415 -- that takes PyTorch
 
-    directories = [each.directory for each in bundles_of(*of_kind("int3"), "plain", room)]
+    kinds = ("int3", "ec3")
+    directories = [each.directory for kind in kinds for each in bundles_of(*of_kind(kind), "plain", room / kind)]
 
     def change(dice: random.Random, directory: Path) -> _Bundle:
         if dice.random() < 0.5:
@@ -253,7 +262,7 @@ PARSERS: dict[str, Callable[[Path], Parser]] = {
     "messages": _messages,
     "parcels": _parcels,
     "manifests": _manifests,
-    "plans": lambda room: Parser(_saved(room, _plans()), change_plan, _from_file(room, Plan.load)),
+    "plans": _plans_in_files,
     "clusters": _clusters,
     "scores": lambda room: Parser(_saved(room, [_scores()]), change_zip, _from_file(room, Importance.load)),
     "sidecars": _sidecars,

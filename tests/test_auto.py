@@ -21,7 +21,7 @@ from robustdice.failure.agreement import agreement, answers
 from robustdice.importance.divergence import kullback_leibler
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
-from robustdice.plan import Holder, Shard, failure_sets
+from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.report import considered
 from robustdice.representation import REPRESENTATIONS, neuron_bytes
 from robustdice.workshop import choose_from, choose_plan
@@ -214,6 +214,31 @@ def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() ->
     made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
     found = [Candidate(method, plan, (1.0, 0.5), 128) for method, plan in made.items()]
     assert [each.family for each in best_first([*found, Candidate("unfit", made["lop"])])] == ["full", "lop", "unfit"]
+
+
+def whole_copies(*kinds: str) -> dict[str, Plan]:
+    network = shared_network(Plain, 1, 8, 8)
+    return {kind: rd.partition(network, devices=2, method="full", precision=kind) for kind in kinds}
+
+
+def test_of_plans_that_keep_as_much_the_faster_one_is_taken() -> None:
+    found = [Candidate(kind, plan, (1.0, 0.5), 128) for kind, plan in whole_copies("ec3", "int3", "ec2").items()]
+    assert [each.family for each in best_first(found)] == ["int3", "ec2", "ec3"]
+    assert best_first([replace(found[0], agreement=(1.0, 0.51)), *found[1:]])[0].family == "ec3"
+
+
+def test_that_another_plan_is_much_faster_and_keeps_nearly_as_much_is_said() -> None:
+    slow = replace(TYPICAL, frame_seconds=0.0, unpack_seconds=dict(TYPICAL.unpack_seconds) | {"ec3": 1e-3})
+    made = whole_copies("ec3", "int3")
+    found = [Candidate("whole, ec3", made["ec3"], (1.0, 1.0), 128), Candidate("whole, int3", made["int3"], (1.0, 0.99))]
+    said = considered.considered_summary(found, Judge(slow))
+    assert "Taken: whole, ec3." in said
+    assert "at most 2 points less often, however many devices are down, whole, int3 is modelled to be faster" in said
+    assert "with --for throughput speed decides" in said
+    alike = replace(slow, unpack_seconds=dict.fromkeys(TYPICAL.unpack_seconds, 0.0))
+    assert "--for" not in considered.considered_summary(found, Judge(alike))
+    worse = [found[0], replace(found[1], agreement=(1.0, 0.97))]
+    assert "--for" not in considered.considered_summary(worse, Judge(slow))
 
 
 def test_considered_plans_say_what_they_cost() -> None:

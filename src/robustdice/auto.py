@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdice.cost.model import Judge
 from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.agreement import agreement, answers
@@ -275,8 +276,10 @@ def candidates(
 
 
 def best_first(found: Sequence[Candidate]) -> list[Candidate]:
-    """In the order in which they would be taken; of those that keep as much, the one with the least to exchange."""
-    return sorted(found, key=lambda candidate: (-candidate.merit, candidate.plan.exchanged_activations))
+    """In the order in which they would be taken; of those that keep as much, the one with the least to exchange, and of
+    these the one that is modelled to be the fastest."""
+    judge = Judge()
+    return sorted(found, key=lambda of: (-of.merit, of.plan.exchanged_activations, judge.seconds(of.plan)))
 
 
 def least_to_matter(found: Sequence[Candidate]) -> float:

@@ -14,6 +14,9 @@ from robustdice.report.tables import percent
 if TYPE_CHECKING:
     from robustdice.auto import Candidate
 
+FASTER = 1.5
+"""So many times as fast another plan has to be for that to be said."""
+
 
 def considered_json(considered: Sequence[Candidate], judge: Judge) -> list[dict[str, Any]]:
     """Every plan that was considered, the one that is taken first; of those that do not fit, what they need."""
@@ -89,8 +92,20 @@ def considered_summary(considered: Sequence[Candidate], judge: Judge, purpose: P
         if costs.frame_parallel
         else f"each frame is computed by all devices together, in {costs.exchanges + 1} stages"
     )
-    why = "" if purpose is None else _why(considered, judge, purpose)
-    return f"Taken: {taken.family}.{why} It answers like the intact network in {kept}; {served}."
+    why, faster = ("", _faster(considered, judge)) if purpose is None else (_why(considered, judge, purpose), "")
+    return f"Taken: {taken.family}.{why} It answers like the intact network in {kept}; {served}.{faster}"
+
+
+def _faster(considered: Sequence[Candidate], judge: Judge) -> str:
+    """What is worth knowing of the most accurate plan: that another one is much faster and keeps nearly as much."""
+    fastest = min(nearly_best(considered), key=lambda each: judge.seconds(each.plan))
+    if FASTER * judge.seconds(fastest.plan) > judge.seconds(considered[0].plan):
+        return ""
+    there, here = (_value(each, judge, judge.goal) for each in (fastest, considered[0]))
+    return (
+        f" Of those that do so at most {100 * TOLERATED:g} points less often, however many devices are down, "
+        f"{fastest.family} is modelled to be faster: {there}, not {here}; with --for {judge.goal} speed decides."
+    )
 
 
 def _why(considered: Sequence[Candidate], judge: Judge, purpose: Purpose) -> str:

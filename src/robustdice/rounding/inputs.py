@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -9,7 +11,10 @@ from robustdice.model.canonical import CONVOLUTIONS, arguments, per_axis
 from robustdice.model.layers import NetworkLayer
 
 MAX_COLUMNS = 8_192
-"""So many inputs of a filter say enough; of more, some are taken at even distances."""
+"""So many inputs of a filter say enough where they are wide; of more, some are taken at even distances."""
+MOST_COLUMNS, MAX_NUMBERS = 16_384, 2**23
+"""Of narrow ones so many, as long as they are not more numbers than that: there more inputs are worth something and
+cost little."""
 
 
 def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor | None:
@@ -31,7 +36,7 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
         windows = windows.unfold(axis, (width - 1) * apart + 1, stride)[..., ::apart]
     windows = windows.permute(0, 2, 3, 1, 4, 5)  # [images, height, width, channels, *kernel], a view
     _, high, wide = windows.shape[:3]
-    every = max(1, len(x) * high * wide // MAX_COLUMNS)
+    every = max(1, len(x) * high * wide // _enough(x.shape[1] * math.prod(kernel)))
     taken = [torch.arange(number % every, high * wide, every) for number in range(len(x))]
     images = torch.arange(len(x)).repeat_interleave(torch.tensor([len(some) for some in taken]))
     places = torch.cat(taken)
@@ -40,4 +45,9 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
 
 
 def _thinned(found: torch.Tensor) -> torch.Tensor:
-    return found[:, :: max(1, found.shape[1] // MAX_COLUMNS)]
+    return found[:, :: max(1, found.shape[1] // _enough(found.shape[-1]))]
+
+
+def _enough(numbers: int) -> int:
+    """How many inputs of a layer's filters are taken that read so many ``numbers`` at a place, in all groups."""
+    return min(MOST_COLUMNS, max(MAX_COLUMNS, MAX_NUMBERS // numbers))

@@ -121,7 +121,7 @@ def coarse_layer(
     ``tail`` are the tail's depthwise filters [neurons, ...] by name; ``shifts`` says whether the layer can have a shift
     at all.
     """
-    return with_filters(_rounded(target, choice), folded, tail, target, shifts)
+    return with_filters(rounded(target, choice), folded, tail, target, shifts)
 
 
 def with_filters(
@@ -137,12 +137,13 @@ def with_filters(
     return CoarseLayer(
         own,
         shift.numpy().astype(np.float32),
-        {name: _rounded(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
+        {name: rounded(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
     )
 
 
-def _rounded(target: Target, choice: Choice) -> CoarseFilter:
-    """The filters in a representation."""
+def rounded(target: Target, choice: Choice) -> CoarseFilter:
+    """The filters of a target in one representation: by GPTQ where it is known what they see, else to the nearest
+    levels."""
     kind = choice.representation
     filters = target.filters
     neurons, weights = filters.shape

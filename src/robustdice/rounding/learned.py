@@ -23,8 +23,18 @@ from robustdice.model.network import Network, images_at_once, together
 from robustdice.progress import Progress, silent
 from robustdice.representation import CoarseFilter, CoarseLayer, code_offset, code_range
 from robustdice.rounding.affine import Folded, can_shift, coarse_parameters, fold
-from robustdice.rounding.coded import fitting, scales_and_levels
-from robustdice.rounding.layer import Choice, Intact, Seen, Target, coarse_layer, of_levels, target, with_filters
+from robustdice.rounding.coded import fitting
+from robustdice.rounding.layer import (
+    Choice,
+    Intact,
+    Seen,
+    Target,
+    coarse_layer,
+    of_levels,
+    rounded,
+    target,
+    with_filters,
+)
 from robustdice.rounding.network import Coarse, Wanted, filter_inputs
 from robustdice.rounding.scales import to_levels
 
@@ -166,9 +176,11 @@ class _Task:
         """The layer in one representation."""
         tail = {name: attribute(self.network.module, name).detach().cpu() for name in self.layer.tail_filters}
         known = self.folded, tail, self.for_all, can_shift(self.layer)
-        first = coarse_layer(self.folded, tail, choice, *known[2:])
         if choice.representation not in LEARNT:
-            return first
+            return coarse_layer(self.folded, tail, choice, *known[2:])
+        # Levels next to the filters have room for other entropy-coded steps than GPTQ's.
+        start = Target(self.folded.filters) if choice.representation in CODED else self.for_all
+        first = with_filters(rounded(start, choice), *known)
         return with_filters(self._learned(first, generator), *known)
 
     def parameters(self, coarse: CoarseLayer) -> dict[fx.Node, torch.Tensor]:
@@ -179,15 +191,12 @@ class _Task:
 
     def _learned(self, first: CoarseLayer, generator: torch.Generator) -> CoarseFilter:
         """Each weight at the level below or above it, so that all together give what is nearest to the goal, with the
-        scales (of entropy codes, others), the shift and the tail of the ``first`` layer. (The shift is made to fit the
-        levels afterwards.)"""
+        scales, the shift and the tail of the ``first`` layer. (The shift is made to fit the levels afterwards.)"""
         kind, group, parameters = first.representation, first.filter.group, self.parameters(first)
         (low, high), offset = code_range(kind), code_offset(kind)
         own = next(node for node in parameters if str(node.target) == self.layer.own_filter)
         filters = self.folded.filters.to(self.reads.device)
         scales = torch.from_numpy(first.filter.scales.astype(np.float32))
-        if kind in CODED:  # levels next to the filters take other room than GPTQ's
-            scales, _ = scales_and_levels(self.folded.filters, kind)
         steps = scales[:, torch.arange(filters.shape[1]) // group].to(filters.device)
         exact = filters / steps - offset
         below = exact.floor().clamp(low, high - 1)
