@@ -15,12 +15,14 @@ from commands import fails, run
 from nets import Residual, network_of, save, seeded, shared_network
 from robustdice.cost.model import Judge, alone, handed_over, parse_link, predict, shares
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
-from robustdice.entropy_code import CODED
+from robustdice.entropy_code import CODED, over
 from robustdice.errors import PlanError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
+from robustdice.meter.unpacking import FILTER_WEIGHTS, NEURONS, _filters, _levels, measure_unpacking
 from robustdice.partitioning import Answer, Request
 from robustdice.partitioning.replicate import whole
+from robustdice.representation import REPRESENTATIONS
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_pairs import Equal
@@ -225,6 +227,22 @@ def test_layers_are_measured_and_larger_ones_take_longer() -> None:
     assert large.whole > large.part > 0
     assert (large.share, small.share) == (0.5, 0.5)
     assert 0 <= rest < large.whole
+
+
+def test_unpacking_is_measured_of_every_representation() -> None:
+    found = measure_unpacking()
+    assert list(found) == [kind for kind in REPRESENTATIONS if kind != "float32"]
+    assert all(1e-12 < seconds < 1e-6 for seconds in found.values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REPRESENTATIONS if kind != "float32"])
+def test_what_is_unpacked_then_is_what_a_bundle_would_have(kind: str) -> None:
+    weights, part = _filters(kind)
+    (levels,) = weights.filters(part).values()
+    assert levels.shape == (NEURONS, FILTER_WEIGHTS)
+    if kind in CODED:  # nearly all of the room is taken
+        assert -0.1 * CODED[kind].room(FILTER_WEIGHTS) < over(_levels(kind), kind).mean() <= 0
+        np.testing.assert_array_equal(levels, _levels(kind))
 
 
 @pytest.mark.slow

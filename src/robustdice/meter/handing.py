@@ -22,6 +22,7 @@ from torch import nn
 from robustdice.cost.profile import LayerSeconds, Profile
 from robustdice.errors import ClusterError
 from robustdice.meter.arithmetic import measure_layers
+from robustdice.meter.unpacking import measure_unpacking
 from robustdice.model.network import Network, build_network
 from robustdice.model.tracing import export_module
 from robustdice.plan import Plan
@@ -166,7 +167,8 @@ def processor_seconds_of(process: int) -> float:
 
 
 def measure_profile(network: Network, on_progress: Progress = silent) -> Profile:
-    """What this machine takes for the layers of a network on one thread, and for handing over between two processes."""
+    """What this machine takes for the layers of a network on one thread, for unpacking weights, and for handing over
+    between processes."""
     layers, rest_seconds = measure_layers(network, on_progress=on_progress)
     macs = sum(layer.neurons * layer.neuron_macs for layer in network.plan_layers)
     taken = rest_seconds + sum(each.whole for each in layers.values())
@@ -176,4 +178,5 @@ def measure_profile(network: Network, on_progress: Progress = silent) -> Profile
         layers=layers,
         rest_seconds=rest_seconds,
         model_digest=network.reference.digest,
+        unpack_seconds=measure_unpacking(),
     )

@@ -18,6 +18,7 @@ from robustdice.bundle.read import Bundle
 from robustdice.bundle.trial import stand_in, stand_ins
 from robustdice.cost.profile import TYPICAL, LayerSeconds, Profile
 from robustdice.errors import BundleError
+from robustdice.meter.unpacking import measure_unpacking
 from robustdice.plan import Layer
 from robustdice.progress import Progress, silent
 from robustdice.runtime.executor import Executor, Values
@@ -64,6 +65,7 @@ def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
         layers=layers,
         rest_seconds=sum(seconds[part] for part in local if not part.work),
         model_digest=manifest.model_digest,
+        unpack_seconds=measure_unpacking(),
     )
 
 

@@ -96,6 +96,7 @@ def outlook_summary(outlook: Outlook) -> str:
 def profile_table(profile: Profile) -> Sheet:
     """What ``profile`` prints."""
     wires = ", ".join(f"{1e9 * seconds:.1f} ns as {wire}" for wire, seconds in profile.value_seconds.items())
+    unpacking = ", ".join(f"{kind} {1e9 * seconds:.2g}" for kind, seconds in profile.unpack_seconds.items())
     table = Sheet(
         "Measured on one thread",
         "layer",
@@ -104,7 +105,8 @@ def profile_table(profile: Profile) -> Sheet:
         caption=f"beside the layers: {1e3 * profile.rest_seconds:.3g} ms a frame. Handing over: "
         f"{1e3 * profile.exchange_seconds:.3g} ms of processor an exchange and {1e3 * profile.peer_seconds:.3g} for "
         f"each peer in it, {wires} a value that is sent or received, {1e3 * profile.hop_seconds:.3g} ms of waiting; "
-        f"{1e3 * profile.frame_seconds:.3g} ms a frame for taking it and answering.",
+        f"{1e3 * profile.frame_seconds:.3g} ms a frame for taking it and answering. "
+        f"Unpacking a weight takes, in ns: {unpacking}.",
     )
     for name, each in profile.layers.items():
         table.add_row(name, f"{1e3 * each.whole:.3g}", f"{1e3 * each.of(0.5):.3g}")
