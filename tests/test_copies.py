@@ -55,7 +55,7 @@ def through(
     arguments: list[Any] = [values[each] if isinstance(each, fx.Node) else each for each in layer.node.args]
     if kept is not None:
         arguments[1] = torch.from_numpy(kept.filter.values()).reshape(arguments[1].shape)
-        arguments[2:3] = [torch.from_numpy(kept.shift.copy())]
+        arguments[2:3] = [torch.from_numpy(kept.shift.astype(np.float32))]
     node, value = layer.node, layer.node.target(*arguments)  # type: ignore[operator]
     while True:
         if node is layer.affine_end and fixed is not None:

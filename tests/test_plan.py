@@ -200,7 +200,7 @@ def drop(*keys: str | int) -> Callable[[Any], None]:
     ("change", "message"),
     [
         (put("robustdice-bundle", "format"), "no robustdice-plan header"),
-        (put(99, "version"), "has plan format version 99, this version reads 6"),
+        (put(99, "version"), "has plan format version 99, this version reads 7"),
         (drop("version"), "has plan format version None"),
         (drop("plan"), "is a damaged plan .*'plan'"),
         (put([], "plan"), "is a damaged plan"),

@@ -45,7 +45,10 @@ CALIBRATION_SAMPLES = 256
 """Images that corrections are fitted to, likewise."""
 
 SCALE_BYTES = 2
-SHIFT_BYTES = 4
+SHIFT_BYTES = 2
+SUM_SHIFT_BYTES = 4
+"""Where sums of copies are shifted, which may be in float32."""
+LARGEST_SHIFT = float(np.finfo(np.float16).max)
 TAIL_REPRESENTATION = "int8"
 """Depthwise filters in a layer's tail are a few weights each, on which much depends."""
 
@@ -175,7 +178,7 @@ class CoarseLayer:
     """All neurons of one layer in one representation.
 
     What scales and shifts each neuron by parameters directly behind the layer (its affine chain: bias, batch norm,
-    ...) is part of ``filter``'s scales and of ``shift``, float32 [neurons]. ``tail`` has the depthwise filters of the
+    ...) is part of ``filter``'s scales and of ``shift``, float16 [neurons]. ``tail`` has the depthwise filters of the
     layer's tail by their parameters' names. Every other parameter of the tail stays as it is.
     """
 
@@ -185,11 +188,11 @@ class CoarseLayer:
 
     def __post_init__(self) -> None:
         neurons = len(self.filter.codes)
-        if self.shift.shape != (neurons,) or not np.isfinite(self.shift).all():
-            raise ValueError(f"shifts of shape {self.shift.shape}, expected ({neurons},), all finite")
+        if self.shift.shape != (neurons,) or not (np.abs(self.shift) <= LARGEST_SHIFT).all():
+            raise ValueError(f"shifts of shape {self.shift.shape}, expected ({neurons},), all within float16")
         if any(len(each.codes) != neurons for each in self.tail.values()):
             raise ValueError("the tail's filters are of another number of neurons")
-        object.__setattr__(self, "shift", _frozen(self.shift, np.float32))
+        object.__setattr__(self, "shift", _frozen(self.shift, np.float16))
 
     @property
     def representation(self) -> str:

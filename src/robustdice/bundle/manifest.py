@@ -37,7 +37,7 @@ from robustdice.plan import (
 )
 from robustdice.wire_format import WIRES, WireForm
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.bin"
 """What is not in the ONNX files: packed filters, and what layers are scaled and shifted by."""

@@ -17,6 +17,7 @@ from robustdice.representation import (
     REPRESENTATIONS,
     SCALE_BYTES,
     SHIFT_BYTES,
+    SUM_SHIFT_BYTES,
     filter_bytes,
     packed_bytes,
 )
@@ -60,9 +61,9 @@ class Coarse:
     scaled by, float16 [neurons]. Every neuron's scale is multiplied by ``factor``: what one step of the layer's input
     is worth, where whole numbers are multiplied. ``rounded`` says whether the layer reads its input rounded to 8 bits.
 
-    ``shift`` is the offset in the weights of what each neuron is shifted by, float32 [neurons] (None: nothing). The
-    neurons are computed ``at_once`` at a time, so that few of their filters are unpacked together; ``axis`` is where
-    they lie in the output.
+    ``shift`` is the offset in the weights of what each neuron is shifted by, float16 [neurons] (None: nothing); float32
+    where sums are given, of copies that may be float32 themselves. The neurons are computed ``at_once`` at a time, so
+    that few of their filters are unpacked together; ``axis`` is where they lie in the output.
 
     Of a ``pair``, the ``first`` layer has the second one's filters for each of its neurons last, [neurons of the
     second, features of the first, ...], without scales, and the output is what its neurons add to the second one's: so
@@ -77,6 +78,11 @@ class Coarse:
     at_once: int
     axis: int
     pair: str = ""
+
+    @property
+    def shift_bytes(self) -> int:
+        """Of each neuron's shift."""
+        return SUM_SHIFT_BYTES if self.pair == "second" else SHIFT_BYTES
 
     @property
     def own(self) -> Filter | None:
@@ -176,7 +182,7 @@ def extent(part: Part) -> int:
         ends += [each.offset + CORRECTION_BYTES * affine.neurons for each in affine.corrections if each is not None]
         if (coarse := affine.coarse) is not None:
             if coarse.shift is not None:
-                ends.append(coarse.shift + SHIFT_BYTES * affine.neurons)
+                ends.append(coarse.shift + coarse.shift_bytes * affine.neurons)
             if coarse.scales is not None:
                 ends.append(coarse.scales + SCALE_BYTES * affine.neurons)
             ends += [each.offset + affine.neurons * each.neuron_bytes for each in coarse.filters]

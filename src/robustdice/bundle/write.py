@@ -262,7 +262,7 @@ class _Device:
         if kept is None:  # the second of a pair
             shift, filters = fold(self.network, layer).shift.numpy(), []
         else:
-            shift = kept.shift
+            shift = kept.shift.astype(np.float32) if taken.pair == "second" else kept.shift
             filters = [] if taken.inside or taken.pair == "second" else [(layer.node, layer.own_filter, kept.filter)]
             filters += [(node, name, kept.tail[name]) for node, name in layer.tail_filter_nodes.items()]
         found = [

@@ -30,7 +30,7 @@ from robustdice.representation import (
 if TYPE_CHECKING:
     from robustdice.plan.plan import Plan
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 REMEDY = "make a new one with 'robustdice plan'"
 _DOCUMENT = "plan.json"
 _ARRAY_LIMIT = 2**31

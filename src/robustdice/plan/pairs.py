@@ -22,7 +22,7 @@ from functools import cache
 from itertools import permutations
 
 from robustdice.plan.shards import Holder, Layer, Shard
-from robustdice.representation import SHIFT_BYTES, filter_bytes, neuron_bytes
+from robustdice.representation import SHIFT_BYTES, SUM_SHIFT_BYTES, filter_bytes, neuron_bytes
 
 
 def column_weights(first: Layer, second: Layer) -> int:
@@ -42,10 +42,11 @@ def kept_by_all(second: Layer, representation: str, coarse_pair: bool) -> int:
     """Bytes that every device has of one neuron of a pair's second layer: its tail, and what its sum is shifted by."""
     if not coarse_pair:
         return 4 * (second.neuron_weights - second.filter_weights)
+    shift = SUM_SHIFT_BYTES if second.affine_weights else 0
     if representation == "float32":
-        chain = 4 * (second.filter_weights + second.affine_weights) - (SHIFT_BYTES if second.affine_weights else 0)
-        return 4 * second.neuron_weights - chain
-    return neuron_bytes(second, representation) - filter_bytes(second.filter_weights, representation)
+        return 4 * (second.neuron_weights - second.filter_weights - second.affine_weights) + shift
+    rest = neuron_bytes(second, representation) - filter_bytes(second.filter_weights, representation)
+    return rest + shift - (SHIFT_BYTES if second.affine_weights else 0)
 
 
 def added_up(shards: Sequence[Shard]) -> tuple[Shard, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from robustdice.model.canonical import aten
@@ -63,7 +64,7 @@ def coarse_parameters(network: Network, layer: NetworkLayer, coarse: CoarseLayer
 
     found = {layer.own_filter: whole(coarse.filter, layer.own_filter)}
     found |= {name: whole(filters, name) for name, filters in coarse.tail.items()}
-    return found | _shifted_by(network, layer, torch.from_numpy(coarse.shift.copy()))
+    return found | _shifted_by(network, layer, torch.from_numpy(coarse.shift.astype(np.float32)))
 
 
 def folded_parameters(network: Network, layer: NetworkLayer) -> dict[str, torch.Tensor]:

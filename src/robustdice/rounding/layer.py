@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from robustdice.entropy_code import CODED
-from robustdice.representation import TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, code_offset
+from robustdice.representation import LARGEST_SHIFT, TAIL_REPRESENTATION, CoarseFilter, CoarseLayer, code_offset
 from robustdice.rounding.affine import Folded
 from robustdice.rounding.coded import scales_and_levels
 from robustdice.rounding.curvature import FEW, Curvature
@@ -136,7 +136,7 @@ def with_filters(
     eight = Choice(TAIL_REPRESENTATION)
     return CoarseLayer(
         own,
-        shift.numpy().astype(np.float32),
+        shift.clamp(-LARGEST_SHIFT, LARGEST_SHIFT).numpy().astype(np.float16),
         {name: rounded(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
     )
 

@@ -52,7 +52,8 @@ class Weights:
                     scale = self._scales(own, affine.neurons).astype(np.float32)[:, 0]
                 scale = scale * np.float32(coarse.factor)
                 if coarse.shift is not None:
-                    shift = self._array(coarse.shift, "<f4", affine.neurons)
+                    kind = f"<f{coarse.shift_bytes}"
+                    shift = self._array(coarse.shift, kind, affine.neurons).astype(np.float32)
             if calibrated is not None and (corrected := affine.corrections[calibrated]) is not None:
                 codes = self._array(corrected.offset, "i1", 2 * affine.neurons).reshape(2, -1)
                 factor, summand = corrections_of(codes, np.array(corrected.steps))
