@@ -78,7 +78,7 @@ def random_copies(layer: NetworkLayer, kind: str) -> CoarseLayer:
 
     size = of.tail_filter_weights // max(of.tail_filters, 1)
     tail = {name: filters(size, "int8") for name in layer.tail_filters}
-    return CoarseLayer(filters(of.filter_weights, kind), np.zeros(of.neurons, np.float32), tail)
+    return CoarseLayer(filters(of.filter_weights, kind), np.zeros(of.neurons, np.float16), tail)
 
 
 def whole(network: Network, kind: str) -> Plan:

@@ -320,7 +320,7 @@ def random_coarse(layer: NetworkLayer, kind: str, seed: int = 0, grouped: bool =
     plan_layer = layer.layer
     sizes = [plan_layer.tail_filter_weights // max(plan_layer.tail_filters, 1)] * plan_layer.tail_filters
     group = int(random.integers(1, plan_layer.filter_weights + 1)) if grouped else plan_layer.filter_weights
-    shift = random.standard_normal(plan_layer.neurons, np.float32) * can_shift(layer)
+    shift = (random.standard_normal(plan_layer.neurons, np.float32) * can_shift(layer)).astype(np.float16)
     return CoarseLayer(
         filters(plan_layer.neurons, plan_layer.filter_weights, kind, group),
         shift,

@@ -19,10 +19,10 @@ from robustdice.entropy_code import CODED, over
 from robustdice.errors import PlanError
 from robustdice.meter.arithmetic import measure_layers
 from robustdice.meter.handing import measure_handing
-from robustdice.meter.unpacking import FILTER_WEIGHTS, NEURONS, _filters, _levels, measure_unpacking
+from robustdice.meter.unpacking import FILTER_WEIGHTS, _codes, _filters, measure_unpacking
 from robustdice.partitioning import Answer, Request
 from robustdice.partitioning.replicate import whole
-from robustdice.representation import REPRESENTATIONS
+from robustdice.representation import REPRESENTATIONS, code_offset
 from robustdice.splits import choose_splits, even_plan, plans_for_fewer, splits_of
 from robustdice.workshop import partition
 from test_pairs import Equal
@@ -239,10 +239,9 @@ def test_unpacking_is_measured_of_every_representation() -> None:
 def test_what_is_unpacked_then_is_what_a_bundle_would_have(kind: str) -> None:
     weights, part = _filters(kind)
     (levels,) = weights.filters(part).values()
-    assert levels.shape == (NEURONS, FILTER_WEIGHTS)
+    np.testing.assert_array_equal(levels, _codes(kind) + np.float32(code_offset(kind)))
     if kind in CODED:  # nearly all of the room is taken
-        assert -0.1 * CODED[kind].room(FILTER_WEIGHTS) < over(_levels(kind), kind).mean() <= 0
-        np.testing.assert_array_equal(levels, _levels(kind))
+        assert -0.1 * CODED[kind].room(FILTER_WEIGHTS) < over(_codes(kind), kind).mean() <= 0
 
 
 @pytest.mark.slow

@@ -14,16 +14,16 @@ from commands import fails, run, without_workshop
 from nets import save, seeded
 from robustdice.bundle.manifest import Manifest
 from robustdice.bundle.onnx_graph import OnnxGraph, export_onnx
-from robustdice.bundle.parts import Piece
+from robustdice.bundle.parts import Part, Piece, Work
 from robustdice.bundle.read import Bundle, load_bundle
 from robustdice.bundle.write import write_bundles
 from robustdice.cost.model import dealt, predict, shares
-from robustdice.cost.profile import Profile
+from robustdice.cost.profile import TYPICAL, Profile
 from robustdice.errors import BundleError
-from robustdice.meter.held import measure_held
+from robustdice.meter.held import _layer_seconds, measure_held
 from robustdice.model.load import load_model
 from robustdice.model.network import Network
-from robustdice.plan import Plan
+from robustdice.plan import Layer, Plan
 from robustdice.workshop import partition
 from test_strips import headed, importance_of
 
@@ -114,6 +114,19 @@ def test_coarse_copies_are_measured_as_what_float32_would_take(
         profiles.append(measure_held(bundles[0]))
     fine, coarse = (sum(each.whole for each in profile.layers.values()) for profile in profiles)
     assert 0.1 < coarse / fine < 10
+
+
+@pytest.mark.parametrize("slower", [1.0, 7.0])
+def test_what_coarse_copies_took_is_what_they_are_modelled_to_take(slower: float) -> None:
+    linear = Layer("fc", 500, 1, 1000, 1000, 1, filter_weights=1000)
+    known = replace(TYPICAL, unpack_seconds={kind: slower * each for kind, each in TYPICAL.unpack_seconds.items()})
+    work = Work(0, 0.5, "ec3")
+    part = Part("part.onnx", ("x",), ("y",), work=(work,))
+    for seconds in (0.05, 0.1):
+        found = _layer_seconds(known, (linear,), part, work, seconds)
+        assert found.share == 0.5
+        assert replace(known, layers={"fc": found}).seconds(linear, 0.5, "ec3") == pytest.approx(seconds)
+    assert _layer_seconds(known, (linear,), part, work, 1e-6).whole > 0  # less than unpacking alone
 
 
 def test_a_device_without_the_workshop_writes_a_profile_that_plan_reads(

@@ -13,6 +13,7 @@ import robustdice as rd
 from nets import Branches, Chains, ChannelsLast, Floats, Plain, Residual, random_images, shared_network
 from robustdice import learning
 from robustdice.auto import candidates, tabulate
+from robustdice.entropy_code import CODED
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
 from robustdice.learning import learned
@@ -77,7 +78,7 @@ def off(network: Network, coarse: Coarse, images: Floats) -> float:
     return float((scores - exact).square().mean() / exact.var())
 
 
-@pytest.mark.parametrize("kind", ["int4", "int3", "int2"])
+@pytest.mark.parametrize("kind", ["int4", "int3", "int2", "ec4", "ec3"])
 def test_a_weight_goes_to_the_level_below_or_above_it(kind: str) -> None:
     network = shared_network(Plain, 1, 8, 8)
     every = range(len(network.layers))
@@ -89,7 +90,9 @@ def test_a_weight_goes_to_the_level_below_or_above_it(kind: str) -> None:
         levels, exact = rounded.codes + code_offset(kind), filters / scale
         inside = np.abs(exact) <= np.abs(levels).max()
         away += np.abs(levels - exact)[inside].tolist()
-    assert 0.5 < max(away) < 1  # not all to the nearest
+    assert max(away) > 0.5  # not all to the nearest
+    # What is entropy-coded is made to fit its room afterwards, by a level here and there.
+    assert np.mean(np.array(away) < 1) > (0.95 if kind in CODED else 1 - 1e-9)
 
 
 def test_it_loses_less_than_gptq_where_an_activation_forgets_on_images_that_it_did_not_see() -> None:

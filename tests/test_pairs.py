@@ -197,7 +197,7 @@ def coarse_pair(kind: str, group: int = 96, of_second: str = "float32") -> Plan:
     def coarse(layer: Layer, group: int) -> CoarseLayer:
         codes, groups = np.ones((layer.neurons, layer.filter_weights), np.int8), -(-layer.filter_weights // group)
         scales = np.ones((layer.neurons, groups), np.float16)
-        return CoarseLayer(CoarseFilter(kind, codes, scales, group), np.zeros(layer.neurons, np.float32))
+        return CoarseLayer(CoarseFilter(kind, codes, scales, group), np.zeros(layer.neurons, np.float16))
 
     weights = {(0, kind): coarse(CONV, 9), (1, kind): coarse(FC, group)}
     return replace(plan, shards=(first, second), coarse=weights)

@@ -1,5 +1,6 @@
 """Coarse weights: packed bytes and back, and what they are worth."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from robustdice.plan import Layer
 from robustdice.representation import (
     BITS,
     REPRESENTATIONS,
     CoarseFilter,
+    CoarseLayer,
     Correction,
     code_offset,
     code_range,
     filter_bytes,
+    neuron_bytes,
     pack,
     unpack,
 )
@@ -74,6 +78,25 @@ def test_bytes_count_codes_and_scales() -> None:
 def test_arrays_that_are_no_coarse_filter_are_refused(codes: NDArray[Any], scales: NDArray[Any], group: int) -> None:
     with pytest.raises(ValueError, match=r"codes|scales|filter"):
         CoarseFilter("int3", codes, scales, group)
+
+
+@pytest.mark.parametrize(
+    "shift", [np.array([np.nan, 0]), np.array([7e4, 0]), np.array([-(2**31), 0], np.int32), np.zeros(3)]
+)
+def test_shifts_that_are_no_finite_float16_numbers_are_refused(shift: NDArray[Any]) -> None:
+    own = CoarseFilter("int3", np.zeros((2, 3)), np.ones((2, 1), np.float16), 3)
+    assert CoarseLayer(own, np.array([65504.0, -1.0])).shift.tolist() == [65504, -1]
+    with pytest.raises(ValueError, match="all finite in float16"):
+        CoarseLayer(own, shift)
+
+
+def test_a_neuron_takes_its_codes_a_scale_a_shift_and_what_else_it_has() -> None:
+    layer = Layer("conv", 4, 1, 74, 720, 10, filter_weights=72, affine_weights=2)
+    assert neuron_bytes(layer, "float32") == 4 * 74
+    assert neuron_bytes(layer, "int8") == 72 + 2 + 2
+    assert neuron_bytes(layer, "int3") == 27 + 2 + 2
+    assert neuron_bytes(layer, "ec1") == 9 + 1 + 2 + 2
+    assert neuron_bytes(replace(layer, neuron_weights=72, affine_weights=0), "int3") == 27 + 2
 
 
 SCALES = st.floats(1 / 8, 8, width=32)

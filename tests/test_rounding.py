@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from nets import Branches, Chains, ChannelsLast, Residual, random_images, shared_network
+from nets import Branches, Chains, ChannelsLast, Residual, network_of, random_images, shared_network
 from robustdice.entropy_code import CODED
 from robustdice.failure.copies import Copies, State
 from robustdice.failure.passes import run_under
@@ -26,7 +26,7 @@ from robustdice.rounding import scales as scales_module
 from robustdice.rounding.affine import fold
 from robustdice.rounding.curvature import Curvature, damped
 from robustdice.rounding.gptq import gptq
-from robustdice.rounding.inputs import columns
+from robustdice.rounding.inputs import MAX_COLUMNS, MAX_NUMBERS, MOST_COLUMNS, columns
 from robustdice.rounding.layer import Choice
 from robustdice.rounding.network import round_network
 from robustdice.rounding.scales import as_float16, best_scales, to_levels
@@ -238,3 +238,26 @@ def test_a_budget_is_for_the_bytes_of_the_copies_as_they_are_kept(
                     expected = "int8"
                 if plan.layers[index].filter_weights > 25 or delicate or expected not in coarse:
                     assert holder.representation == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "neurons", "least", "most"),
+    [
+        (4, 4, MOST_COLUMNS / 2, MOST_COLUMNS),
+        (4, 1024, MAX_COLUMNS / 2, MAX_COLUMNS),  # what comes out counts as well
+        (80, 8, MAX_NUMBERS / 80 / 9 / 2, MAX_NUMBERS / 80 / 9),
+        (150, 8, MAX_COLUMNS / 2, MAX_COLUMNS),
+    ],
+)
+def test_of_narrow_filters_more_inputs_are_looked_at(inputs: int, neurons: int, least: float, most: float) -> None:
+    network = network_of(nn.Sequential(nn.Conv2d(inputs, neurons, 3, padding=1), nn.Flatten()), inputs, 8, 8)
+    seen = columns(network.layers[0], torch.zeros(600, inputs, 8, 8), (neurons, inputs, 3, 3))
+    assert seen is not None
+    assert least <= seen.shape[1] <= most
+
+
+def test_of_a_linear_layer_likewise() -> None:
+    network = network_of(nn.Sequential(nn.Linear(16, 8), nn.Flatten()), 1, 50, 16)
+    seen = columns(network.layers[0], torch.zeros(1000, 1, 50, 16), (8, 16))
+    assert seen is not None
+    assert MOST_COLUMNS / 2 <= seen.shape[1] <= MOST_COLUMNS

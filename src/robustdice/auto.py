@@ -277,14 +277,14 @@ def candidates(
 
 def best_first(found: Sequence[Candidate]) -> list[Candidate]:
     """In the order in which they would be taken; of those that keep as much, the one with the least to exchange, and of
-    these the one that is modelled to be the fastest."""
+    these the one that is modelled to be the fastest, by typical figures."""
     judge = Judge()
     return sorted(found, key=lambda of: (-of.merit, of.plan.exchanged_activations, judge.seconds(of.plan)))
 
 
 def least_to_matter(found: Sequence[Candidate]) -> float:
     """What a plan has to be worth to be among the first ``LEARNED`` of them."""
-    return best_first(found)[LEARNED - 1].merit if len(found) >= LEARNED else -1.0
+    return sorted((of.merit for of in found), reverse=True)[LEARNED - 1] if len(found) >= LEARNED else -1.0
 
 
 def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int], to_beat: float = -1.0) -> Candidate:

@@ -183,16 +183,17 @@ class CoarseLayer:
     """
 
     filter: CoarseFilter
-    shift: NDArray[np.float32]
+    shift: NDArray[np.float16]
     tail: Mapping[str, CoarseFilter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         neurons = len(self.filter.codes)
-        if self.shift.shape != (neurons,) or not (np.abs(self.shift) <= LARGEST_SHIFT).all():
-            raise ValueError(f"shifts of shape {self.shift.shape}, expected ({neurons},), all within float16")
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "shift", _frozen(self.shift, np.float16))
+        if self.shift.shape != (neurons,) or not np.isfinite(self.shift).all():
+            raise ValueError(f"shifts of shape {self.shift.shape}, expected ({neurons},), all finite in float16")
         if any(len(each.codes) != neurons for each in self.tail.values()):
             raise ValueError("the tail's filters are of another number of neurons")
-        object.__setattr__(self, "shift", _frozen(self.shift, np.float16))
 
     @property
     def representation(self) -> str:

@@ -126,7 +126,8 @@ def profile(
     """What this machine takes for each layer on one thread, and for handing over: what plans are modelled from.
 
     Of a device's bundle, which needs no workshop, it measures what the device computes, and scales each layer by the
-    share of its neurons that is there; what handing over takes is typical then. Of a MODEL everything is measured.
+    share of its neurons that is there; what handing over takes is typical then. Of a MODEL that is measured, too. What
+    unpacking coarse weights takes is measured in both.
     """
     said = ""
     if Path(model).is_dir() or BUNDLE_NAME.fullmatch(Path(model).name):

@@ -89,11 +89,16 @@ class Profile:
             if measured is None
             else measured.of(share)
         )
+        unpacking = self.unpacking(layer, share, representation)
+        return self.coarse_factor * exact + unpacking if unpacking is not None else exact
+
+    def unpacking(self, layer: Layer, share: float, representation: str) -> float | None:
+        """What of that it takes to unpack the weights; None where filters are constants."""
         packed = representation == "int4" and layer.neuron_macs - layer.tail_macs == layer.filter_weights
         if representation == "float32" or packed:  # linear layers are multiplied as they are packed
-            return exact
+            return None
         filters = share * layer.neurons * (layer.filter_weights + layer.tail_filter_weights)
-        return self.coarse_factor * exact + filters * self.unpack_seconds[representation]
+        return filters * self.unpack_seconds[representation]
 
     def check_fits(self, model: ModelReference) -> None:
         """PlanError when the layers that were measured are of another model."""

@@ -2,7 +2,8 @@
 
 A bundle has what its device computes, mostly some neurons of each layer. What a layer takes with all its neurons
 follows from these by arithmetic; where a model computes several layers, each is given the part of its time that it has
-in typical figures. What handing over takes shows between two devices only, and is typical too.
+in typical figures. What unpacking weights takes is measured by itself. What handing over takes shows between two
+devices only, and is typical too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from robustdice.runtime.executor import Executor, Values
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 ENOUGH_SECONDS = 3.0
 """Of all models together: so long, and not fewer than the fewest rounds, they are run."""
+LEAST_ARITHMETIC = 0.1
+"""Of what a model takes, when unpacking its weights by themselves took nearly as long or longer."""
 
 
 def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
@@ -53,19 +56,19 @@ def measure_held(bundle: Bundle, on_progress: Progress = silent) -> Profile:
         rounds = int(np.clip(ENOUGH_SECONDS * done / (time.perf_counter() - start), FEWEST_ROUNDS, MOST_ROUNDS))
         on_progress(min(done, rounds), rounds)
     seconds = {part: median(each) for part, each in taken.items()}
+    known = replace(TYPICAL, unpack_seconds=measure_unpacking())
     layers = {
-        manifest.layers[index].name: _layer_seconds(manifest.layers, part, work, seconds[part])
+        manifest.layers[index].name: _layer_seconds(known, manifest.layers, part, work, seconds[part])
         for index, (part, work) in sorted(best.items())
     }
     macs = sum(layer.neurons * layer.neuron_macs for layer in manifest.layers if layer.name in layers)
     local = [part for stage in manifest.stages for part in stage.local]
     return replace(
-        TYPICAL,
+        known,
         macs_per_second=macs / sum(each.whole for each in layers.values()),
         layers=layers,
         rest_seconds=sum(seconds[part] for part in local if not part.work),
         model_digest=manifest.model_digest,
-        unpack_seconds=measure_unpacking(),
     )
 
 
@@ -99,8 +102,11 @@ def _merit(work: Work) -> tuple[bool, float]:
     return work.representation == "float32", work.share
 
 
-def _layer_seconds(layers: tuple[Layer, ...], part: Part, work: Work, seconds: float) -> LayerSeconds:
-    """Of one of the layers that a model computes in so many seconds, if it were in float32."""
-    typical = sum(TYPICAL.seconds(layers[each.layer], each.share, each.representation) for each in part.work)
-    mine = seconds * TYPICAL.seconds(layers[work.layer], work.share) / typical
+def _layer_seconds(known: Profile, layers: tuple[Layer, ...], part: Part, work: Work, seconds: float) -> LayerSeconds:
+    """Of one of the layers that a model computes in so many seconds, if it were in float32, by what is ``known``."""
+    every = [(layers[each.layer], each.share, each.representation) for each in part.work]
+    unpacking = sum(known.unpacking(*each) or 0.0 for each in every)
+    arithmetic = sum(known.seconds(*each) for each in every) - unpacking
+    left = max(seconds - unpacking, LEAST_ARITHMETIC * seconds)
+    mine = left * known.seconds(layers[work.layer], work.share) / arithmetic
     return LayerSeconds(mine / work.share, mine, work.share)

@@ -98,13 +98,15 @@ def considered_summary(considered: Sequence[Candidate], judge: Judge, purpose: P
 
 def _faster(considered: Sequence[Candidate], judge: Judge) -> str:
     """What is worth knowing of the most accurate plan: that another one is much faster and keeps nearly as much."""
-    fastest = min(nearly_best(considered), key=lambda each: judge.seconds(each.plan))
+    as_well_known = [each for each in considered if each.images == considered[0].images]
+    fastest = min(nearly_best(as_well_known), key=lambda each: judge.seconds(each.plan))
     if FASTER * judge.seconds(fastest.plan) > judge.seconds(considered[0].plan):
         return ""
     there, here = (_value(each, judge, judge.goal) for each in (fastest, considered[0]))
     return (
-        f" Of those that do so at most {100 * TOLERATED:g} points less often, however many devices are down, "
-        f"{fastest.family} is modelled to be faster: {there}, not {here}; with --for {judge.goal} speed decides."
+        f" Of the plans that answer like it at most {100 * TOLERATED:g} points less often, however many devices are "
+        f"down, {fastest.family} is modelled to be the fastest: {there}, not {here}; with --for {judge.goal} speed "
+        "decides."
     )
 
 

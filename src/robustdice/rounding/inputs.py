@@ -13,8 +13,8 @@ from robustdice.model.layers import NetworkLayer
 MAX_COLUMNS = 8_192
 """So many inputs of a filter say enough where they are wide; of more, some are taken at even distances."""
 MOST_COLUMNS, MAX_NUMBERS = 16_384, 2**23
-"""Of narrow ones so many, as long as they are not more numbers than that: there more inputs are worth something and
-cost little."""
+"""Of narrow ones so many, as long as neither they nor what is to come out for them are more numbers than that: there
+more inputs are worth something and cost little."""
 
 
 def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor | None:
@@ -22,7 +22,8 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
     that is not grouped has one group. ``size`` is the shape of the filters, [neurons, ...]. None for a convolution
     along three axes, for which there is no such function."""
     if layer.node.target not in CONVOLUTIONS.values():
-        return _thinned(x.reshape(1, -1, x.shape[-1]))
+        found = x.reshape(1, -1, x.shape[-1])
+        return found[:, :: -(-found.shape[1] // _enough(max(size[0], found.shape[-1])))]
     if layer.node.target is CONVOLUTIONS[3]:
         return None
     _, _, _, stride, padding, dilation, groups = arguments(layer.node, None, None, None, 1, 0, 1, 1)
@@ -36,7 +37,7 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
         windows = windows.unfold(axis, (width - 1) * apart + 1, stride)[..., ::apart]
     windows = windows.permute(0, 2, 3, 1, 4, 5)  # [images, height, width, channels, *kernel], a view
     _, high, wide = windows.shape[:3]
-    every = max(1, len(x) * high * wide // _enough(x.shape[1] * math.prod(kernel)))
+    every = -(-len(x) * high * wide // _enough(max(x.shape[1] * math.prod(kernel), size[0])))
     taken = [torch.arange(number % every, high * wide, every) for number in range(len(x))]
     images = torch.arange(len(x)).repeat_interleave(torch.tensor([len(some) for some in taken]))
     places = torch.cat(taken)
@@ -44,10 +45,6 @@ def columns(layer: NetworkLayer, x: torch.Tensor, size: tuple[int, ...]) -> torc
     return found.reshape(len(found), groups, -1).transpose(0, 1)
 
 
-def _thinned(found: torch.Tensor) -> torch.Tensor:
-    return found[:, :: max(1, found.shape[1] // _enough(found.shape[-1]))]
-
-
 def _enough(numbers: int) -> int:
-    """How many inputs of a layer's filters are taken that read so many ``numbers`` at a place, in all groups."""
+    """How many places are looked at, at each of which all filters of a layer read, or give, so many ``numbers``."""
     return min(MOST_COLUMNS, max(MAX_COLUMNS, MAX_NUMBERS // numbers))

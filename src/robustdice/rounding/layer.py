@@ -121,7 +121,7 @@ def coarse_layer(
     ``tail`` are the tail's depthwise filters [neurons, ...] by name; ``shifts`` says whether the layer can have a shift
     at all.
     """
-    return with_filters(rounded(target, choice), folded, tail, target, shifts)
+    return with_filters(rounded_filter(target, choice), folded, tail, target, shifts)
 
 
 def with_filters(
@@ -136,12 +136,13 @@ def with_filters(
     eight = Choice(TAIL_REPRESENTATION)
     return CoarseLayer(
         own,
+        # As of float16 filters, what is beyond float16 is cut off; what that costs is measured with the plan.
         shift.clamp(-LARGEST_SHIFT, LARGEST_SHIFT).numpy().astype(np.float16),
-        {name: rounded(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
+        {name: rounded_filter(Target(each.reshape(len(each), -1)), eight) for name, each in tail.items()},
     )
 
 
-def rounded(target: Target, choice: Choice) -> CoarseFilter:
+def rounded_filter(target: Target, choice: Choice) -> CoarseFilter:
     """The filters of a target in one representation: by GPTQ where it is known what they see, else to the nearest
     levels."""
     kind = choice.representation

@@ -31,7 +31,7 @@ from robustdice.rounding.layer import (
     Target,
     coarse_layer,
     of_levels,
-    rounded,
+    rounded_filter,
     target,
     with_filters,
 )
@@ -140,7 +140,7 @@ class _Stream:
 class _Task:
     """A layer that is to be rounded: what it reads behind coarse predecessors (``reads``), what it is to give at the
     end of its tail (``goal``), and how to compute that (``tail``, from the layer's node on, with the ``given``
-    parameters). ``for_all`` is what its ``folded`` filters are rounded to without learning."""
+    parameters). ``for_all`` is what its ``folded`` filters are rounded to without learning, and what it sees."""
 
     network: Network
     layer: NetworkLayer
@@ -178,9 +178,9 @@ class _Task:
         known = self.folded, tail, self.for_all, can_shift(self.layer)
         if choice.representation not in LEARNT:
             return coarse_layer(self.folded, tail, choice, *known[2:])
-        # Levels next to the filters have room for other entropy-coded steps than GPTQ's.
+        # In as many bits the levels next to the filters have other steps than GPTQ's; these are what is learned from.
         start = Target(self.folded.filters) if choice.representation in CODED else self.for_all
-        first = with_filters(rounded(start, choice), *known)
+        first = with_filters(rounded_filter(start, choice), *known)
         return with_filters(self._learned(first, generator), *known)
 
     def parameters(self, coarse: CoarseLayer) -> dict[fx.Node, torch.Tensor]:
