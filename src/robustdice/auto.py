@@ -62,8 +62,9 @@ FINE_FIRST = (*ALIKE, *itertools.combinations(("float32", *MEASURED), 2))
 """And those of which spares are coarser."""
 LEARNED = 2
 """So many plans, the best ones, are looked at once more (:mod:`robustdice.learning`)."""
-TRIES = 3
-"""Layers are sized by their largest device; what the devices then have left is given out again so often."""
+TRIES = 8
+"""Layers are sized by their largest device, and with corrections where others may make them needed; what the devices
+then have left is given out again so often: all of it, and half of it once that was too much."""
 
 Rooms = tuple[float, ...] | None
 """How much room devices have, where it is not the same for all."""
@@ -327,7 +328,8 @@ def choose(
     uneven = len(set(budgets)) > 1
     scale = allowed.min() / np.maximum(allowed, 1)
     rooms: Rooms = tuple(allowed.tolist()) if uneven else None
-    room = int(allowed.min())
+    room = fits = int(allowed.min())
+    too_much: int | None = None
     best: tuple[list[Kept], Rooms] | None = None
     least = math.inf
     for _ in range(TRIES):
@@ -336,6 +338,8 @@ def choose(
             for i, layer in layers
         ]
         if (smallest := sum(int(of_layer.min()) for of_layer in sizes)) > room:
+            if best is not None:
+                break
             raise _too_little(network, smallest + 4 * network.shared_weights, budgets)
         numbers = allocate(costs, sizes, room)
         chosen = [choices[i][number] for i, number in enumerate(numbers)]
@@ -343,12 +347,14 @@ def choose(
         unused = math.floor(((allowed - everywhere - rest) * scale).min())
         cost = sum(float(costs[i][number]) for i, number in enumerate(numbers))
         if unused < 0:
-            break
-        if cost <= least:
-            best, least = (chosen, rooms), cost
-        room += unused
-        if uneven:
-            rooms = tuple((allowed - everywhere).tolist())
+            too_much = room
+        else:
+            fits = room
+            if cost <= least:
+                best, least = (chosen, rooms), cost
+            if uneven:
+                rooms = tuple((allowed - everywhere).tolist())
+        room = fits + unused if too_much is None else (fits + too_much) // 2
     assert best is not None  # the first choice is counted at its largest device in every layer
     return best
 
