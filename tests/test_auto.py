@@ -209,6 +209,30 @@ def test_plans_are_made_with_some_images_and_compared_on_others_where_there_are_
     assert few.others is None
 
 
+def test_what_devices_have_left_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, weights = shared_network(Residual, 3, 8, 8), [1.0] * 4
+    table = tabulate(network, random_images(24, (3, 8, 8)), devices=4)
+    layers = list(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True))
+
+    def chosen(budget: int, tries: int) -> tuple[float, int]:
+        """What it costs, and the bytes of the largest device."""
+        monkeypatch.setattr(auto, "TRIES", tries)
+        kept, _ = auto.choose(table, auto._spreads(4), auto.ALIKE, weights, [budget] * 4)
+        cost = sum(table.sensitivity.cost(index, of, weights) for index, of in enumerate(kept))
+        corrections = 2 * auto._corrected_sets(auto._spreads(4), 4, 3)
+        everywhere, rest = auto._held(list(enumerate(layers)), kept, 4, corrections, None)
+        return cost, int((everywhere + rest).max()) + 4 * network.shared_weights
+
+    better = []
+    for share in np.linspace(0.18, 0.35, 10):
+        budget = int(share * total_bytes(network))
+        (once, _), (often, held) = chosen(budget, 1), chosen(budget, 8)
+        assert often <= once
+        assert held <= budget
+        better.append(often < once)
+    assert any(better)
+
+
 def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() -> None:
     network = shared_network(Plain, 1, 8, 8)
     made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
