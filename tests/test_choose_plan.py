@@ -19,7 +19,11 @@ def test_auto_says_what_it_considered_and_takes_the_best_within_the_budget(tmp_p
         *("--data", "digits", "-o", path),
     )
     plan = Plan.load(path)
-    assert plan.method == "auto"
+    taken = found["considered"][0]
+    assert list(plan.bytes_per_device) == taken["bytes_per_device"]
+    as_good = [each for each in found["considered"] if each["agreement"] == taken["agreement"]]
+    assert len(as_good) > 1  # so small a task loses nothing by several plans: of these the fastest is taken
+    assert taken["frames_per_second"] == max(each["frames_per_second"] for each in as_good)
     assert plan.memory_share == found["memory_share"] <= 0.1
     merits = [sum(each["agreement"].values()) for each in found["considered"]]
     assert merits == sorted(merits, reverse=True)
