@@ -1,7 +1,9 @@
 """Plans for a budget: what is chosen keeps to it, survives, and beats what anybody would do by hand."""
 
 import itertools
+import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,7 +14,19 @@ from hypothesis import strategies as st
 import robustdice as rd
 from nets import Plain, Residual, random_images, shared_network
 from robustdice import auto
-from robustdice.auto import Candidate, affordable, best_first, candidates, small_layers, tabulate, worth_choosing
+from robustdice.auto import (
+    ALIKE,
+    Candidate,
+    Table,
+    affordable,
+    best_first,
+    candidates,
+    check_room,
+    choose,
+    small_layers,
+    tabulate,
+    worth_choosing,
+)
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.profile import TYPICAL
 from robustdice.entropy_code import CODED
@@ -21,10 +35,16 @@ from robustdice.failure.agreement import agreement, answers
 from robustdice.importance.divergence import kullback_leibler
 from robustdice.importance.score import forward_macs
 from robustdice.model.network import Network
+from robustdice.partitioning.budget import parse_memories
 from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.report import considered
 from robustdice.representation import REPRESENTATIONS, neuron_bytes
 from robustdice.workshop import choose_from, choose_plan
+
+
+@cache
+def table_of_residual() -> Table:
+    return tabulate(shared_network(Residual, 3, 8, 8), random_images(8, (3, 8, 8)), devices=3)
 
 
 def total_bytes(network: Network) -> int:
@@ -62,11 +82,39 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
         candidates(tabulate(network, random_images(8, (1, 8, 8)), devices=4), 40)
 
 
-@pytest.mark.parametrize("memory", ["0MB,1MB,1MB,1MB", "1B", "1MB,1MB"])
-def test_amounts_that_cannot_be_are_refused(memory: str) -> None:
-    network = shared_network(Plain, 1, 8, 8)
-    with pytest.raises(PlanError, match=r"need .* bytes on each device|amounts for 4 devices|memory"):
-        choose_plan(network, random_images(8, (1, 8, 8)), devices=4, memory=memory)
+@pytest.mark.parametrize(
+    ("memory", "why"),
+    [
+        ("0MB,1MB,1MB,1MB", "need at least .* bytes on the device with the least memory, which has 0"),
+        ("1B", "need .* bytes on each device, 1 are allowed"),
+        ("0B", "need .* bytes on each device, 0 are allowed"),
+        ("1MB,1MB", "2 amounts for 4 devices"),
+    ],
+)
+def test_amounts_that_cannot_be_are_refused_before_long_work(
+    memory: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("robustdice.workshop.tabulate")
+    with pytest.raises(PlanError, match=why):
+        choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=4, memory=memory)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=3), st.integers(0, 2))
+def test_without_a_table_the_same_is_refused_as_with_it(more: list[int], survive: int) -> None:
+    """And what is said to be needed is what then fits."""
+    table = replace(table_of_residual(), survive=survive)
+    network, spreads = table.network, [*auto._spreads(3), *auto._thin(3)]
+    budgets = more * 3 if len(more) == 1 else [*more, 600][:3]
+    try:
+        check_room(network, 3, survive, budgets)
+    except PlanError as error:
+        with pytest.raises(PlanError):
+            choose(table, spreads, ALIKE, [1.0] * (survive + 1), budgets)
+        if needed := re.search(r"need ([\d,]+) bytes on each device.*--memory (\S+)", str(error)):
+            check_room(network, 3, survive, [int(needed[1].replace(",", ""))] * 3)
+            check_room(network, 3, survive, parse_memories(needed[2], total_bytes(network), 3))
+    else:
+        choose(table, spreads, ALIKE, [1.0] * (survive + 1), budgets)
 
 
 def test_every_budget_above_the_least_has_a_plan() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -237,6 +237,7 @@ def candidates(
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
         raise PlanError(f"{len(budgets)} budgets for {table.devices} devices; give one for each")
+    check_room(table.network, table.devices, table.survive, budgets)
     offered, thin = _spreads(table.devices), _thin(table.devices)
     whole = offered[:1]
     even, early = ([share**size for size in range(table.survive + 1)] for share in (1.0, 0.5))
@@ -313,34 +314,21 @@ def choose(
     """
     network, devices = table.network, table.devices
     layers = list(enumerate(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True)))
-    small, by_all = small_layers(network.plan_layers), Spread(devices)
-    choices = [
-        [Kept(by_all, kind) for kind in REPRESENTATIONS if kind in offered]
-        if i in small
-        else [Kept(s, *of) for s in spreads for of in kinds if offered.issuperset(of)]
-        for i, offered in enumerate(table.offered(min(budgets)))
-    ]
+    choices = _choices(network, devices, spreads, kinds, table.offered(min(budgets)))
     corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
     costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices[i]]) for i, _ in layers]
-    allowed = np.array(budgets, dtype=np.int64) - 4 * network.shared_weights
-    if allowed.min() <= 0:
-        raise _too_little(network, 4 * network.shared_weights + 1, budgets)
-    uneven = len(set(budgets)) > 1
-    scale = allowed.min() / np.maximum(allowed, 1)
-    rooms: Rooms = tuple(allowed.tolist()) if uneven else None
+    allowed, scale, rooms = _room(network, budgets)
+    uneven = rooms is not None
     room = fits = int(allowed.min())
     too_much: int | None = None
     best: tuple[list[Kept], Rooms] | None = None
     least = math.inf
     for _ in range(TRIES):
-        sizes = [
-            np.array([_largest(held_bytes(*layer, kept, devices, i, corrections, rooms), scale) for kept in choices[i]])
-            for i, layer in layers
-        ]
-        if (smallest := sum(int(of_layer.min()) for of_layer in sizes)) > room:
+        sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
+        if sum(int(of_layer.min()) for of_layer in sizes) > room:
             if best is not None:
                 break
-            raise _too_little(network, smallest + 4 * network.shared_weights, budgets)
+            raise PlanError("even the least does not fit")
         numbers = allocate(costs, sizes, room)
         chosen = [choices[i][number] for i, number in enumerate(numbers)]
         everywhere, rest = _held(layers, chosen, devices, corrections, rooms)
@@ -359,11 +347,76 @@ def choose(
     return best
 
 
-def _too_little(network: Network, needed: int, budgets: Sequence[int]) -> PlanError:
+def check_room(network: Network, devices: int, survive: int | None, budgets: Sequence[int]) -> None:
+    """PlanError, naming what is needed, when :func:`candidates` would find nothing that keeps to the budgets, or when
+    so many devices cannot be down. It takes no table."""
+    check_max_failed(devices, survive)
+    survive = devices - 1 if survive is None else survive
+    needed = _least_needed(network, devices, survive, budgets)
+    if needed <= min(budgets):
+        return
+    if len(set(budgets)) > 1:  # how layers are dealt out depends on what each device is given
+        raise PlanError(
+            f"the smallest copies need at least {needed:,} bytes on the device with the least memory, which has "
+            f"{min(budgets):,}: allow it more"
+        )
+    while (more := _least_needed(network, devices, survive, [needed] * devices)) > needed:
+        needed = more  # for more bytes there are no coarser copies, but finer ones
     share = share_of(needed, 4 * network.parameters)
-    return PlanError(
+    raise PlanError(
         f"the smallest copies need {needed:,} bytes on each device, {min(budgets):,} are allowed: --memory {share}"
     )
+
+
+def _least_needed(network: Network, devices: int, survive: int, budgets: Sequence[int]) -> int:
+    """What the smallest copies that are offered for the budgets take of the least of these."""
+    spreads = [*_spreads(devices), *_thin(devices)]
+    choices = _choices(network, devices, spreads, ALIKE, worth_choosing(network, min(budgets)))
+    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, survive)
+    # Which units are important decides who holds which of them, not how many each device holds.
+    layers = [(i, (of, (0.0,) * (of.neurons // of.group))) for i, of in enumerate(network.plan_layers)]
+    _, scale, rooms = _room(network, budgets)
+    sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
+    return 4 * network.shared_weights + sum(int(of_layer.min()) for of_layer in sizes)
+
+
+def _choices(
+    network: Network,
+    devices: int,
+    spreads: Sequence[Spread],
+    kinds: Sequence[tuple[str, str]],
+    offered: Sequence[Collection[str]],
+) -> list[list[Kept]]:
+    """Of every layer how it may be kept, in those of the ``kinds`` that are ``offered``: small layers by all."""
+    small, by_all = small_layers(network.plan_layers), Spread(devices)
+    return [
+        [Kept(by_all, kind) for kind in REPRESENTATIONS if kind in of_layer]
+        if i in small
+        else [Kept(s, *of) for s in spreads for of in kinds if set(of) <= set(of_layer)]
+        for i, of_layer in enumerate(offered)
+    ]
+
+
+def _room(network: Network, budgets: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float64], Rooms]:
+    """What devices have for layers, in bytes; by what to scale it so that all have the same; and how much room that is
+    where they have not."""
+    allowed = np.maximum(np.array(budgets, dtype=np.int64) - 4 * network.shared_weights, 1)  # 1 fits nothing either
+    return allowed, allowed.min() / allowed, tuple(allowed.tolist()) if len(set(budgets)) > 1 else None
+
+
+def _sizes(
+    layers: Sequence[tuple[int, tuple[Layer, tuple[float, ...]]]],
+    choices: Sequence[Sequence[Kept]],
+    devices: int,
+    corrections: int,
+    rooms: Rooms,
+    scale: NDArray[np.float64],
+) -> list[NDArray[np.int64]]:
+    """What each choice of every layer takes on the device where that is most, bytes in which each has the same room."""
+    return [
+        np.array([_largest(held_bytes(*layer, kept, devices, i, corrections, rooms), scale) for kept in choices[i]])
+        for i, layer in layers
+    ]
 
 
 def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:

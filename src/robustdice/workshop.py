@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustdice.auto import Candidate, Table, best_first, candidates, least_to_matter, tabulate
+from robustdice.auto import Candidate, Table, best_first, candidates, check_room, least_to_matter, tabulate
 from robustdice.bundle.onnx_graph import OnnxGraph
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import PLAN_NAME, check_replaceable, write_bundles
@@ -176,7 +176,8 @@ def choose_plan(
         if purpose is None:
             raise PlanError("the most accurate plan is the whole model on every device: say what memory there is")
         memory = 1.0
-    budgets = parse_memories(memory, 4 * network.parameters, devices)  # what is said wrong is found before long work
+    budgets = parse_memories(memory, 4 * network.parameters, devices)
+    check_room(network, devices, survive, budgets)  # what is said wrong is found before long work
     first, last = part(on_progress, 0, 0.4), part(on_progress, 0.4, 1)
     table = tabulate(
         network,
