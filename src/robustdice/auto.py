@@ -251,12 +251,12 @@ def candidates(
     }
     chosen: dict[str, tuple[list[Kept], Rooms]] = {}
     for family, (spreads, kinds, weights) in families.items():
-        try:
-            kept, rooms = choose(table, spreads, kinds, weights, budgets)
-        except PlanError:
-            if spreads is whole or family == "spread thin":
-                continue
-            kept, rooms = choose(table, [*spreads, *thin], kinds, weights, budgets)
+        answer = choose(table, spreads, kinds, weights, budgets)
+        if answer is None and spreads is offered:
+            answer = choose(table, [*offered, *thin], kinds, weights, budgets)
+        if answer is None:
+            continue
+        kept, rooms = answer
         if family == "spread thin" and not any(of.spread in thin for of in kept):
             continue
         if all(kept != other for other, _ in chosen.values()):
@@ -304,13 +304,13 @@ def choose(
     kinds: Sequence[tuple[str, str]],
     weights: Sequence[float],
     budgets: Sequence[int],
-) -> tuple[list[Kept], Rooms]:
+) -> tuple[list[Kept], Rooms] | None:
     """Of every layer how it is kept, with primaries and spares in which of the ``kinds``, so that the table's costs add
     up to the least, and by how much room the devices share what is not on all of them (None: evenly). ``weights`` are
     those of 0, 1, ... failed devices.
 
-    Bytes are counted as parts of what a device has room for, and the device of which most is taken counts. PlanError
-    when even the least does not fit.
+    Bytes are counted as parts of what a device has room for, and the device of which most is taken counts. None when
+    even the least does not fit.
     """
     network, devices = table.network, table.devices
     layers = list(enumerate(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True)))
@@ -326,9 +326,7 @@ def choose(
     for _ in range(TRIES):
         sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
         if sum(int(of_layer.min()) for of_layer in sizes) > room:
-            if best is not None:
-                break
-            raise PlanError("even the least does not fit")
+            break
         numbers = allocate(costs, sizes, room)
         chosen = [choices[i][number] for i, number in enumerate(numbers)]
         everywhere, rest = _held(layers, chosen, devices, corrections, rooms)
@@ -343,7 +341,6 @@ def choose(
             if uneven:
                 rooms = tuple((allowed - everywhere).tolist())
         room = fits + unused if too_much is None else (fits + too_much) // 2
-    assert best is not None  # the first choice is counted at its largest device in every layer
     return best
 
 
@@ -370,14 +367,18 @@ def check_room(network: Network, devices: int, survive: int | None, budgets: Seq
 
 def _least_needed(network: Network, devices: int, survive: int, budgets: Sequence[int]) -> int:
     """What the smallest copies that are offered for the budgets take of the least of these."""
-    spreads = [*_spreads(devices), *_thin(devices)]
-    choices = _choices(network, devices, spreads, ALIKE, worth_choosing(network, min(budgets)))
-    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, survive)
+    offered = worth_choosing(network, min(budgets))
     # Which units are important decides who holds which of them, not how many each device holds.
     layers = [(i, (of, (0.0,) * (of.neurons // of.group))) for i, of in enumerate(network.plan_layers)]
     _, scale, rooms = _room(network, budgets)
-    sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
-    return 4 * network.shared_weights + sum(int(of_layer.min()) for of_layer in sizes)
+    spreads, thin = _spreads(devices), _thin(devices)
+    needed = []
+    for some in (spreads[:1], spreads, [*spreads, *thin]):  # the fewer holders, the more corrections
+        corrections = CORRECTION_BYTES * _corrected_sets(some, devices, survive)
+        choices = _choices(network, devices, some, ALIKE, offered)
+        sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
+        needed.append(sum(int(of_layer.min()) for of_layer in sizes))
+    return 4 * network.shared_weights + min(needed)
 
 
 def _choices(
