@@ -191,12 +191,13 @@ def picture(points: Sequence[Point]) -> Picture:
 
 def goals_table(points: Sequence[Point]) -> str:
     """What share of the clean accuracy is kept, beside the goals: bold where these are met, with the goal in brackets
-    where they are not, and with ~ where that is within the sampling error."""
+    where they are not, and with ~ where that is within the sampling error; and what competitors that fit keep."""
     lines = [
-        "Kept of what the model alone has, per cent (*refined*: `calibrate --passes` after `auto`):",
+        "Kept of what the model alone has, per cent (*refined*: `calibrate --passes` after `auto`); last, what the "
+        "best competitor that fits keeps with one, two and three down:",
         "",
-        "| budget | held | images | the model alone | none down | one down | two down | three down |",
-        "|---|---|---|---|---|---|---|---|",
+        "| budget | held | images | the model alone | none down | one down | two down | three down | competitors |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for budget, goals in GOALS.items():
         for method in (AUTO, REFINED):
@@ -209,7 +210,8 @@ def goals_table(points: Sequence[Point]) -> str:
             healthy = by_size[0]
             lines.append(
                 f"| {100 * budget:g}{' refined' if method == REFINED else ''} | {100 * healthy.share:.2f} "
-                f"| {healthy.images} | {100 * healthy.clean:.1f} | {100 * healthy.worst:.1f} | {' | '.join(kept)} |"
+                f"| {healthy.images} | {100 * healthy.clean:.1f} | {100 * healthy.worst:.1f} | {' | '.join(kept)} "
+                f"| {_best_competitors(points, [by_size[down] for down in SIZES])} |"
             )
     done = {each.budget for each in points if each.method == AUTO and not each.told}
     if missing := [f"{100 * budget:g}" for budget in GOALS if budget not in done]:
@@ -222,6 +224,17 @@ def _kept(found: Point, goal: float) -> str:
     if 100 * found.worst >= goal * found.clean:
         return f"**{kept}**"
     return f"{kept} ({goal:g}){' ~' if 100 * found.high >= goal * found.clean else ''}"
+
+
+def _best_competitors(points: Sequence[Point], autos: Sequence[Point]) -> str:
+    """Of the competitors that fit, what the best one keeps with as many down as each of ``autos``; which that is."""
+    rivals = [each for each in points if each.method in STYLES]
+    found = [[each.rival for each in comparisons([auto, *rivals])] for auto in autos]
+    if not all(found):
+        return "none fits"
+    best = [max(each, key=lambda rival: rival.worst) for each in found]
+    kept = " / ".join(f"{100 * each.worst / each.clean:.1f}" for each in best)
+    return f"{kept}: {'; '.join(dict.fromkeys(each.name for each in best))}"
 
 
 def comparison_table(points: Sequence[Point]) -> str:
