@@ -60,6 +60,27 @@ def test_what_matters_most_is_everywhere_and_the_rest_is_lost_evenly(
         assert max(lost) - min(lost) <= possible
 
 
+@pytest.mark.parametrize(("holders", "devices"), [(h, d) for d in range(2, 8) for h in range(1, d + 1)])
+def test_sets_of_holders_come_up_in_the_order_that_keeps_devices_even(holders: int, devices: int) -> None:
+    left = list(itertools.combinations(range(devices), holders))
+    named = [0] * devices
+    expected = []
+    while left:
+        best = min(left, key=lambda chosen: (sorted((named[d] for d in chosen), reverse=True), chosen))
+        left.remove(best)
+        for device in best:
+            named[device] += 1
+        expected.append(frozenset(best))
+    assert deal([0.0] * len(expected), Spread(holders), devices) == expected
+
+
+def test_half_of_sixteen_devices_have_more_sets_than_units_and_stay_even() -> None:
+    dealt = deal([0.0] * 600, Spread(8), 16, first=3)
+    held = Counter(device for holders in dealt for device in holders)
+    assert len(set(dealt)) == 600
+    assert max(held.values()) - min(held.values()) <= 2
+
+
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=5), st.data(), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_devices_hold_in_proportion_to_their_room_and_nobody_more_than_all(

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -23,12 +24,14 @@ from robustdice.auto import (
     candidates,
     check_room,
     choose,
+    least_to_matter,
     small_layers,
     tabulate,
     worth_choosing,
 )
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.profile import TYPICAL
+from robustdice.cost.purpose import TOLERATED
 from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.agreement import agreement, answers
@@ -40,6 +43,20 @@ from robustdice.plan import Holder, Plan, Shard, failure_sets
 from robustdice.report import considered
 from robustdice.representation import REPRESENTATIONS, neuron_bytes
 from robustdice.workshop import choose_from, choose_plan
+
+
+class Offset(Plain):
+    """With weights outside of all layers, more than are within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = torch.nn.ParameterList(torch.randn(1, 8, 8) for _ in range(20))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for offset in self.offsets:
+            images = images + offset
+        found: torch.Tensor = super().forward(images)
+        return found
 
 
 @cache
@@ -85,7 +102,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
 @pytest.mark.parametrize(
     ("memory", "why"),
     [
-        ("0MB,1MB,1MB,1MB", "need at least .* bytes on the device with the least memory, which has 0"),
+        ("0MB,1MB,1MB,1MB", r"they would .* --memory \d+B,\d+B,\d+B,\d+B"),
         ("1B", "need .* bytes on each device, 1 are allowed"),
         ("0B", "need .* bytes on each device, 0 are allowed"),
         ("1MB,1MB", "2 amounts for 4 devices"),
@@ -97,6 +114,58 @@ def test_amounts_that_cannot_be_are_refused_before_long_work(
     monkeypatch.delattr("robustdice.workshop.tabulate")
     with pytest.raises(PlanError, match=why):
         choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=4, memory=memory)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 17])
+def test_so_many_devices_as_cannot_be_are_refused_before_long_work(
+    devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("robustdice.workshop.tabulate")
+    with pytest.raises(PlanError, match=f"2 to 16 devices, not {devices}"):
+        choose_plan(shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8)), devices=devices, memory=0.1)
+
+
+def test_sixteen_devices_get_a_plan_and_huge_amounts_of_memory_are_as_good_as_enough() -> None:
+    network = shared_network(Plain, 1, 8, 8)
+    table = tabulate(network, random_images(12, (1, 8, 8)), devices=16, survive=1)
+    assert candidates(table, int(0.3 * total_bytes(network)))[0].fits
+    found = choose_plan(network, random_images(8, (1, 8, 8)), devices=2, memory=f"{10**400}GB,99999999999GB")
+    assert found[0].agreement == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("make", "devices"), [(Plain, 2), (Plain, 8), (Offset, 4), (Offset, 8)])
+def test_what_has_room_has_room_in_more(make: Callable[[], torch.nn.Module], devices: int) -> None:
+    network = shared_network(make, 1, 8, 8)
+
+    def fits(memory: int) -> bool:
+        try:
+            check_room(network, devices, None, [memory] * devices)
+        except PlanError:
+            return False
+        return True
+
+    found = [fits(4 * network.shared_weights + held) for held in range(50, 800, 5)]
+    assert found == sorted(found)
+    assert len(set(found)) == 2
+
+
+def test_whole_copies_have_room_beside_weights_that_all_hold() -> None:
+    """Codes that fit are not withheld because the budget for a weight looks large."""
+    network = shared_network(Offset, 1, 8, 8)
+    layers, small = network.plan_layers, small_layers(network.plan_layers)
+    assert network.shared_weights > sum(of.neurons * of.neuron_weights for of in layers)
+    for code in ("ec4", "ec1"):
+        kinds = ["int8" if index in small else code for index in range(len(layers))]
+        held = sum(of.neurons * neuron_bytes(of, kind) for of, kind in zip(layers, kinds, strict=True))
+        offered = worth_choosing(network, 4 * network.shared_weights + held)
+        assert all(kind in of_layer for kind, of_layer in zip(kinds, offered, strict=True))
+
+
+def test_a_table_for_larger_budgets_says_so() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    images, least = random_images(8, (3, 8, 8)), int(0.9 * total_bytes(network))
+    with pytest.raises(PlanError, match="made for larger budgets"):
+        candidates(tabulate(network, images, devices=3, least=least), int(0.08 * total_bytes(network)))
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=3), st.integers(0, 2))
@@ -111,9 +180,10 @@ def test_without_a_table_the_same_is_refused_as_with_it(more: list[int], survive
         check_room(network, 3, survive, budgets)
     except PlanError as error:
         assert not fits
-        if needed := re.search(r"need ([\d,]+) bytes on each device.*--memory (\S+)", str(error)):
+        if needed := re.search(r"need ([\d,]+) bytes on each device", str(error)):
             check_room(network, 3, survive, [int(needed[1].replace(",", ""))] * 3)
-            check_room(network, 3, survive, parse_memories(needed[2], total_bytes(network), 3))
+        said = str(error).partition("--memory ")[2]
+        check_room(network, 3, survive, parse_memories(said, total_bytes(network), 3))
     else:
         assert fits
 
@@ -289,6 +359,14 @@ def test_of_plans_that_keep_as_much_the_one_that_exchanges_nothing_is_taken() ->
     made = {method: rd.partition(network, devices=2, method=method) for method in ("lop", "full")}
     found = [Candidate(method, plan, (1.0, 0.5), 128) for method, plan in made.items()]
     assert [each.family for each in best_first([*found, Candidate("unfit", made["lop"])])] == ["full", "lop", "unfit"]
+
+
+def test_a_plan_matters_that_may_be_the_second_best_or_keep_nearly_as_much_as_the_best() -> None:
+    plan = rd.partition(shared_network(Plain, 1, 8, 8), devices=2, method="full")
+    found = [Candidate(str(merit), plan, (merit, merit), 128) for merit in (0.9, 1.0, 0.996)]
+    assert least_to_matter(found[:1]) == -1.0
+    assert least_to_matter(found[:2]) == 0.9
+    assert least_to_matter(found) == pytest.approx(1.0 - TOLERATED)
 
 
 def whole_copies(*kinds: str) -> dict[str, Plan]:

@@ -92,8 +92,14 @@ def test_every_split_is_considered() -> None:
         assert f"slices (LOP), {kind}, hidden" in names
     assert {f"float32 slices, int8 everywhere, {split}" for split in ("neurons", "hidden", "rows")} <= names
     assert any(name.endswith(", auto") for name in names)
-    spread = [each.family for each in divided(table(), (int(0.14 * 4 * table().network.parameters),) * 3, Judge(CHEAP))]
-    assert any(name.startswith("spread") and name.endswith("rows") for name in spread)
+    made = divided(table(), (int(0.14 * 4 * table().network.parameters),) * 3, Judge(CHEAP))
+    in_rows = [each.plan for each in made if each.family.startswith("spread") and each.family.endswith("rows")]
+    assert in_rows
+    for plan in in_rows:  # what it says of the layers that all hold for that is what they are
+        (strips,) = plan.strips
+        for index in strips.layers:
+            said = [plan.settings[name][index] for name in ("holders", "decisive", "precision", "spare_precision")]
+            assert said == [3, 0.0, "float32", "float32"]
 
 
 def test_what_is_considered_says_how_fast_it_is_modelled_to_be() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdice.cost.model import Judge
+from robustdice.cost.purpose import TOLERATED
 from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.agreement import agreement, answers
@@ -25,7 +26,7 @@ from robustdice.importance.values import SCORING_SAMPLES, Importance, normalise
 from robustdice.model.network import Network
 from robustdice.partitioning.allocation import Kept, Spread, allocate, held_bytes, shards_of
 from robustdice.partitioning.budget import share_of
-from robustdice.plan import Layer, Plan, Shard, check_max_failed
+from robustdice.plan import Layer, Plan, Shard, check_devices, check_max_failed
 from robustdice.progress import Progress, part, silent
 from robustdice.representation import (
     CORRECTION_BYTES,
@@ -65,6 +66,9 @@ LEARNED = 2
 TRIES = 8
 """Layers are sized by their largest device, and with corrections where others may make them needed; what the devices
 then have left is given out again so often: all of it, and half of it once that was too much."""
+
+CLOSELY = 1.02
+"""So closely it is said what devices of different memory would have to have."""
 
 Rooms = tuple[float, ...] | None
 """How much room devices have, where it is not the same for all."""
@@ -202,12 +206,16 @@ def small_layers(layers: Sequence[Layer]) -> frozenset[int]:
 
 def worth_choosing(network: Network, budget: int) -> list[tuple[str, ...]]:
     """Of every layer the representations in which it may be kept, for so many bytes on each device; for less there are
-    no fewer."""
+    no fewer. The finest in which whole copies fit is among them, or else all are."""
     layers, small, every = network.plan_layers, small_layers(network.plan_layers), tuple(dict(ALIKE))
-    coarsest = [FINE[-1] if index in small else MEASURED[-1] for index in range(len(layers))]
-    whole = sum(of.neurons * neuron_bytes(of, kind) for of, kind in zip(layers, coarsest, strict=True))
-    fine = FINE if 4 * network.shared_weights + whole <= budget else every
-    bits = COARSEST * 8 * budget / max(1, network.parameters)
+
+    def whole(code: str) -> int:
+        kinds = (FINE[-1] if index in small else code for index in range(len(layers)))
+        return sum(of.neurons * neuron_bytes(of, kind) for of, kind in zip(layers, kinds, strict=True))
+
+    fitting = [code for code in CODED if 4 * network.shared_weights + whole(code) <= budget]
+    fine = FINE if fitting else every
+    bits = min(COARSEST * 8 * budget / network.parameters, CODED[fitting[0]].bits) if fitting else 0
     other = tuple(kind for kind in every if kind not in CODED or CODED[kind].bits >= bits)
     return [fine if index in small else other for index in range(len(layers))]
 
@@ -231,8 +239,8 @@ def candidates(
     are those whose spares may be coarser than their primaries, which is for few failures too. Neurons that one device
     alone has are offered where nothing else fits, and to the *thin*: costs of single layers say too little of what the
     loss of them does to be believed where there is a choice. With something
-    ``to_beat``, each is measured only as long as it may be worth more than that and than all but ``LEARNED`` - 1 of
-    those before it (-1: than those alone), without to the end. PlanError when nothing fits.
+    ``to_beat``, each is measured only as long as it may be worth more than that and than what :func:`least_to_matter`
+    says of those before it (-1: than that alone), without to the end. PlanError when nothing fits.
     """
     budgets = (budget,) * table.devices if isinstance(budget, int) else tuple(budget)
     if len(budgets) != table.devices:
@@ -252,7 +260,7 @@ def candidates(
     chosen: dict[str, tuple[list[Kept], Rooms]] = {}
     for family, (spreads, kinds, weights) in families.items():
         answer = choose(table, spreads, kinds, weights, budgets)
-        if answer is None and spreads is offered:
+        if answer is None and spreads is offered and thin:
             answer = choose(table, [*offered, *thin], kinds, weights, budgets)
         if answer is None:
             continue
@@ -261,6 +269,8 @@ def candidates(
             continue
         if all(kept != other for other, _ in chosen.values()):
             chosen[family] = kept, rooms
+    if not chosen:
+        raise PlanError("nothing fits of what the table has measured, which was made for larger budgets")
     shards = {family: _shards(table, kept, rooms) for family, (kept, rooms) in chosen.items()}
     coarse = round_together(
         table.network,
@@ -285,8 +295,9 @@ def best_first(found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def least_to_matter(found: Sequence[Candidate]) -> float:
-    """What a plan has to be worth to be among the first ``LEARNED`` of them."""
-    return sorted((of.merit for of in found), reverse=True)[LEARNED - 1] if len(found) >= LEARNED else -1.0
+    """What a plan has to be worth to be among the first ``LEARNED`` of them, or to keep nearly as much as the best."""
+    best = sorted((of.merit for of in found), reverse=True)
+    return min(best[LEARNED - 1], best[0] - TOLERATED) if len(best) >= LEARNED else -1.0
 
 
 def tried_out(table: Table, family: str, plan: Plan, budgets: Sequence[int], to_beat: float = -1.0) -> Candidate:
@@ -340,25 +351,30 @@ def choose(
                 best, least = (chosen, rooms), cost
             if uneven:
                 rooms = tuple((allowed - everywhere).tolist())
-        room = fits + unused if too_much is None else (fits + too_much) // 2
+        before, room = room, fits + unused if too_much is None else (fits + too_much) // 2
+        if room == before and not uneven:
+            break
     return best
 
 
 def check_room(network: Network, devices: int, survive: int | None, budgets: Sequence[int]) -> None:
     """PlanError, naming what is needed, when :func:`candidates` would find nothing that keeps to the budgets, or when
-    so many devices cannot be down. It takes no table."""
+    there cannot be so many devices, or so many down. It takes no table."""
+    check_devices(devices)
     check_max_failed(devices, survive)
     survive = devices - 1 if survive is None else survive
     needed = _least_needed(network, devices, survive, budgets)
     if needed <= min(budgets):
         return
-    if len(set(budgets)) > 1:  # how layers are dealt out depends on what each device is given
+    if len(set(budgets)) > 1:
+        more = [max(1, budget) for budget in budgets]
+        while (needed := _least_needed(network, devices, survive, more)) > min(more):
+            factor = max(needed / min(more), CLOSELY)
+            more = [min(math.ceil(factor * budget), 4 * network.parameters) for budget in more]
         raise PlanError(
-            f"the smallest copies need at least {needed:,} bytes on the device with the least memory, which has "
-            f"{min(budgets):,}: allow it more"
+            "the smallest copies do not fit; they would if devices had more in the same proportions: --memory "
+            + ",".join(f"{budget}B" for budget in more)
         )
-    while (more := _least_needed(network, devices, survive, [needed] * devices)) > needed:
-        needed = more  # for more bytes there are no coarser copies, but finer ones
     share = share_of(needed, 4 * network.parameters)
     raise PlanError(
         f"the smallest copies need {needed:,} bytes on each device, {min(budgets):,} are allowed: --memory {share}"
@@ -414,14 +430,14 @@ def _sizes(
     scale: NDArray[np.float64],
 ) -> list[NDArray[np.int64]]:
     """What each choice of every layer takes on the device where that is most, bytes in which each has the same room."""
-    return [
-        np.array([_largest(held_bytes(*layer, kept, devices, i, corrections, rooms), scale) for kept in choices[i]])
-        for i, layer in layers
-    ]
 
+    def of_choice(index: int, layer: tuple[Layer, tuple[float, ...]], kept: Kept) -> int:
+        # In front of the first layer nothing is lost that its neurons could be corrected for.
+        corrected = index > 0 or len(set(kept.kinds)) > 1
+        held = held_bytes(*layer, kept, devices, index, corrections if corrected else 0, rooms)
+        return int(np.ceil((held * scale).max()))
 
-def _largest(held: NDArray[np.int64], scale: NDArray[np.float64]) -> int:
-    return int(np.ceil((held * scale).max()))
+    return [np.array([of_choice(index, layer, kept) for kept in choices[index]]) for index, layer in layers]
 
 
 def _spreads(devices: int) -> list[Spread]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from robustdice.auto import MEASURED, ROUNDING_IMAGES, Candidate, Table, affordable, candidates
@@ -152,9 +152,18 @@ def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) ->
             strips=by_all.strips,
             coarse={of: kept for of, kept in plan.coarse.items() if of[0] not in front},
             corrections={},
-            settings={**plan.settings, "split": split},
+            settings={**plan.settings, "split": split, **_settings_of(plan, front)},
         )
         corrections = calibrate(
             network, divided, table.images, max_failed=table.survive, lost_only=True, targets=lambda: table.targets
         )
         yield f"{family}, {split}", replace(divided, corrections=corrections)
+
+
+def _settings_of(plan: Plan, front: Collection[int]) -> dict[str, list[object]]:
+    """What :mod:`robustdice.auto` says of each layer, where those in ``front`` are in float32 on all devices."""
+    whole = {"holders": plan.devices, "decisive": 0.0, "precision": "float32", "spare_precision": "float32"}
+    return {
+        name: [there if index in front else said for index, said in enumerate(plan.settings[name])]
+        for name, there in whole.items()
+    }

@@ -16,7 +16,7 @@ from robustdice.partitioning.paired import check_pairs, with_all, without_some
 from robustdice.partitioning.replicate import full
 from robustdice.partitioning.request import Answer, Request, check_scores_fit
 from robustdice.partitioning.robust import robustdice
-from robustdice.plan import MAX_DEVICES, Layer, ModelReference, Plan, Strips
+from robustdice.plan import Layer, ModelReference, Plan, Strips, check_devices
 from robustdice.provenance import versions
 
 __all__ = ["METHODS", "SPLITS", "Answer", "Method", "Request", "partition", "to_shards"]
@@ -87,8 +87,7 @@ def partition(
     """
     if isinstance(method, str) and method not in METHODS and ":" not in method:
         raise PlanError(f"unknown method {method!r}; known: {', '.join(METHODS)}, and package.module:function")
-    if not 2 <= devices <= MAX_DEVICES:
-        raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {devices}")
+    check_devices(devices)
     if not layers:
         raise PlanError("the model has no layer that can be partitioned: no convolution, no linear layer")
     if method in WITHOUT_SCORES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -71,8 +71,8 @@ def deal(
     found = [frozenset(range(devices))] * len(units)
     rest = order[everywhere:]
     if rooms is None or len(set(rooms)) == 1:
-        turns = _in_even_order(spread.holders, devices)
-        turns = [turns[position % len(turns)] for position in range(first, first + len(rest))]
+        every = _in_even_order(spread.holders, devices)
+        turns = [every[position % len(every)] for position in range(first, first + len(rest))]
     else:
         turns = _in_proportion(parts_of(rooms, spread.holders), spread.holders, len(rest))
     for unit, holders in zip(rest, turns, strict=True):
@@ -123,18 +123,22 @@ def _in_proportion(parts: Sequence[float], holders: int, count: int) -> list[fro
     return found
 
 
-def _in_even_order(holders: int, devices: int) -> list[frozenset[int]]:
-    """All sets of ``holders`` devices, so ordered that after each as many as possible were named equally often."""
-    left = list(combinations(range(devices), holders))
-    named = [0] * devices
+@cache
+def _in_even_order(holders: int, devices: int) -> tuple[frozenset[int], ...]:
+    """All sets of ``holders`` devices, so ordered that after each as many as possible were named equally often: next
+    is the first one whose members were named least often, by the one that was most often, then the second, ..."""
+    sets = list(combinations(range(devices), holders))
+    inside = np.zeros((len(sets), devices))
+    np.put_along_axis(inside, np.array(sets), 1, axis=1)
+    named, taken = np.zeros(devices), np.zeros(len(sets))
     found = []
-    while left:
-        best = min(left, key=lambda chosen: (sorted((named[d] for d in chosen), reverse=True), chosen))
-        left.remove(best)
-        for device in best:
-            named[device] += 1
-        found.append(frozenset(best))
-    return found
+    for _ in sets:
+        # Of powers of a base that is more than there are of each, sums compare like that, and are exact.
+        best = int((inside @ (holders + 1.0) ** (named - named.min()) + taken).argmin())
+        named += inside[best]
+        taken[best] = np.inf
+        found.append(frozenset(sets[best]))
+    return tuple(found)
 
 
 def shards_of(

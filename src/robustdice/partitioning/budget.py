@@ -20,6 +20,9 @@ MAX_CLUSTERINGS = 40
 PRECISION = 1e-6
 """The relative width of the interval at which the search ends."""
 
+MOST_BYTES = 2**60
+"""No device has more: an amount above it is as good as this one."""
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MEMORY = re.compile(r"\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>[KMG]?B)?\s*", re.IGNORECASE)
 
@@ -43,7 +46,7 @@ def parse_memory(memory: float | str, total_bytes: int) -> int:
         number, unit = float(match["number"]), match["unit"]
     number = float(number)
     if unit is not None:
-        return math.floor(number * _UNITS[unit.upper()])
+        return math.floor(min(number * _UNITS[unit.upper()], MOST_BYTES))
     if not 0 < number <= 1:
         raise PlanError(
             f"memory {memory!r} is not a share of the model between 0 and 1; for an amount give its unit, as in '80MB'"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.plan.pairs import pair_problem
-from robustdice.plan.shards import MAX_DEVICES, check_layer, check_shard, parity_problem
+from robustdice.plan.shards import check_devices, check_layer, check_shard, parity_problem
 from robustdice.wire_format import WIRES
 
 if TYPE_CHECKING:
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def check_plan(plan: Plan) -> None:
     """PlanError with the first thing that contradicts another."""
-    if not 2 <= plan.devices <= MAX_DEVICES:
-        raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {plan.devices}")
+    check_devices(plan.devices)
     if not plan.layers or len(plan.layers) != len(plan.shards):
         raise PlanError(f"{len(plan.layers)} layers (at least one), but shards for {len(plan.shards)}")
     if len({layer.name for layer in plan.layers}) != len(plan.layers):

@@ -119,6 +119,12 @@ def nearest_calibrated(calibrated: Iterable[FailureSet], failed: FailureSet) -> 
     )
 
 
+def check_devices(devices: int) -> None:
+    """PlanError unless plans can be for so many devices."""
+    if not 2 <= devices <= MAX_DEVICES:
+        raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {devices}")
+
+
 def check_max_failed(devices: int, max_failed: int | None) -> None:
     """PlanError unless so many of the devices can fail at once that one is left, or None is said."""
     if max_failed is not None and not 0 <= max_failed < devices:

@@ -18,7 +18,7 @@ from robustdice.partitioning import own
 from robustdice.partitioning import partition as partition_layers
 from robustdice.partitioning.budget import parse_memory
 from robustdice.partitioning.robust import DEFAULT_MEMORY
-from robustdice.plan import MAX_DEVICES, Plan
+from robustdice.plan import Plan, check_devices
 from robustdice.report import paper
 from robustdice.workshop import partition
 
@@ -75,8 +75,7 @@ class Choices:
                     raise PlanError(f"unknown method {method!r}; known: {known}, and package.module:function")
                 own.find(method)
         for devices in self.devices:
-            if not 2 <= devices <= MAX_DEVICES:
-                raise PlanError(f"a plan is for 2 to {MAX_DEVICES} devices, not {devices}")
+            check_devices(devices)
         if isinstance(self.memory, Mapping) and set(self.memory) != set(self.devices):
             said, compared = (", ".join(map(str, sorted(numbers))) for numbers in (self.memory, self.devices))
             raise PlanError(f"memory is given for {said} devices, but {compared} are compared; give it for each")
