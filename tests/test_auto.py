@@ -400,6 +400,17 @@ def test_that_another_plan_is_much_faster_and_keeps_nearly_as_much_is_said() -> 
     assert "--for" not in considered.considered_summary(found[::-1], Judge(slow))
 
 
+def test_of_many_devices_a_sample_of_the_failure_sets_is_tried_and_it_says_so() -> None:
+    network, images = shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8))
+    for devices, sampled in ((8, False), (16, True)):
+        plan = rd.partition(network, devices=devices, method="full")
+        found = Candidate("full", plan, *agreement(network, plan, images, answers(network, images), devices - 1))
+        assert found.agreement == (1.0,) * devices
+        assert ("sample" in considered.considered_table([found], Judge()).title) == sampled
+        said = considered.considered_summary([found], Judge())
+        assert f"It answers like the intact network in 100.0 % with up to {devices - 1} down;" in said
+
+
 def test_considered_plans_say_what_they_cost() -> None:
     network = shared_network(Plain, 1, 8, 8)
     table = tabulate(network, random_images(16, (1, 8, 8)), devices=3, survive=1, wire="uint8")

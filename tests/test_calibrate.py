@@ -122,6 +122,7 @@ def test_sets_that_change_nothing_and_the_intact_cluster_have_no_corrections() -
     corrections = calibrate(network, plan, random_images(16, (3, 8, 8)))
     assert set(corrections) == set(failure_sets(4, 3))
     assert calibrate(network, plan, random_images(16, (3, 8, 8)), max_failed=2) == {}
+    assert set(calibrate(network, plan, random_images(16, (3, 8, 8)), lost_only=True)) == set(failure_sets(4, 3))
 
 
 @pytest.mark.slow

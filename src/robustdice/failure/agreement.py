@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 
 from robustdice.failure.copies import Copies, intact, state_of
+from robustdice.failure.evaluate import choose_failure_sets
 from robustdice.failure.passes import run_under
 from robustdice.model.network import Network, images_at_once, on_best_device
-from robustdice.plan import FailureSet, Plan, failure_sets
+from robustdice.plan import Plan
 
 
 def answers(network: Network, images: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -33,9 +34,10 @@ def agreement(
     to_beat: float = -1.0,
 ) -> tuple[tuple[float, ...], int]:
     """The share of ``images`` for which the plan's answer is the ``right`` one: in the worst failure set of 0, 1, ...,
-    ``survive`` devices; and of how many of them that is: no more than it takes to know that the mean over the sizes
+    ``survive`` devices (of a sample of them, as in :func:`robustdice.failure.evaluate.choose_failure_sets`, where there
+    are very many); and of how many of them that is: no more than it takes to know that the mean over the sizes
     stays below ``to_beat``."""
-    sets: list[FailureSet] = [f for size in range(survive + 1) for f in failure_sets(plan.devices, size)]
+    sets = choose_failure_sets(plan.devices, survive)
     states = {failed: state_of(plan, failed) for failed in sets}
     different = list({state.key: state for state in states.values()}.values())
     correct, seen = np.zeros(len(different), dtype=np.int64), 0

@@ -44,7 +44,8 @@ def calibrate(
     check_plan_fits(network, plan)
     check_max_failed(plan.devices, max_failed)
     largest = plan.devices - 1 if max_failed is None else max_failed
-    sets = [failed for size in range(1, largest + 1) for failed in failure_sets(plan.devices, size)]
+    fewest = min(len(shard.holders) for of_layer in plan.shards for shard in of_layer) if lost_only else 1
+    sets = [failed for size in range(fewest, largest + 1) for failed in failure_sets(plan.devices, size)]
     base = replace(state_of(plan, frozenset()), corrections=None)
     states = {failed: replace(state_of(plan, failed), corrections=None) for failed in sets}
     wanted: dict[bytes, list[FailureSet]] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from robustdice.cost.counts import costs_of
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best
+from robustdice.failure.evaluate import MAX_SETS
 from robustdice.report.sheet import Sheet
 from robustdice.report.tables import percent
 
@@ -49,8 +51,10 @@ def considered_json(considered: Sequence[Candidate], judge: Judge) -> list[dict[
 def considered_table(considered: Sequence[Candidate], judge: Judge) -> Sheet:
     """Every plan that was considered: what it keeps, and what it costs."""
     sizes = range(len(considered[0].agreement))
+    devices = considered[0].plan.devices
+    sample = ", or of a sample of them" if sum(math.comb(devices, size) for size in sizes) > MAX_SETS else ""
     table = Sheet(
-        "Answers like the intact network's, worst failure set (measured on "
+        f"Answers like the intact network's, worst failure set{sample} (measured on "
         f"{considered[0].images} images that the plans were {'not ' if considered[0].unseen else ''}made with)",
         "considered",
         *("all up" if not size else f"{size} down" for size in sizes),
@@ -87,6 +91,8 @@ def considered_summary(considered: Sequence[Candidate], judge: Judge, purpose: P
     costs = costs_of(taken.plan)
     kept = ", ".join(f"{percent(share)} with {size} down" for size, share in enumerate(taken.agreement) if size)
     kept = kept or f"{percent(taken.agreement[0])} while all are up"
+    if taken.agreement[1:] and len(set(taken.agreement)) == 1:
+        kept = f"{percent(taken.agreement[0])} with up to {len(taken.agreement) - 1} down"
     served = (
         "each frame is computed by one device alone, and frames go to the devices in turn"
         if costs.frame_parallel
