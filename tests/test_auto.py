@@ -78,10 +78,24 @@ def test_a_budget_is_kept_to_and_the_best_plan_comes_first(share: float) -> None
     assert 0.8 * budget < max(held)
     assert [candidate.merit for candidate in found] == sorted((c.merit for c in found), reverse=True)
     assert all(len(candidate.agreement) == 4 for candidate in found)
-    for plan in (candidate.plan for candidate in found):
-        sets = [failed for size in (1, 2, 3) for failed in failure_sets(4, size)]
-        lossy = {failed for failed in sets if not all(mask.all() for mask in plan.surviving_neurons(failed))}
-        assert set(plan.corrections) == lossy
+    for each in found:
+        sizes = (3,) if each.family.endswith("corrected for 3 down alone") else (1, 2, 3)
+        sets = [failed for size in sizes for failed in failure_sets(4, size)]
+        lossy = {failed for failed in sets if not all(mask.all() for mask in each.plan.surviving_neurons(failed))}
+        assert set(each.plan.corrections) == lossy
+
+
+def test_corrections_for_the_largest_failure_sets_alone_leave_more_for_codes() -> None:
+    network = shared_network(Residual, 3, 8, 8)
+    table = tabulate(network, random_images(24, (3, 8, 8)), devices=4)
+    found = {each.family: each.plan for each in candidates(table, int(0.15 * total_bytes(network)))}
+    (alone,) = (family for family in found if family.endswith(", corrected for 3 down alone"))
+    fewer, every = found[alone], found[alone.partition(", corrected")[0]]
+    assert set(map(len, fewer.corrections)) == {3}
+    assert set(map(len, every.corrections)) == {2, 3}
+    assert max(fewer.bytes_per_device) <= 0.15 * total_bytes(network)
+    codes = [max(replace(plan, corrections={}).bytes_per_device) for plan in (fewer, every)]
+    assert codes[0] > codes[1]
 
 
 def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:

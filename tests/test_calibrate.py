@@ -122,7 +122,11 @@ def test_sets_that_change_nothing_and_the_intact_cluster_have_no_corrections() -
     corrections = calibrate(network, plan, random_images(16, (3, 8, 8)))
     assert set(corrections) == set(failure_sets(4, 3))
     assert calibrate(network, plan, random_images(16, (3, 8, 8)), max_failed=2) == {}
-    assert set(calibrate(network, plan, random_images(16, (3, 8, 8)), lost_only=True)) == set(failure_sets(4, 3))
+    images = random_images(16, (3, 8, 8))
+    assert set(calibrate(network, plan, images, lost_only=True)) == set(failure_sets(4, 3))
+    assert calibrate(network, plan, images, min_failed=4, lost_only=True) == {}
+    spread = rd.partition(network, devices=4, method="lop")
+    assert set(calibrate(network, spread, images, min_failed=2, max_failed=2)) == set(failure_sets(4, 2))
 
 
 @pytest.mark.slow

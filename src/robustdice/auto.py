@@ -238,7 +238,8 @@ def candidates(
     everywhere, with every number of failures counted the same (``even``) or small ones first (``early``); *fine first*
     are those whose spares may be coarser than their primaries, which is for few failures too. Neurons that one device
     alone has are offered where nothing else fits, and to the *thin*: costs of single layers say too little of what the
-    loss of them does to be believed where there is a choice. With something
+    loss of them does to be believed where there is a choice. Corrections for the largest failure sets alone leave more
+    bytes for codes: of the best ones of which something can be lost, what that makes is tried too. With something
     ``to_beat``, each is measured only as long as it may be worth more than that and than what :func:`least_to_matter`
     says of those before it (-1: than that alone), without to the end. PlanError when nothing fits.
     """
@@ -261,7 +262,8 @@ def candidates(
     for family, (spreads, kinds, weights) in families.items():
         answer = choose(table, spreads, kinds, weights, budgets)
         if answer is None and spreads is offered and thin:
-            answer = choose(table, [*offered, *thin], kinds, weights, budgets)
+            families[family] = [*offered, *thin], kinds, weights
+            answer = choose(table, *families[family], budgets)
         if answer is None:
             continue
         kept, rooms = answer
@@ -271,6 +273,30 @@ def candidates(
             chosen[family] = kept, rooms
     if not chosen:
         raise PlanError("nothing fits of what the table has measured, which was made for larger budgets")
+    found = _tried(table, chosen, 1, budgets, to_beat, [], part(on_progress, 0, 0.8))
+    fewer: dict[str, tuple[list[Kept], Rooms]] = {}
+    for each in best_first(found)[:LEARNED]:
+        if min(map(len, each.plan.corrections), default=table.survive) < table.survive:
+            answer = choose(table, *families[each.family], budgets, table.survive)
+            if answer is not None and all(answer[0] != other for other, _ in (*chosen.values(), *fewer.values())):
+                fewer[f"{each.family}, corrected for {table.survive} down alone"] = answer
+    found += _tried(table, fewer, table.survive, budgets, to_beat, found, part(on_progress, 0.8, 1))
+    return best_first(found)
+
+
+def _tried(
+    table: Table,
+    chosen: Mapping[str, tuple[list[Kept], Rooms]],
+    least_down: int,
+    budgets: Sequence[int],
+    to_beat: float | None,
+    before: Sequence[Candidate],
+    on_progress: Progress,
+) -> list[Candidate]:
+    """What was ``chosen``, of each family, made into plans that have corrections for ``least_down`` failed devices and
+    more, and measured, as :func:`candidates` says, after those ``before``."""
+    if not chosen:
+        return []
     shards = {family: _shards(table, kept, rooms) for family, (kept, rooms) in chosen.items()}
     coarse = round_together(
         table.network,
@@ -282,9 +308,10 @@ def candidates(
     found: list[Candidate] = []
     for (family, (kept, _)), rounded in zip(chosen.items(), coarse, strict=True):
         on_progress(len(chosen) + len(found), 2 * len(chosen))
-        least = -1.0 if to_beat is None else max(to_beat, least_to_matter(found))
-        found.append(tried_out(table, family, _made(table, kept, shards[family], rounded), budgets, least))
-    return best_first(found)
+        least = -1.0 if to_beat is None else max(to_beat, least_to_matter([*before, *found]))
+        plan = _made(table, kept, shards[family], rounded, least_down)
+        found.append(tried_out(table, family, plan, budgets, least))
+    return found
 
 
 def best_first(found: Sequence[Candidate]) -> list[Candidate]:
@@ -315,10 +342,11 @@ def choose(
     kinds: Sequence[tuple[str, str]],
     weights: Sequence[float],
     budgets: Sequence[int],
+    least_down: int = 1,
 ) -> tuple[list[Kept], Rooms] | None:
     """Of every layer how it is kept, with primaries and spares in which of the ``kinds``, so that the table's costs add
     up to the least, and by how much room the devices share what is not on all of them (None: evenly). ``weights`` are
-    those of 0, 1, ... failed devices.
+    those of 0, 1, ... failed devices; there are corrections for ``least_down`` of them and more.
 
     Bytes are counted as parts of what a device has room for, and the device of which most is taken counts. None when
     even the least does not fit.
@@ -326,7 +354,7 @@ def choose(
     network, devices = table.network, table.devices
     layers = list(enumerate(zip(network.plan_layers, (tuple(of.tolist()) for of in table.units), strict=True)))
     choices = _choices(network, devices, spreads, kinds, table.offered(min(budgets)))
-    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive)
+    corrections = CORRECTION_BYTES * _corrected_sets(spreads, devices, table.survive, least_down)
     costs = [np.array([table.sensitivity.cost(i, kept, weights) for kept in choices[i]]) for i, _ in layers]
     allowed, scale, rooms = _room(network, budgets)
     uneven = rooms is not None
@@ -453,9 +481,10 @@ def _thin(devices: int) -> list[Spread]:
     return [Spread(1, 0.5), Spread(1, 0.25), Spread(1)] if devices > 2 else []
 
 
-def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int) -> int:
-    """For how many failure sets a device that is up keeps corrections: all in which neurons can be lost."""
-    fewest = min(spread.holders for spread in spreads)
+def _corrected_sets(spreads: Sequence[Spread], devices: int, survive: int, least_down: int = 1) -> int:
+    """For how many failure sets of ``least_down`` devices and more a device that is up keeps corrections: all in which
+    neurons can be lost."""
+    fewest = max(least_down, min(spread.holders for spread in spreads))
     return sum(math.comb(devices - 1, size) for size in range(fewest, survive + 1))
 
 
@@ -492,8 +521,10 @@ def _shards(table: Table, kept: Sequence[Kept], rooms: Rooms) -> tuple[tuple[Sha
     )
 
 
-def _made(table: Table, kept: Sequence[Kept], shards: tuple[tuple[Shard, ...], ...], coarse: Coarse) -> Plan:
-    """The plan with its ``coarse`` weights, and corrections."""
+def _made(
+    table: Table, kept: Sequence[Kept], shards: tuple[tuple[Shard, ...], ...], coarse: Coarse, least_down: int
+) -> Plan:
+    """The plan with its ``coarse`` weights, and corrections for ``least_down`` failed devices and more."""
     network, devices, images, survive = table.network, table.devices, table.images, table.survive
     plan = Plan(
         devices=devices,
@@ -513,7 +544,18 @@ def _made(table: Table, kept: Sequence[Kept], shards: tuple[tuple[Shard, ...], .
         coarse=coarse,
         wire=table.wire,
     )
-    return replace(
+    return corrected(table, plan, least_down)
+
+
+def corrected(table: Table, plan: Plan, least_down: int = 1) -> Plan:
+    """The plan with corrections for all failure sets of ``least_down`` devices and more in which something is lost."""
+    found = calibrate(
+        table.network,
         plan,
-        corrections=calibrate(network, plan, images, max_failed=survive, lost_only=True, targets=lambda: table.targets),
+        table.images,
+        min_failed=least_down,
+        max_failed=table.survive,
+        lost_only=True,
+        targets=lambda: table.targets,
     )
+    return replace(plan, corrections=found)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from robustdice.auto import MEASURED, ROUNDING_IMAGES, Candidate, Table, affordable, candidates
+from robustdice.auto import MEASURED, ROUNDING_IMAGES, Candidate, Table, affordable, candidates, corrected
 from robustdice.cost.model import Judge
 from robustdice.cost.purpose import Purpose, nearly_best, ordered_for
 from robustdice.errors import PlanError
-from robustdice.failure.calibrate import calibrate
 from robustdice.partitioning import JUDGED, SPLITS
 from robustdice.partitioning.paired import kinds_with_pairs
 from robustdice.plan import Holder, Plan, Shard
@@ -154,10 +153,7 @@ def _spread(table: Table, budgets: Sequence[int], splits: Splits, split: str) ->
             corrections={},
             settings={**plan.settings, "split": split, **_settings_of(plan, front)},
         )
-        corrections = calibrate(
-            network, divided, table.images, max_failed=table.survive, lost_only=True, targets=lambda: table.targets
-        )
-        yield f"{family}, {split}", replace(divided, corrections=corrections)
+        yield f"{family}, {split}", corrected(table, divided, min(map(len, plan.corrections), default=1))
 
 
 def _settings_of(plan: Plan, front: Collection[int]) -> dict[str, list[object]]:

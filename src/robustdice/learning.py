@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from robustdice.auto import LEARNED, Candidate, Table, tried_out
-from robustdice.failure.calibrate import calibrate
+from robustdice.auto import LEARNED, Candidate, Table, corrected, tried_out
 from robustdice.progress import Progress, part, silent
 from robustdice.rounding.learned import LEARNT, learned_network, steps_macs
 from robustdice.rounding.network import wanted_of
@@ -53,8 +52,5 @@ def _with_learned_rounding(
         corrections={},
     )
     if before.corrections:
-        fitted = calibrate(
-            table.network, plan, table.images, max_failed=table.survive, lost_only=True, targets=lambda: table.targets
-        )
-        plan = replace(plan, corrections=fitted)
+        plan = corrected(table, plan, min(map(len, before.corrections)))
     return tried_out(table, f"{candidate.family}, learned rounding", plan, budgets)

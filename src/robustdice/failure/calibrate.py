@@ -27,6 +27,7 @@ def calibrate(
     plan: Plan,
     images: NDArray[np.float32],
     *,
+    min_failed: int = 1,
     max_failed: int | None = None,
     lost_only: bool = False,
     passes: int = 0,
@@ -34,18 +35,19 @@ def calibrate(
     targets: Callable[[], Targets] | None = None,
     on_progress: Progress = silent,
 ) -> dict[FailureSet, Corrections]:
-    """Corrections of ``plan`` for every failure set of up to ``max_failed`` devices (all but one) under which it
-    computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height, width], a
-    few hundred). With ``lost_only`` not for sets in which all neurons are there, if only from coarser spares. What the
-    plan's own corrections are does not matter. Gradient descent goes over the images ``passes``
-    times for each of them, in an order drawn with ``seed``. ``targets`` as for
-    :func:`robustdice.failure.matching.fit`. PlanError when the plan is of another model.
+    """Corrections of ``plan`` for every failure set of ``min_failed`` to ``max_failed`` devices (all but one) under
+    which it computes something else than while all are up, fitted to ``images`` (unlabelled, [n, channels, height,
+    width], a few hundred). With ``lost_only`` not for sets in which all neurons are there, if only from coarser spares.
+    What the plan's own corrections are does not matter. Gradient descent goes over the images ``passes`` times for each
+    of them, in an order drawn with ``seed``. ``targets`` as for :func:`robustdice.failure.matching.fit`. PlanError when
+    the plan is of another model.
     """
     check_plan_fits(network, plan)
     check_max_failed(plan.devices, max_failed)
     largest = plan.devices - 1 if max_failed is None else max_failed
-    fewest = min(len(shard.holders) for of_layer in plan.shards for shard in of_layer) if lost_only else 1
-    sets = [failed for size in range(fewest, largest + 1) for failed in failure_sets(plan.devices, size)]
+    holders = min(len(shard.holders) for of_layer in plan.shards for shard in of_layer)
+    least = max(min_failed, holders) if lost_only else min_failed
+    sets = [failed for size in range(least, largest + 1) for failed in failure_sets(plan.devices, size)]
     base = replace(state_of(plan, frozenset()), corrections=None)
     states = {failed: replace(state_of(plan, failed), corrections=None) for failed in sets}
     wanted: dict[bytes, list[FailureSet]] = {}
