@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +229,15 @@ def _kept(found: Point, goal: float) -> str:
 def _best_competitors(points: Sequence[Point], autos: Sequence[Point]) -> str:
     """Of the competitors that fit, what the best one keeps with as many down as each of ``autos``; which that is."""
     rivals = [each for each in points if each.method in STYLES]
-    found = [[each.rival for each in comparisons([auto, *rivals])] for auto in autos]
+    found = [[each.rival for each in comparisons([replace(auto, method=AUTO, variant=""), *rivals])] for auto in autos]
     if not all(found):
         return "none fits"
     best = [max(each, key=lambda rival: rival.worst) for each in found]
-    kept = " / ".join(f"{100 * each.worst / each.clean:.1f}" for each in best)
-    return f"{kept}: {'; '.join(dict.fromkeys(each.name for each in best))}"
+    kept = [f"{100 * each.worst / each.clean:.1f}" for each in best]
+    names = [each.name for each in best]
+    if len(set(names)) == 1:
+        return f"{' / '.join(kept)} ({names[0]})"
+    return " / ".join(f"{share} ({name})" for share, name in zip(kept, names, strict=True))
 
 
 def comparison_table(points: Sequence[Point]) -> str:

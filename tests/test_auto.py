@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import robustdice as rd
-from nets import Plain, Residual, random_images, shared_network
+from nets import Plain, Residual, random_images, relative_error, shared_network
 from robustdice import auto
 from robustdice.auto import (
     ALIKE,
@@ -29,20 +30,26 @@ from robustdice.auto import (
     tabulate,
     worth_choosing,
 )
+from robustdice.bundle.read import load_bundle
+from robustdice.bundle.write import write_bundles
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.profile import TYPICAL
 from robustdice.cost.purpose import TOLERATED
 from robustdice.entropy_code import CODED
 from robustdice.errors import PlanError
 from robustdice.failure.agreement import agreement, answers
+from robustdice.failure.copies import State, state_of
 from robustdice.importance.divergence import kullback_leibler
 from robustdice.importance.score import forward_macs
+from robustdice.learning import learned
 from robustdice.model.network import Network
 from robustdice.partitioning.budget import parse_memories
-from robustdice.plan import Holder, Plan, Shard, failure_sets
+from robustdice.plan import FailureSet, Holder, Plan, Shard, failure_sets
 from robustdice.report import considered
 from robustdice.representation import REPRESENTATIONS, neuron_bytes
+from robustdice.runtime.inprocess import InProcess
 from robustdice.workshop import choose_from, choose_plan
+from test_coarse_bundles import predicted
 
 
 class Offset(Plain):
@@ -85,10 +92,11 @@ def test_a_budget_is_kept_to_and_the_best_plan_comes_first(share: float) -> None
         assert set(each.plan.corrections) == lossy
 
 
-def test_corrections_for_the_largest_failure_sets_alone_leave_more_for_codes() -> None:
+def test_corrections_for_the_largest_failure_sets_alone_leave_more_for_codes(tmp_path: Path) -> None:
     network = shared_network(Residual, 3, 8, 8)
     table = tabulate(network, random_images(24, (3, 8, 8)), devices=4)
-    found = {each.family: each.plan for each in candidates(table, int(0.15 * total_bytes(network)))}
+    candidates_of = {each.family: each for each in candidates(table, int(0.15 * total_bytes(network)))}
+    found = {family: each.plan for family, each in candidates_of.items()}
     (alone,) = (family for family in found if family.endswith(", corrected for 3 down alone"))
     fewer, every = found[alone], found[alone.partition(", corrected")[0]]
     assert set(map(len, fewer.corrections)) == {3}
@@ -96,6 +104,19 @@ def test_corrections_for_the_largest_failure_sets_alone_leave_more_for_codes() -
     assert max(fewer.bytes_per_device) <= 0.15 * total_bytes(network)
     codes = [max(replace(plan, corrections={}).bytes_per_device) for plan in (fewer, every)]
     assert codes[0] > codes[1]
+    # It stays so: calibrated once more, it has the same corrections in as many bytes.
+    again = rd.calibrate(network, fewer, table.images)
+    assert set(again.corrections) == set(fewer.corrections)
+    assert again.bytes_per_device == fewer.bytes_per_device
+    assert set(map(len, rd.calibrate(network, fewer, table.images, max_failed=2).corrections)) == {2}
+    (better,) = learned(table, [replace(candidates_of[alone], agreement=(0.5,) * 4)], [10**6] * 4)
+    assert set(better.plan.corrections) == set(fewer.corrections)
+    # And devices compute with them what is evaluated, with none where fewer are down.
+    bundles = list(map(load_bundle, write_bundles(network, fewer, tmp_path / "build")))
+    assert {len(known) for bundle in bundles for known in bundle.manifest.calibrated} == {3}
+    together, images = InProcess(bundles), random_images(2, (3, 8, 8))
+    for failed in (failed for size in range(4) for failed in failure_sets(4, size)):
+        assert relative_error(together.run(images, failed), predicted(network, fewer, images, failed)) < 1e-4
 
 
 def test_where_fine_copies_fit_everywhere_nothing_is_spread() -> None:
@@ -143,6 +164,8 @@ def test_sixteen_devices_get_a_plan_and_huge_amounts_of_memory_are_as_good_as_en
     network = shared_network(Plain, 1, 8, 8)
     table = tabulate(network, random_images(12, (1, 8, 8)), devices=16, survive=1)
     assert candidates(table, int(0.3 * total_bytes(network)))[0].fits
+    found = choose_plan(network, random_images(8, (1, 8, 8)), devices=16, memory=0.3)
+    assert len(found[0].agreement) == 16
     found = choose_plan(network, random_images(8, (1, 8, 8)), devices=2, memory=f"{10**400}GB,99999999999GB")
     assert found[0].agreement == (1.0, 1.0)
 
@@ -188,8 +211,8 @@ def test_without_a_table_the_same_is_refused_as_with_it(more: list[int], survive
     table = replace(table_of_residual(), survive=survive)
     network, spreads, thin = table.network, auto._spreads(3), auto._thin(3)
     budgets = more * 3 if len(more) == 1 else [*more, 600][:3]
-    weights = [1.0] * (survive + 1)
-    fits = any(choose(table, s, ALIKE, weights, budgets) for s in (spreads[:1], spreads, [*spreads, *thin]))
+    weights, offered = [1.0] * (survive + 1), (spreads[:1], spreads, [*spreads, *thin])
+    fits = any(choose(table, some, ALIKE, weights, budgets, down) for some in offered for down in {1, max(1, survive)})
     try:
         check_room(network, 3, survive, budgets)
     except PlanError as error:
@@ -414,7 +437,7 @@ def test_that_another_plan_is_much_faster_and_keeps_nearly_as_much_is_said() -> 
     assert "--for" not in considered.considered_summary(found[::-1], Judge(slow))
 
 
-def test_of_many_devices_a_sample_of_the_failure_sets_is_tried_and_it_says_so() -> None:
+def test_of_many_devices_a_sample_of_the_failure_sets_is_tried_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images = shared_network(Plain, 1, 8, 8), random_images(8, (1, 8, 8))
     for devices, sampled in ((8, False), (16, True)):
         plan = rd.partition(network, devices=devices, method="full")
@@ -423,6 +446,18 @@ def test_of_many_devices_a_sample_of_the_failure_sets_is_tried_and_it_says_so() 
         assert ("sample" in considered.considered_table([found], Judge()).title) == sampled
         said = considered.considered_summary([found], Judge())
         assert f"It answers like the intact network in 100.0 % with up to {devices - 1} down;" in said
+    tried: list[int] = []
+
+    def counted(plan: Plan, failed: FailureSet) -> State:
+        tried.append(len(failed))
+        return state_of(plan, failed)
+
+    monkeypatch.setattr("robustdice.failure.agreement.state_of", counted)
+    sliced = rd.partition(network, devices=16, method="lop")
+    kept, _ = agreement(network, sliced, images, answers(network, images), 15)
+    assert len(tried) <= 256
+    assert set(tried) == set(range(16))
+    assert len(kept) == 16
 
 
 def test_considered_plans_say_what_they_cost() -> None:
@@ -487,12 +522,16 @@ def test_a_kind_of_plan_that_does_not_fit_keeps_no_other_from_being_found() -> N
     assert "spread thin" not in {each.family for each in found}
 
 
-def test_where_corrections_leave_no_room_for_fewer_holders_whole_copies_are_taken() -> None:
+def test_where_corrections_leave_no_room_for_fewer_holders_whole_copies_and_fewer_corrections_are_tried() -> None:
     network = shared_network(Residual, 3, 8, 8)
     table = tabulate(network, random_images(24, (3, 8, 8)), devices=8)
     found = candidates(table, int(0.2 * total_bytes(network)))
-    assert found[0].fits
-    assert {each.family for each in found} <= {"whole, mixed", "fine first, everywhere"}
+    assert all(each.fits for each in found)
+    families = {each.family for each in found}
+    assert "whole, mixed" in families
+    others = families - {"whole, mixed", "fine first, everywhere"}
+    assert others
+    assert all(family.endswith(", corrected for 7 down alone") for family in others)
 
 
 def test_neurons_on_one_device_alone_are_tried_where_others_fit_too() -> None:

@@ -188,6 +188,13 @@ def test_status_says_whose_corrections_are_applied(tmp_path: Path) -> None:
     fixed = tuple(
         Correction.of(np.ones(layer.neurons, np.float16), np.zeros(layer.neurons, np.float16)) for layer in plan.layers
     )
+    larger = replace(plan, corrections={frozenset({1, 2}): fixed, frozenset({0, 1}): fixed})
+    with LocalCluster(build(network, larger, tmp_path / "larger"), timeout_seconds=30.0) as cluster:
+        names = [device.name for device in cluster.cluster.devices]
+        cluster.kill(1)
+        cluster.client.infer(random_images(1, network.input_shape)[0])
+        found = cluster.client.status()
+        assert "no corrections" not in (cluster_tables.status_table(names, found, {}).caption or "")
     plan = replace(plan, corrections={frozenset({1}): fixed})
     with LocalCluster(build(network, plan, tmp_path / "build"), timeout_seconds=30.0) as cluster:
         names = [device.name for device in cluster.cluster.devices]

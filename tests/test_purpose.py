@@ -10,14 +10,14 @@ import pytest
 
 import robustdice as rd
 from nets import Plain, random_images, relative_error, shared_network
-from robustdice.auto import Candidate, Table, tabulate
+from robustdice.auto import Candidate, Table, corrected, tabulate
 from robustdice.bundle.read import load_bundle
 from robustdice.bundle.write import write_bundles
 from robustdice.cost.model import Judge, alone
 from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best, ordered_for
 from robustdice.divided import divided
 from robustdice.errors import PlanError
-from robustdice.plan import failure_sets
+from robustdice.plan import Plan, failure_sets
 from robustdice.report.considered import considered_json, considered_summary
 from robustdice.runtime.inprocess import InProcess
 from robustdice.workshop import choose_from, choose_plan
@@ -100,6 +100,21 @@ def test_every_split_is_considered() -> None:
         for index in strips.layers:
             said = [plan.settings[name][index] for name in ("holders", "decisive", "precision", "spare_precision")]
             assert said == [3, 0.0, "float32", "float32"]
+
+
+def test_layers_in_strips_change_nothing_about_which_failure_sets_have_corrections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def recorded(table: Table, plan: Plan, least_down: int) -> Plan:
+        asked.append(least_down)
+        return corrected(table, plan, least_down)
+
+    monkeypatch.setattr("robustdice.divided.corrected", recorded)
+    made = divided(table(), (int(0.14 * 4 * table().network.parameters),) * 3, Judge(CHEAP))
+    assert 2 in asked  # what is on two of three devices has none for one that is down
+    assert any(set(map(len, each.plan.corrections)) == {2} for each in made)
 
 
 def test_what_is_considered_says_how_fast_it_is_modelled_to_be() -> None:

@@ -239,7 +239,8 @@ def candidates(
     are those whose spares may be coarser than their primaries, which is for few failures too. Neurons that one device
     alone has are offered where nothing else fits, and to the *thin*: costs of single layers say too little of what the
     loss of them does to be believed where there is a choice. Corrections for the largest failure sets alone leave more
-    bytes for codes: of the best ones of which something can be lost, what that makes is tried too. With something
+    bytes for codes: of the best ones of which something can be lost, what that makes is tried too, and of all where
+    there is no room for more of them. With something
     ``to_beat``, each is measured only as long as it may be worth more than that and than what :func:`least_to_matter`
     says of those before it (-1: than that alone), without to the end. PlanError when nothing fits.
     """
@@ -250,54 +251,85 @@ def candidates(
     offered, thin = _spreads(table.devices), _thin(table.devices)
     whole = offered[:1]
     even, early = ([share**size for size in range(table.survive + 1)] for share in (1.0, 0.5))
-    families = {
-        "whole, mixed": (whole, ALIKE, even),
-        "spread, even": (offered, ALIKE, even),
-        "spread, early": (offered, ALIKE, early),
-        "fine first, everywhere": (whole, FINE_FIRST, early),
-        "fine first, spread": (offered, FINE_FIRST, early),
-        "spread thin": ([*offered, *thin], ALIKE, even),
+    ways = {
+        "whole, mixed": _Way(whole, ALIKE, even),
+        "spread, even": _Way(offered, ALIKE, even),
+        "spread, early": _Way(offered, ALIKE, early),
+        "fine first, everywhere": _Way(whole, FINE_FIRST, early),
+        "fine first, spread": _Way(offered, FINE_FIRST, early),
+        "spread thin": _Way([*offered, *thin], ALIKE, even),
     }
-    chosen: dict[str, tuple[list[Kept], Rooms]] = {}
-    for family, (spreads, kinds, weights) in families.items():
-        answer = choose(table, spreads, kinds, weights, budgets)
-        if answer is None and spreads is offered and thin:
-            families[family] = [*offered, *thin], kinds, weights
-            answer = choose(table, *families[family], budgets)
-        if answer is None:
+    chosen: dict[str, _Chosen] = {}
+    for family, way in ways.items():
+        found_for = _first_that_fits(table, way, thin if way.spreads is offered else [], budgets)
+        if found_for is None or (family == "spread thin" and not any(of.spread in thin for of in found_for.kept)):
             continue
-        kept, rooms = answer
-        if family == "spread thin" and not any(of.spread in thin for of in kept):
-            continue
-        if all(kept != other for other, _ in chosen.values()):
-            chosen[family] = kept, rooms
+        if all(found_for.kept != other.kept for other in chosen.values()):
+            chosen[found_for.way.named(family)] = found_for
     if not chosen:
         raise PlanError("nothing fits of what the table has measured, which was made for larger budgets")
-    found = _tried(table, chosen, 1, budgets, to_beat, [], part(on_progress, 0, 0.8))
-    fewer: dict[str, tuple[list[Kept], Rooms]] = {}
+    found = _tried(table, chosen, budgets, to_beat, [], part(on_progress, 0, 0.8))
+    fewer: dict[str, _Chosen] = {}
     for each in best_first(found)[:LEARNED]:
         if min(map(len, each.plan.corrections), default=table.survive) < table.survive:
-            answer = choose(table, *families[each.family], budgets, table.survive)
-            if answer is not None and all(answer[0] != other for other, _ in (*chosen.values(), *fewer.values())):
-                fewer[f"{each.family}, corrected for {table.survive} down alone"] = answer
-    found += _tried(table, fewer, table.survive, budgets, to_beat, found, part(on_progress, 0.8, 1))
+            way = replace(chosen[each.family].way, least_down=table.survive)
+            answer = _chosen(table, way, budgets)
+            if answer is not None and all(answer.kept != other.kept for other in (*chosen.values(), *fewer.values())):
+                fewer[way.named(each.family)] = answer
+    found += _tried(table, fewer, budgets, to_beat, found, part(on_progress, 0.8, 1))
     return best_first(found)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What a family of plans is chosen from (:func:`choose`)."""
+
+    spreads: Sequence[Spread]
+    kinds: Sequence[tuple[str, str]]
+    weights: Sequence[float]
+    least_down: int = 1
+
+    def named(self, family: str) -> str:
+        """The family, and whether it has corrections for the largest failure sets alone."""
+        return f"{family}, corrected for {self.least_down} down alone" if self.least_down > 1 else family
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """How layers are kept, and how much room devices have for what is not on all of them."""
+
+    way: _Way
+    kept: list[Kept]
+    rooms: Rooms
+
+
+def _chosen(table: Table, way: _Way, budgets: Sequence[int]) -> _Chosen | None:
+    answer = choose(table, way.spreads, way.kinds, way.weights, budgets, way.least_down)
+    return None if answer is None else _Chosen(way, *answer)
+
+
+def _first_that_fits(table: Table, way: _Way, thin: Sequence[Spread], budgets: Sequence[int]) -> _Chosen | None:
+    """As the way says, or with neurons on one device alone, or also with fewer corrections."""
+    ways = [way, replace(way, spreads=[*way.spreads, *thin])] if thin else [way]
+    if table.survive > 1:
+        ways += [replace(each, least_down=table.survive) for each in ways]
+    answers = (_chosen(table, each, budgets) for each in ways)
+    return next((each for each in answers if each is not None), None)
 
 
 def _tried(
     table: Table,
-    chosen: Mapping[str, tuple[list[Kept], Rooms]],
-    least_down: int,
+    chosen: Mapping[str, _Chosen],
     budgets: Sequence[int],
     to_beat: float | None,
     before: Sequence[Candidate],
     on_progress: Progress,
 ) -> list[Candidate]:
-    """What was ``chosen``, of each family, made into plans that have corrections for ``least_down`` failed devices and
-    more, and measured, as :func:`candidates` says, after those ``before``."""
+    """What was ``chosen``, of each family, made into plans and measured, as :func:`candidates` says, after those
+    ``before``."""
     if not chosen:
         return []
-    shards = {family: _shards(table, kept, rooms) for family, (kept, rooms) in chosen.items()}
+    shards = {family: _shards(table, of.kept, of.rooms) for family, of in chosen.items()}
     coarse = round_together(
         table.network,
         [wanted_of(of_family, {}) for of_family in shards.values()],
@@ -306,10 +338,10 @@ def _tried(
         part(on_progress, 0, 0.5),
     )
     found: list[Candidate] = []
-    for (family, (kept, _)), rounded in zip(chosen.items(), coarse, strict=True):
+    for (family, of), rounded in zip(chosen.items(), coarse, strict=True):
         on_progress(len(chosen) + len(found), 2 * len(chosen))
         least = -1.0 if to_beat is None else max(to_beat, least_to_matter([*before, *found]))
-        plan = _made(table, kept, shards[family], rounded, least_down)
+        plan = _made(table, of.kept, shards[family], rounded, of.way.least_down)
         found.append(tried_out(table, family, plan, budgets, least))
     return found
 
@@ -397,12 +429,10 @@ def check_room(network: Network, devices: int, survive: int | None, budgets: Seq
     if len(set(budgets)) > 1:
         more = [max(1, budget) for budget in budgets]
         while (needed := _least_needed(network, devices, survive, more)) > min(more):
-            factor = max(needed / min(more), CLOSELY)
-            more = [min(math.ceil(factor * budget), 4 * network.parameters) for budget in more]
-        raise PlanError(
-            "the smallest copies do not fit; they would if devices had more in the same proportions: --memory "
-            + ",".join(f"{budget}B" for budget in more)
-        )
+            factor, enough = max(needed / min(more), CLOSELY), 4 * network.parameters
+            more = [max(budget, min(math.ceil(factor * budget), enough)) for budget in more]
+        amounts = ",".join(f"{budget}B" for budget in more)
+        raise PlanError(f"the smallest copies do not fit; they would if devices had more, as in --memory {amounts}")
     share = share_of(needed, 4 * network.parameters)
     raise PlanError(
         f"the smallest copies need {needed:,} bytes on each device, {min(budgets):,} are allowed: --memory {share}"
@@ -418,7 +448,7 @@ def _least_needed(network: Network, devices: int, survive: int, budgets: Sequenc
     spreads, thin = _spreads(devices), _thin(devices)
     needed = []
     for some in (spreads[:1], spreads, [*spreads, *thin]):  # the fewer holders, the more corrections
-        corrections = CORRECTION_BYTES * _corrected_sets(some, devices, survive)
+        corrections = CORRECTION_BYTES * _corrected_sets(some, devices, survive, least_down=survive)
         choices = _choices(network, devices, some, ALIKE, offered)
         sizes = _sizes(layers, choices, devices, corrections, rooms, scale)
         needed.append(sum(int(of_layer.min()) for of_layer in sizes))

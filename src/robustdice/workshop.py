@@ -223,9 +223,19 @@ def calibrate(
     on_progress: Progress = silent,
 ) -> Plan:
     """The plan with corrections for every failure set of up to ``max_failed`` devices (all but one), fitted to
-    ``images`` as :func:`robustdice.failure.calibrate.calibrate` says; what was measured of it before holds no more."""
+    ``images`` as :func:`robustdice.failure.calibrate.calibrate` says; what was measured of it before holds no more.
+    Smaller failure sets than it has corrections for get none, unless ``max_failed`` asks for these: where
+    :func:`choose_plan` left them out, their bytes went to weights."""
+    least = min(map(len, plan.corrections), default=1)
     corrections = fit_corrections(
-        network, plan, images, max_failed=max_failed, passes=passes, seed=seed, on_progress=on_progress
+        network,
+        plan,
+        images,
+        min_failed=least if max_failed is None else max(1, min(least, max_failed)),
+        max_failed=max_failed,
+        passes=passes,
+        seed=seed,
+        on_progress=on_progress,
     )
     return replace(plan, corrections=corrections, certificate=None)
 

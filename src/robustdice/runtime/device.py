@@ -243,8 +243,9 @@ class Loop:
                 "exchanges": len(manifest.exchanges),
             },
         }
-        if manifest.calibrated:
-            which = manifest.calibrated_for(set(range(manifest.devices)) - set(document["up"]))
+        down = set(range(manifest.devices)) - set(document["up"])
+        if len(down) >= min(map(len, manifest.calibrated), default=manifest.devices):  # smaller sets are to have none
+            which = manifest.calibrated_for(down)
             document["corrected_for"] = None if which is None else manifest.calibrated[which]
         return Status(manifest.device, document)
 
