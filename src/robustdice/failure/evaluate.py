@@ -26,12 +26,9 @@ from robustdice.model.data import UNKNOWN, Dataset
 from robustdice.model.fits import check_plan_fits
 from robustdice.model.load import reload_model
 from robustdice.model.network import Network, images_at_once, on_best_device
-from robustdice.plan import FailureSet, ModelReference, Plan, check_max_failed, failure_sets
+from robustdice.plan import MAX_SETS, FailureSet, ModelReference, Plan, check_max_failed, failure_sets
 from robustdice.progress import Progress, shown, silent
 from robustdice.tasks import Checkpoint, run_tasks
-
-MAX_SETS = 256
-"""Of more failure sets than this, some are drawn."""
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Images [n, channels, height, width] and their labels [n]."""

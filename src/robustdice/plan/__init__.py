@@ -9,6 +9,7 @@ from robustdice.plan.pairs import added_up, column_weights, folded
 from robustdice.plan.plan import ModelReference, Plan
 from robustdice.plan.shards import (
     MAX_DEVICES,
+    MAX_SETS,
     FailureSet,
     Holder,
     Layer,
@@ -26,6 +27,7 @@ from robustdice.plan.strips import Strips
 
 __all__ = [
     "MAX_DEVICES",
+    "MAX_SETS",
     "Certificate",
     "FailureSet",
     "Holder",

@@ -11,6 +11,8 @@ from robustdice.errors import PlanError
 from robustdice.representation import BITS
 
 MAX_DEVICES = 16
+MAX_SETS = 256
+"""Of more failure sets than this, some are drawn where each of them takes time."""
 FailureSet = frozenset[int]
 """The devices that are down."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from robustdice.cost.counts import costs_of
 from robustdice.cost.model import Judge, predict
 from robustdice.cost.purpose import TOLERATED, Purpose, nearly_best
-from robustdice.failure.evaluate import MAX_SETS
+from robustdice.plan import MAX_SETS
 from robustdice.report.sheet import Sheet
 from robustdice.report.tables import percent
 
