@@ -15,19 +15,25 @@ from hypothesis import strategies as st
 
 import robustdice as rd
 from nets import Plain, Residual, random_images, relative_error, shared_network
-from robustdice import auto
 from robustdice.auto import (
-    ALIKE,
     Candidate,
     Table,
     affordable,
     best_first,
     candidates,
     check_room,
-    choose,
+    choice,
     least_to_matter,
-    small_layers,
     tabulate,
+)
+from robustdice.auto.choice import choose
+from robustdice.auto.table import (
+    ALIKE,
+    FEWEST_IMAGES,
+    FEWEST_UNSEEN,
+    small_layers,
+    spreads_of,
+    thin_spreads,
     worth_choosing,
 )
 from robustdice.bundle.read import load_bundle
@@ -209,7 +215,7 @@ def test_a_table_for_larger_budgets_says_so() -> None:
 def test_without_a_table_the_same_is_refused_as_with_it(more: list[int], survive: int) -> None:
     """And what is said to be needed is what then fits."""
     table = replace(table_of_residual(), survive=survive)
-    network, spreads, thin = table.network, auto._spreads(3), auto._thin(3)
+    network, spreads, thin = table.network, spreads_of(3), thin_spreads(3)
     budgets = more * 3 if len(more) == 1 else [*more, 600][:3]
     weights, offered = [1.0] * (survive + 1), (spreads[:1], spreads, [*spreads, *thin])
     fits = any(choose(table, some, ALIKE, weights, budgets, down) for some in offered for down in {1, max(1, survive)})
@@ -346,7 +352,7 @@ def test_what_one_could_do_by_hand_is_shown_and_taken_where_it_is_best() -> None
 
 def test_plans_are_made_with_some_images_and_compared_on_others_where_there_are_enough() -> None:
     network, budget = shared_network(Plain, 1, 8, 8), 0.25
-    images, others = random_images(24, (1, 8, 8)), 3 * random_images(auto.FEWEST_UNSEEN, (1, 8, 8))
+    images, others = random_images(24, (1, 8, 8)), 3 * random_images(FEWEST_UNSEEN, (1, 8, 8))
     table, alone = (tabulate(network, images, devices=3, survive=1, others=of) for of in (others, None))
     np.testing.assert_array_equal(table.trial[0], others)
     found, same = (choose_from(each, budget) for each in (table, alone))
@@ -372,13 +378,13 @@ def test_what_devices_have_left_is_given_out(monkeypatch: pytest.MonkeyPatch) ->
 
     def chosen(budget: int, tries: int) -> tuple[float, int]:
         """What it costs, and the bytes of the largest device."""
-        monkeypatch.setattr(auto, "TRIES", tries)
-        answer = choose(table, auto._spreads(4), ALIKE, weights, [budget] * 4)
+        monkeypatch.setattr(choice, "TRIES", tries)
+        answer = choose(table, spreads_of(4), ALIKE, weights, [budget] * 4)
         assert answer
         kept, _ = answer
         cost = sum(table.sensitivity.cost(index, of, weights) for index, of in enumerate(kept))
-        corrections = 2 * auto._corrected_sets(auto._spreads(4), 4, 3)
-        everywhere, rest = auto._held(list(enumerate(layers)), kept, 4, corrections, None)
+        corrections = 2 * choice._corrected_sets(spreads_of(4), 4, 3)
+        everywhere, rest = choice._held(list(enumerate(layers)), kept, 4, corrections, None)
         return cost, int((everywhere + rest).max()) + 4 * network.shared_weights
 
     better = []
@@ -484,12 +490,12 @@ def test_considered_plans_say_what_they_cost() -> None:
 def test_large_networks_make_do_with_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images = shared_network(Plain, 1, 8, 8), random_images(64, (1, 8, 8))
     assert len(affordable(network, images, 48)) == 48
-    monkeypatch.setattr(auto, "PASS_MACS", forward_macs(network) * 128)
+    monkeypatch.setattr("robustdice.auto.table.PASS_MACS", forward_macs(network) * 128)
     assert len(affordable(network, images, 48)) == 24
     assert len(affordable(network, images, 8)) == 8  # no more than are wanted
     assert len(tabulate(network, images, devices=2).images) == 32
-    monkeypatch.setattr(auto, "PASS_MACS", 1)
-    assert len(affordable(network, images, 48)) == auto.FEWEST_IMAGES
+    monkeypatch.setattr("robustdice.auto.table.PASS_MACS", 1)
+    assert len(affordable(network, images, 48)) == FEWEST_IMAGES
 
 
 def test_some_of_the_images_are_of_all_kinds_though_they_come_class_by_class() -> None:
